@@ -1,0 +1,54 @@
+"""Golden checkpoints and what the published implementation computes with them.
+
+GOLDEN_DIR, where it is set, names a fuller set of the same layout than the copy in tests/golden.
+"""
+
+import functools
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = Path(os.environ.get("GOLDEN_DIR") or ROOT / "tests" / "golden").resolve()
+XRAYS = GOLDEN.parent / "cxr"  # the real pair of case-cxr lies beside the full set only
+sys.path.insert(0, str(ROOT))
+
+from data import Study  # noqa: E402
+from model import Libra  # noqa: E402
+
+FAMILIES = ["libra-7b", "libra-3b"]
+
+
+@functools.cache
+def load(family: str) -> Libra:
+    """A golden checkpoint in float32 on the CPU, read once. Tests must not change it."""
+    return Libra.from_pretrained(GOLDEN / family / "model", device="cpu", dtype="float32")
+
+
+def cases():
+    """(family, case folder) of every golden case whose images are at hand."""
+    folders = [(family, case) for family in FAMILIES for case in sorted((GOLDEN / family).glob("case*"))]
+    return [(family, case) for family, case in folders if XRAYS.exists() or case.name != "case-cxr"]
+
+
+def study_of(case: dict) -> Study:
+    """The study of a golden case, as its expected.json describes it."""
+    find = lambda name: (GOLDEN / "images" if name.endswith(".png") else XRAYS) / name
+    return Study(find(case["current"]), find(case["prior"]) if case["prior"] else None, case["query"])
+
+
+def relative(out: torch.Tensor, reference: torch.Tensor) -> float:
+    return float((out - reference).norm() / reference.norm())
+
+
+def read(*path: str):
+    return json.loads(GOLDEN.joinpath(*path).read_text())
+
+
+@pytest.fixture
+def seven():
+    return load("libra-7b")
