@@ -82,6 +82,7 @@ if __name__ == "__main__":  # before torch is imported, so that --help and mista
 # ruff: noqa: E402
 import hashlib
 import json
+import re
 import time
 import warnings
 from collections.abc import Callable
@@ -391,7 +392,7 @@ class _Stream:
             text = text[:-4]  # " 've" loses its space when it is whole
         for length in range(len(self.stop), 0, -1):
             text = text.removesuffix(self.stop[:length])
-        self._show(text.rstrip("\ufffd \t\r\n"))  # U+FFFD: a character of which some bytes are still to come
+        self._show(re.sub(r"[\s\ufffd]+$", "", text))  # U+FFFD: a character of which bytes may still come
 
     def _show(self, text: str):
         if len(text) > self.shown:
@@ -485,7 +486,8 @@ def run(arguments):
     loaded = time.monotonic()
     if arguments.chat:
         return converse(Chat(libra, study, arguments.template), arguments.query, settings)
-    print(f"reading {' and '.join(map(str, arguments.images))} …", file=sys.stderr)
+    if sys.stderr.isatty():
+        print(f"reading {' and '.join(arguments.images)} …", file=sys.stderr)
     prefix = prefill(libra, [study], arguments.template, options)
     filled = time.monotonic()
     on_text = None if arguments.json or options.num_return_sequences > 1 else write

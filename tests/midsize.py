@@ -1,4 +1,7 @@
-"""Write a random checkpoint in the published layout, of a size to measure with: python tests/midsize.py DIR
+"""A random checkpoint in the published layout, of a size to measure with.
+
+    python tests/midsize.py DIR             write it
+    python tests/midsize.py DIR --measure   write it, and print what loading and decoding cost (some 5 minutes)
 
 ViT-B/14 at 518 px, TAC, Llama of 8 layers × 1024 with a vocabulary of 32,000: 267 M parameters, 1.07 GB in float32,
 the decoder and connector in three shards. The tokenizer is the golden one, filled up with dummy tokens.
@@ -8,10 +11,13 @@ import argparse
 import json
 import re
 import shutil
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 HERE = Path(__file__).parent
@@ -92,7 +98,38 @@ def write(folder: Path, encoder: dict = ENCODER, decoder: dict = DECODER, shards
     return folder / "model"
 
 
+def measure(folder: Path, beams: int, runs: int = 3):
+    """In a fresh process: load, then write 64 tokens, `runs` times; print the memory and the median time."""
+    from data import Study
+    from model import Libra
+    from sample import generate
+
+    resident = lambda field: int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+    before = resident("VmRSS")
+    libra = Libra.from_pretrained(folder / "model", device="cpu", dtype="float32")
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in libra.parameters()) / 2**20
+    grown = resident("VmHWM") - before
+    print(f"load: {weights:.0f} MiB of weights, resident memory grew by {grown:.0f} MiB at the peak")
+    libra.eos_token_ids = []
+    noise = lambda seed: Image.effect_noise((1000, 1200), 60 + seed).convert("RGB")
+    study, seconds = Study(noise(0), noise(1)), []
+    for _ in range(runs):
+        begin = time.perf_counter()
+        generate(libra, study, num_beams=beams, max_new_tokens=64)
+        seconds.append(time.perf_counter() - begin)
+    median, peak = sorted(seconds)[runs // 2], resident("VmHWM")
+    print(f"{beams} x 64 tokens: {median:.2f} s (median of {runs}), peak {peak:.0f} MiB")
+
+
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    print(write(parser.parse_args().folder))
+    parser.add_argument("--measure", action="store_true")
+    parser.add_argument("--beams", type=int, help="measure this many beams, in this process")
+    arguments = parser.parse_args()
+    if arguments.beams:
+        measure(arguments.folder, arguments.beams)
+    else:
+        print(write(arguments.folder))
+        for beams in ("1", "10") if arguments.measure else ():
+            subprocess.run([sys.executable, __file__, arguments.folder, "--beams", beams], check=True)

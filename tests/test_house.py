@@ -1,0 +1,108 @@
+"""The rules of the house: floors, imports, and a README whose commands run."""
+
+import ast
+import re
+import shlex
+import sys
+
+import pytest
+from conftest import GOLDEN, ROOT
+
+import sample
+
+FLOORS = [
+    {"attention", "checkpoint", "tokenizer", "phantom"},
+    {"encoder", "tac"},
+    {"model", "data"},
+    {"sample", "prepare"},
+    {"eval", "report"},
+    {"train"},
+    {"app", "bench"},
+]
+RUNTIME = {"torch", "triton", "safetensors", "tokenizers", "huggingface_hub", "numpy", "PIL"}
+ROOMS = sorted(ROOT.glob("*.py"))
+
+
+def imports(tree, everywhere):
+    """Top-level names of the modules that a file imports: anywhere, or when it is imported itself."""
+    nodes = ast.walk(tree) if everywhere else walk_outside_functions(tree)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, "relative import"
+            yield node.module.split(".")[0]
+
+
+def walk_outside_functions(node):
+    yield node
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield from walk_outside_functions(child)
+
+
+@pytest.mark.parametrize("room", ROOMS, ids=lambda room: room.stem)
+def test_imports_go_only_down_the_floors(room):
+    below = set()
+    for floor in FLOORS:
+        if room.stem in floor:
+            break
+        below |= floor
+    else:
+        raise AssertionError(f"{room.name} is on no floor")
+    own = {name for name in imports(ast.parse(room.read_text()), everywhere=True) if (ROOT / f"{name}.py").exists()}
+    assert own <= below
+
+
+@pytest.mark.parametrize("room", ROOMS, ids=lambda room: room.stem)
+def test_only_the_runtime_packages_are_imported_at_import_time(room):
+    names = set(imports(ast.parse(room.read_text()), everywhere=False))
+    own = {path.stem for path in ROOMS}
+    assert names - own - set(sys.stdlib_module_names) <= RUNTIME
+
+
+README = (ROOT / "README.md").read_text()
+STAND_INS = {  # what the README downloads or leaves to its reader -> what a test has
+    "tests/golden": str(GOLDEN),
+    "X-iZhang/libra-v1.0-7b": str(GOLDEN / "libra-7b" / "model"),
+    "X-iZhang/libra-v1.0-3b": str(GOLDEN / "libra-3b" / "model"),
+    "current.jpg": str(GOLDEN / "images" / "0.png"),
+    "prior.jpg": str(GOLDEN / "images" / "1.png"),
+    '"cuda"': '"cpu"',
+}
+
+
+def blocks(language):
+    found = re.findall(rf"```{language}\n(.*?)```", README, re.S)
+    for name, stand_in in STAND_INS.items():
+        found = [block.replace(name, stand_in) for block in found]
+    return found
+
+
+def sample_commands():
+    lines = [line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()]
+    return [line.split("sample.py", 1)[1] for line in lines if "python sample.py" in line]
+
+
+@pytest.mark.parametrize("command", sample_commands())
+def test_the_readme_s_sampling_commands_run(command, monkeypatch, capsys):
+    arguments = shlex.split(command, comments=True)
+    if "--model" not in arguments:
+        arguments += ["--model", STAND_INS["X-iZhang/libra-v1.0-7b"]]
+    monkeypatch.setattr("builtins.input", lambda prompt: "")
+    assert sample.main(sample.parse([*arguments, "--max-new-tokens", "3"])) == 0
+    printed = capsys.readouterr()
+    assert printed.out.strip() or "--chat" in arguments
+    assert not printed.err
+
+
+def test_the_readme_s_python_runs(capsys):
+    assert len(blocks("python")) >= 2
+    namespace = {}
+    for block in blocks("python"):
+        exec(block.replace("num_beams=10", "num_beams=2, max_new_tokens=4"), namespace)
+    assert capsys.readouterr().out.strip()
+
+
+def test_the_readme_s_command_for_the_tests_is_the_makefile_s():
+    assert "make test" in README and "\ntest:" in (ROOT / "Makefile").read_text()
