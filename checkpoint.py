@@ -12,6 +12,7 @@ import json
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -161,7 +162,8 @@ def _open_safetensors(file: Path):
 
 def _open_pickle(file: Path) -> dict[str, torch.Tensor]:
     try:
-        tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        # files of before PyTorch 1.6 are no zip archives and cannot be mapped
+        tensors = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
     except pickle.UnpicklingError:
         raise ValueError(f"{file} holds more than tensors and could run code on loading: refused") from None
     except (RuntimeError, EOFError) as error:

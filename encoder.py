@@ -185,8 +185,10 @@ def pixel_config(config: dict, source, pad: str) -> PixelConfig:
     size, crop = config.get("size"), config.get("crop_size")
     if not isinstance(size, dict) or "shortest_edge" not in size or not isinstance(crop, dict):
         raise ValueError(f"{where}: size {size!r} with crop_size {crop!r} is not supported")
-    if crop["height"] != crop["width"] or size["shortest_edge"] < crop["height"]:
+    if crop.get("height") is None or crop.get("height") != crop.get("width") or size["shortest_edge"] < crop["height"]:
         raise ValueError(f"{where}: crop_size {crop!r} is no square within size {size!r}")
+    if lacking := [name for name in ("image_mean", "image_std") if name not in config]:
+        raise ValueError(f"{where} lacks {' and '.join(lacking)}")
     mean, std = config["image_mean"], config["image_std"]
     scale = config.get("rescale_factor", 1 / 255)
     return PixelConfig(size["shortest_edge"], crop["height"], tuple(mean), tuple(std), scale, pad)

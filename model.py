@@ -481,5 +481,6 @@ def eos_token_ids(folder: Path, config: dict) -> list[int]:
     for name, neutral in NEUTRAL.items():
         if generation.get(name) not in (None, neutral):
             warnings.warn(f"{file}: {name} {generation[name]!r} is not applied", stacklevel=2)
-    eos = generation.get("eos_token_id", config.get("eos_token_id"))
+    eos = generation.get("eos_token_id")
+    eos = config.get("eos_token_id") if eos is None else eos
     return eos if isinstance(eos, list) else [] if eos is None else [eos]

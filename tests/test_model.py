@@ -1,0 +1,349 @@
+import json
+import shutil
+import warnings
+
+import pytest
+import torch
+from conftest import GOLDEN, cases, load, read, relative, study_of
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from model import Cache, Decoder, Libra, decoder_config, rope_frequencies
+
+BOTH = pytest.mark.parametrize("family", ["libra-7b", "libra-3b"])
+
+
+@pytest.mark.parametrize(("family", "case"), cases(), ids=lambda value: getattr(value, "name", value))
+def test_golden_embeddings_and_logits(family, case):
+    libra, expected = load(family), load_file(case / "expected.safetensors")
+    described = read(family, case.name, "expected.json")
+    images = libra.embed_images(libra.preprocess(study_of(described).images()))
+    embeddings = libra.splice(described["input_ids"], images)
+    logits = uncached(libra, embeddings)
+    assert relative(embeddings, expected["inputs_embeds"]) < 1e-4
+    assert relative(logits[-1], expected["last_logits"]) < 1e-4
+    assert relative(logits.mean(-1), expected["all_logits_mean"]) < 1e-4
+
+
+def uncached(libra, embeddings):
+    """Logits [T, V] of one row, computed at once."""
+    return libra.logits(libra.decoder(embeddings[None], torch.arange(len(embeddings))[None])[0])
+
+
+# ------------------------------------------------------------------------------------- the decoder alone
+
+LLAMA3 = dict(
+    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
+)
+SIZES = dict(vocab_size=97, hidden_size=48, intermediate_size=72, num_hidden_layers=3, rms_norm_eps=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("heads", "scaling", "tied"),
+    [
+        (dict(num_attention_heads=6, num_key_value_heads=2, head_dim=12), LLAMA3, True),
+        (dict(num_attention_heads=4, num_key_value_heads=1, head_dim=24), LLAMA3, False),
+        (dict(num_attention_heads=3, num_key_value_heads=3), None, True),
+        (dict(num_attention_heads=2, num_key_value_heads=None, head_dim=None), {"type": "default"}, False),
+    ],
+)
+def test_logits_are_those_of_transformers(heads, scaling, tied):
+    torch.manual_seed(0)
+    rope = dict(rope_theta=5000.0, **(scaling or {"rope_type": "default"}))
+    theirs = LlamaForCausalLM(
+        LlamaConfig(**SIZES, **heads, tie_word_embeddings=tied, rope_parameters=rope, max_position_embeddings=128)
+    ).eval()
+    for name, parameter in theirs.named_parameters():
+        torch.nn.init.normal_(parameter, float("norm" in name), 0.2)
+    published = dict(model_type="libra", rope_theta=5000.0, rope_scaling=scaling, tie_word_embeddings=tied)
+    ours = Decoder(decoder_config(published | SIZES | heads, "folder"))
+    weights = {name.removeprefix("model."): weight for name, weight in theirs.state_dict().items()}
+    if tied:
+        del weights["lm_head.weight"]
+    ours.load_state_dict(weights)
+    ids = torch.randint(97, (2, 33), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        out = ours.head(ours(ours.embed_tokens(ids), torch.arange(33).expand(2, -1)), 97)
+        assert relative(out, theirs(ids).logits) < 1e-5
+
+
+@pytest.mark.parametrize("scaling", [LLAMA3 | dict(factor=32.0, original_max_position_embeddings=8192), None])
+def test_rotary_frequencies_of_the_published_sizes_are_those_of_transformers(scaling):
+    config = dict(hidden_size=3072, num_attention_heads=24, head_dim=128, rope_theta=500000.0)
+    ours = rope_frequencies(decoder_config(config | dict(model_type="libra", rope_scaling=scaling), "folder"), "cpu")
+    rope = {"rope_theta": 500000.0, "rope_type": "default"} | (scaling or {})
+    if scaling:
+        theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](LlamaConfig(**config, rope_parameters=rope), "cpu")
+    else:
+        theirs = 1 / 500000.0 ** (torch.arange(0, 128, 2, dtype=torch.float64) / 128)
+    torch.testing.assert_close(ours, theirs.float(), atol=0, rtol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------- cache
+
+
+def random_ids(*shape, seed=0):
+    return torch.randint(700, shape, generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def prefixes(libra, *lengths):
+    """A cache that holds random prefixes of these lengths, and their ids."""
+    ids = [random_ids(length, seed=length) for length in lengths]
+    cache = Cache(libra.decoder.config, len(lengths), max(lengths), libra.device, libra.dtype)
+    for study, row in enumerate(ids):
+        libra.extend(cache, study, libra.splice(row, None))
+    return cache, ids
+
+
+@BOTH
+def test_a_prefill_in_chunks_and_steps_is_one_row_computed_at_once(family):
+    libra, ids = load(family), random_ids(45)
+    reference = uncached(libra, libra.splice(ids, None))
+    cache = Cache(libra.decoder.config, 1, 33, libra.device, libra.dtype)
+    for chunk in (slice(0, 7), slice(7, 8), slice(8, 33)):
+        logits = libra.extend(cache, 0, libra.splice(ids[chunk], None))
+        assert relative(logits, reference[chunk.stop - 1]) < 1e-5
+    cache.start(1)
+    for position in range(33, 45):
+        assert relative(libra.step(cache, [[ids[position]]])[0, 0], reference[position]) < 1e-5
+
+
+@BOTH
+def test_continuations_of_ragged_prefixes_are_rows_computed_at_once(family):
+    """Two studies, three continuations of each with tokens of their own, reordered on the way, over two blocks."""
+    libra, K = load(family), 3
+    cache, rows = prefixes(libra, 33, 7)
+    rows = [[list(row) for _ in range(K)] for row in rows]
+    cache.start(K)
+    orders = {0: [[2, 0, 1], [0, 1, 2]], 5: [[1, 1, 0], [2, 2, 2]], 64: [[0, 2, 2], [1, 0, 1]], 66: [[2, 1, 0]] * 2}
+    for step in range(Cache.BLOCK + 7):
+        if step in orders:
+            cache.reorder(orders[step])
+            rows = [[list(rows[b][parent]) for parent in orders[step][b]] for b in range(2)]
+        tokens = random_ids(2, K, seed=step)
+        logits = libra.step(cache, tokens)
+        for b in range(2):
+            for k in range(K):
+                rows[b][k].append(tokens[b][k])
+                if step in (0, 1, 5, 6, 63, 64, 65, 66, 70):
+                    reference = uncached(libra, libra.splice(rows[b][k], None))[-1]
+                    assert relative(logits[b, k], reference) < 1e-5, (step, b, k)
+
+
+@BOTH
+def test_a_prefix_can_grow_and_be_continued_again(family):
+    libra, ids = load(family), random_ids(40)
+    cache, (first,) = prefixes(libra, 7)
+    cache.start(2)
+    for token in ids[:3]:
+        libra.step(cache, [[token, 5]])
+    cache.reserve(40)
+    libra.extend(cache, 0, libra.splice(ids[:33], None))
+    cache.start(1)
+    logits = libra.step(cache, [[ids[33]]])[0, 0]
+    assert relative(logits, uncached(libra, libra.splice(first + ids[:34], None))[-1]) < 1e-5
+
+
+def test_any_number_of_beams_shares_one_prefix():
+    """Neither a step nor a reordering copies or moves it, and only the suffixes grow with the beams."""
+    libra = load("libra-3b")
+    cache, _ = prefixes(libra, 33, 7)
+    held = lambda: [x for pair in cache.prefix for x in pair]
+    places = lambda: [(x.data_ptr(), x.untyped_storage().nbytes()) for x in held()]
+    before, values = places(), [x.clone() for x in held()]
+    suffixes = {}
+    for K in (1, 10):
+        cache.start(K)
+        for step in range(3):
+            libra.step(cache, random_ids(2, K, seed=step))
+            cache.reorder([[K // 2] * K] * 2)
+            assert places() == before
+        suffixes[K] = sum(x.untyped_storage().nbytes() for x in cache.suffix)
+    assert sum(size for _, size in before) == 3 * 2 * 2 * 2 * 33 * 16 * 4  # layers, k and v, B, H_kv, P, D, bytes
+    assert suffixes[10] == 10 * suffixes[1]
+    assert all(torch.equal(x, y) for x, y in zip(held(), values, strict=True))
+
+
+# -------------------------------------------------------------------------------------------- the images
+
+
+@BOTH
+def test_without_a_prior_the_current_image_stands_for_it_encoded_once(family):
+    libra = load(family)
+    (image,) = study_of(dict(current="0.png", prior=None, query="")).images()
+    seen = []
+    hook = libra.encoder.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
+    alone, twice = (libra.embed_images(libra.preprocess(images)) for images in ([image], [image, image]))
+    hook.remove()
+    assert seen == [1, 2] and relative(alone, twice) < 1e-5
+
+
+@BOTH
+def test_the_image_stands_where_its_placeholder_is(family):
+    libra, image = load(family), torch.randn(3, load(family).decoder.config.hidden_size)
+    table = libra.decoder.embed_tokens.weight
+    assert torch.equal(libra.splice([5, 6, -200, 7], image), torch.cat((table[[5, 6]], image, table[[7]])))
+    assert torch.equal(libra.splice([5, 6], None), table[[5, 6]])
+
+
+# ----------------------------------------------------------------------------------------------- loading
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """The 3b checkpoint, which is one file of weights, in a place of its own with its encoder."""
+    for part in ("model", "encoder-dinov2"):
+        shutil.copytree(GOLDEN / "libra-3b" / part, tmp_path / part)
+    return tmp_path / "model"
+
+
+def change(file, **fields):
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def read_again(folder, **options):
+    return Libra.from_pretrained(folder, **dict(device="cpu", dtype="float32") | options)
+
+
+def image_embeddings(libra):
+    return libra.embed_images(libra.preprocess(study_of(dict(current="0.png", prior="1.png", query="")).images()))
+
+
+def expected(name="last_logits", case="case0"):
+    return load_file(GOLDEN / "libra-3b" / case / "expected.safetensors")[name]
+
+
+def last_logits(libra):
+    described = read("libra-3b", "case0", "expected.json")
+    images = libra.embed_images(libra.preprocess(study_of(described).images()))
+    return uncached(libra, libra.splice(described["input_ids"], images))[-1]
+
+
+def is_connector(name):
+    return name.startswith("model.mm_projector.")
+
+
+def split_off_connector(folder, scale):
+    """Write a connector, its last bias scaled, to mm_tac_projector.bin; returns all weights."""
+    weights = load_file(folder / "model.safetensors")
+    connector = {name: weight.clone() for name, weight in weights.items() if is_connector(name)}
+    connector["model.mm_projector.mlp_final.6.bias"] *= scale
+    torch.save(connector, folder / "mm_tac_projector.bin")
+    return weights
+
+
+UNSUPPORTED = [
+    ("model_type", "mamba"), ("hidden_act", "relu"), ("attention_bias", True), ("mlp_bias", True),
+    ("rope_scaling", dict(rope_type="mystery", factor=2.0)), ("rope_scaling", dict(type="linear", factor=2.0)),
+    ("mm_projector_type", "qformer"), ("mm_use_im_start_end", True), ("mm_image_pad", "red"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "value"), UNSUPPORTED)
+def test_an_unsupported_checkpoint_is_refused_by_the_name_of_its_field(copy, field, value):
+    change(copy / "config.json", **{field: value})
+    with pytest.raises(ValueError, match=field):
+        read_again(copy)
+
+
+def test_llama3_scaling_that_lacks_a_field_is_refused_by_its_name(copy):
+    change(copy / "config.json", rope_scaling={key: value for key, value in LLAMA3.items() if key != "low_freq_factor"})
+    with pytest.raises(ValueError, match="low_freq_factor"):
+        read_again(copy)
+
+
+def test_a_language_model_alone_is_refused(copy):
+    config = json.loads((copy / "config.json").read_text())
+    del config["mm_vision_tower"]
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="mm_vision_tower"):
+        read_again(copy)
+
+
+def test_a_golden_checkpoint_loads_without_a_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for family in ("libra-7b", "libra-3b"):
+            libra = read_again(GOLDEN / family / "model")
+            assert not libra.training and not any(parameter.requires_grad for parameter in libra.parameters())
+
+
+def test_a_connector_beside_the_checkpoint_is_read(copy):
+    weights = split_off_connector(copy, scale=1)
+    save_file({name: weight for name, weight in weights.items() if not is_connector(name)}, copy / "model.safetensors")
+    assert relative(image_embeddings(read_again(copy)), expected("image_embeddings")) < 1e-4
+
+
+def test_a_connector_inside_the_checkpoint_wins_over_one_beside_it(copy):
+    split_off_connector(copy, scale=-3)
+    assert relative(image_embeddings(read_again(copy)), expected("image_embeddings")) < 1e-4
+
+
+def test_tensors_that_take_no_part_are_ignored_silently(copy):
+    """A tied head, rotary frequencies of old transformers, and an encoder that was not trained."""
+    weights = load_file(copy / "model.safetensors")
+    extra = {"lm_head.weight": torch.randn(weights["model.embed_tokens.weight"].shape)}
+    extra |= {f"model.layers.{n}.self_attn.rotary_emb.inv_freq": torch.randn(8) for n in range(3)}
+    encoder = load_file(copy.parent / "encoder-dinov2" / "model.safetensors")
+    extra |= {f"model.vision_tower.vision_tower.{name}": torch.randn(weight.shape) for name, weight in encoder.items()}
+    save_file(weights | extra, copy / "model.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert relative(last_logits(read_again(copy)), expected()) < 1e-4
+
+
+def test_a_trained_encoder_inside_the_checkpoint_wins_over_the_stock_one(copy):
+    stock = copy.parent / "encoder-dinov2" / "model.safetensors"
+    encoder = load_file(stock)
+    inside = {f"model.vision_tower.vision_tower.{name}": weight for name, weight in encoder.items()}
+    save_file(load_file(copy / "model.safetensors") | inside, copy / "model.safetensors")
+    save_file({name: torch.randn(weight.shape) for name, weight in encoder.items()}, stock)
+    change(copy / "config.json", unfreeze_mm_vision_tower=True)
+    assert relative(last_logits(read_again(copy)), expected()) < 1e-4
+
+
+def test_another_encoder_can_be_named(copy):
+    elsewhere = (copy.parent / "encoder-dinov2").rename(copy.parent / "elsewhere")
+    assert relative(last_logits(read_again(copy, encoder=elsewhere)), expected()) < 1e-4
+
+
+def test_weights_in_pytorch_model_bin_load(copy):
+    torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
+    (copy / "model.safetensors").unlink()
+    assert relative(last_logits(read_again(copy)), expected()) < 1e-4
+
+
+def test_ids_that_the_tokenizer_lacks_are_never_generated(copy):
+    """A padded vocabulary: logits are cut to the tokenizer's 700 ids, and one for <im_patch> where it is used."""
+    weights = load_file(copy / "model.safetensors")
+    weights["model.embed_tokens.weight"] = torch.cat((weights["model.embed_tokens.weight"], torch.ones(12, 96)))
+    save_file(weights, copy / "model.safetensors")
+    change(copy / "config.json", vocab_size=712)
+    logits = last_logits(read_again(copy))
+    assert logits.shape == (700,) and relative(logits, expected()) < 1e-4
+    change(copy / "config.json", mm_use_im_patch_token=True)
+    assert last_logits(read_again(copy)).shape == (701,)
+
+
+def test_a_generation_setting_that_is_not_applied_warns(copy):
+    change(copy / "generation_config.json", repetition_penalty=1.2)
+    with pytest.warns(UserWarning, match=r"repetition_penalty 1\.2"):
+        assert read_again(copy).eos_token_ids == [694, 698]
+
+
+def test_eos_comes_from_the_generation_config_else_from_the_config(copy):
+    change(copy / "generation_config.json", eos_token_id=3)
+    assert read_again(copy).eos_token_ids == [3]
+    (copy / "generation_config.json").unlink()
+    assert read_again(copy).eos_token_ids == [694, 698]
+
+
+@BOTH
+def test_bfloat16_stays_near_float32(family):
+    libra, ids = read_again(GOLDEN / family / "model", dtype="bfloat16"), random_ids(33)
+    out = libra.logits(libra.decoder(libra.splice(ids, None)[None], torch.arange(33)[None])[0])
+    images = image_embeddings(libra)
+    assert libra.dtype == images.dtype == torch.bfloat16 and out.dtype == torch.float32
+    assert relative(out, uncached(load(family), load(family).splice(ids, None))) < 0.05
+    assert relative(images, image_embeddings(load(family))) < 0.05

@@ -1,0 +1,160 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import cases, load, read, relative
+from safetensors.torch import load_file
+from torch import nn
+
+from tac import TAC, BiasedAttention
+
+# The connector as its equations are written, in torch's own modules, under the published names.
+
+
+class PlainSqueezeExcite(nn.Module):
+    def __init__(self, layers, squeezed):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Conv2d(layers, squeezed, 1), nn.Conv2d(squeezed, layers, 1)
+
+    def forward(self, x):  # [B, L, N, C]
+        return x * torch.sigmoid(self.fc2(F.gelu(self.fc1(x.mean((2, 3), keepdim=True)))))
+
+
+def plain_extractor(L):
+    half, quarter = max(1, L // 2), max(1, L // 4)
+    return nn.Sequential(
+        PlainSqueezeExcite(L, half), nn.Conv2d(L, half, 1, bias=False),
+        PlainSqueezeExcite(half, quarter), nn.Conv2d(half, quarter, 1, bias=False),
+        PlainSqueezeExcite(quarter, 1), nn.Conv2d(quarter, 1, 1, bias=False),
+    )  # fmt: skip
+
+
+def plain_attention(width, heads):
+    return nn.MultiheadAttention(width, heads, add_bias_kv=True, batch_first=True)
+
+
+def attend(module, query, source):
+    return module(query, source, source)[0].contiguous()  # dropout draws in the order of memory
+
+
+class PlainTAC(nn.Module):
+    def __init__(self, L, width, heads, hidden):
+        super().__init__()
+        self.LFE, self.LFE_prior_bias = plain_extractor(L), nn.Parameter(torch.zeros(()))
+        self.cur_self_attention = plain_attention(width, heads)
+        self.prior_self_attention = plain_attention(width, heads)
+        self.cros_attention = plain_attention(width, heads)
+        self.dropout = nn.Dropout(0.1)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.norm3, self.norm4 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.mlp_attn = nn.Sequential(
+            nn.Linear(width, width), nn.GELU(), nn.Dropout(0.1), nn.Linear(width, width), nn.Dropout(0.1)
+        )
+        widths = [nn.Linear(width, hidden), *(nn.Linear(hidden, hidden) for _ in range(3))]
+        self.mlp_final = nn.Sequential(*[module for linear in widths for module in (linear, nn.GELU())][:-1])
+
+    def forward(self, features):  # [B, 2, L, N, C]
+        c, p = (self.LFE(features[:, image])[:, 0] for image in (0, 1))  # [B, N, C]
+        cosines = torch.stack([F.cosine_similarity(x.flatten(), y.flatten(), dim=0) for x, y in zip(c, p, strict=True)])
+        p = p + ((cosines + 1) / 2)[:, None, None] ** 8 * self.LFE_prior_bias
+        c1 = self.norm1(c + self.dropout(attend(self.cur_self_attention, c, c)))
+        p1 = self.norm2(p + self.dropout(attend(self.prior_self_attention, p, p)))
+        x = self.norm3(c1 + self.dropout(attend(self.cros_attention, c1, p1)))
+        return self.mlp_final(self.norm4(c + self.mlp_attn(x)))
+
+
+def randomised(ours, theirs):
+    """Both in float64 with the same random parameters, none of them at a special value; names must agree."""
+    torch.manual_seed(0)
+    for parameter in ours.parameters():
+        nn.init.normal_(parameter, 0.1, 0.5)
+    theirs.load_state_dict(ours.state_dict())
+    return ours.double().eval(), theirs.double().eval()
+
+
+def features_of(*shape):
+    """Layers of different means, so that their gates differ; images that are alike, but not the same."""
+    generator = torch.Generator().manual_seed(1)
+    draw = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)
+    return draw(shape[0], 1, *shape[2:]) + 0.7 * draw(*shape) + draw(*shape[:3], 1, 1)
+
+
+def assert_same(ours, theirs, run_ours, run_theirs, *inputs):
+    """Equal outputs; equal gradients of every parameter and input."""
+    results = []
+    for module, run in ((ours, run_ours), (theirs, run_theirs)):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        out = run(*leaves)
+        weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=out.dtype)
+        named = dict(module.named_parameters())
+        grads = torch.autograd.grad((out * weights).sum(), [*named.values(), *leaves])
+        results.append({"out": out.detach()} | dict(zip([*named, *map(str, range(len(leaves)))], grads, strict=True)))
+    assert results[0].keys() == results[1].keys()
+    for name, value in results[0].items():
+        assert relative(value, results[1][name]) < 1e-5, name
+
+
+@pytest.mark.parametrize(("family", "case"), cases(), ids=lambda value: getattr(value, "name", value))
+def test_golden_image_embeddings(family, case):
+    expected = load_file(case / "expected.safetensors")
+    out = load(family).connector(expected["features"][None])[0]
+    assert relative(out, expected["image_embeddings"]) < 1e-4
+
+
+@pytest.mark.parametrize("L", [12, 5, 2, 1])
+def test_the_extractor_as_one_weighted_sum_is_the_extractor_as_written(L):
+    tac, plain = TAC(L, 12, 3, 8), plain_extractor(L)
+    randomised(tac.LFE, plain)
+    run = lambda x: plain(x.flatten(0, 1)).unflatten(0, x.shape[:2])[:, :, 0]
+    assert_same(tac.LFE, plain, tac.extract, run, features_of(2, 2, L, 7, 12))
+
+
+@pytest.mark.parametrize(("width", "heads"), [(24, 2), (36, 3), (20, 1)])
+def test_attention_with_an_extra_key_is_that_of_torch(width, heads):
+    ours, theirs = randomised(BiasedAttention(width, heads), plain_attention(width, heads))
+    query, source = features_of(1, 2, 3, 9, width)[0]  # [3, 9, width] each
+    assert_same(ours, theirs, ours, lambda q, s: attend(theirs, q, s), query[:, :7], source)
+
+
+def test_fresh_attention_starts_where_that_of_torch_does():
+    torch.manual_seed(3)
+    ours = BiasedAttention(24, 2).state_dict()
+    torch.manual_seed(3)
+    for name, value in plain_attention(24, 2).state_dict().items():
+        assert torch.equal(ours[name], value), name
+
+
+@pytest.mark.parametrize("sizes", [(12, 24, 2, 10), (5, 36, 3, 8), (2, 20, 1, 6)], ids=str)
+def test_the_connector_is_its_equations(sizes):
+    ours, theirs = randomised(TAC(*sizes), PlainTAC(*sizes))
+    assert_same(ours, theirs, ours, theirs, features_of(2, 2, sizes[0], 7, sizes[1]))
+
+
+def test_dropout_acts_in_training_alone_and_where_the_equations_have_it():
+    """The same seed drops the same elements, as both draw in the order current, prior, cross, mlp."""
+    ours, theirs = randomised(TAC(5, 24, 2, 10), PlainTAC(5, 24, 2, 10))
+    features = features_of(2, 2, 5, 7, 24)
+    still = ours(features).detach()
+    outs = []
+    for module in (ours.train(), theirs.train()):
+        torch.manual_seed(4)
+        outs.append(module(features).detach())
+    assert relative(outs[0], outs[1]) < 1e-5 < 1e-2 < relative(outs[0], still)
+    assert torch.equal(ours.eval()(features), still)
+
+
+def test_a_study_does_not_depend_on_its_batch():
+    tac, _ = randomised(TAC(5, 24, 2, 10), PlainTAC(5, 24, 2, 10))
+    features = features_of(3, 2, 5, 7, 24)
+    alone = torch.cat([tac(study[None]) for study in features])
+    assert relative(tac(features).detach(), alone.detach()) < 1e-10
+
+
+def test_heads_that_do_not_divide_the_width_are_refused():
+    with pytest.raises(ValueError, match=r"5 heads.* width 24"):
+        TAC(12, 24, 5, 10)
+
+
+def test_parameters_bear_the_published_names():
+    published = read("libra-7b", "model", "model.safetensors.index.json")["weight_map"]
+    names = {name.removeprefix("model.mm_projector.") for name in published if ".mm_projector." in name}
+    assert set(TAC(12, 48, 4, 64).state_dict()) == names
