@@ -10,6 +10,7 @@ import difflib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from struct import error as StructError
 from struct import unpack
 
 import tokenizers
@@ -186,7 +187,7 @@ def _parse_sentencepiece(file: Path):
                 trainer = dict(_protobuf(value))
             elif number == 3:
                 normalizer = dict(_protobuf(value))
-    except (IndexError, KeyError, ValueError) as error:
+    except (IndexError, KeyError, ValueError, TypeError, AttributeError, StructError) as error:  # fields of wrong kinds
         raise ValueError(f"{file} is truncated or not a SentencePiece model ({error!r}): fetch it again") from None
     unsupported = {
         "a model type other than BPE": trainer.get(3, 1) != 2,
