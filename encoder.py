@@ -195,7 +195,12 @@ def pixel_config(config: dict, source, pad: str) -> PixelConfig:
 
 
 def preprocess(image: Image.Image, config: PixelConfig) -> torch.Tensor:
-    """A PIL image in mode RGB -> pixels [3, S, S]: pad to a square, bicubic resize, centre crop, normalise."""
+    """A PIL image in mode RGB -> pixels [3, S, S]."""
+    return normalise(frame(image, config), config)
+
+
+def frame(image: Image.Image, config: PixelConfig) -> np.ndarray:
+    """A PIL image in mode RGB -> uint8 [S, S, 3], what the encoder will see: pad to a square, bicubic resize, crop."""
     if config.pad != "none" and image.width != image.height:
         colour = tuple(int(255 * mean) for mean in config.mean) if config.pad == "mean" else (0, 0, 0)
         side = max(image.size)
@@ -207,7 +212,11 @@ def preprocess(image: Image.Image, config: PixelConfig) -> torch.Tensor:
     size = (config.size, long) if image.width <= image.height else (long, config.size)
     image = image.resize(size, Image.Resampling.BICUBIC)
     left, top = ((side - config.crop) // 2 for side in size)
-    image = image.crop((left, top, left + config.crop, top + config.crop))
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # [3, S, S]
+    return np.array(image.crop((left, top, left + config.crop, top + config.crop)))
+
+
+def normalise(frame: np.ndarray, config: PixelConfig) -> torch.Tensor:
+    """uint8 [S, S, 3] -> pixels [3, S, S], float32."""
+    pixels = torch.from_numpy(frame).permute(2, 0, 1)  # [3, S, S]
     pixels = (pixels.double() * config.scale).float()  # published: rescaled in float64, normalised in float32
     return (pixels - torch.tensor(config.mean)[:, None, None]) / torch.tensor(config.std)[:, None, None]

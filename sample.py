@@ -6,34 +6,11 @@ A study's prompt and images are computed once (`prefill`); every beam and sample
 """
 
 import argparse
-import difflib
 import sys
 
+from cli import Parser, fail, guard, progress
+
 DEFAULT_MODEL = "X-iZhang/libra-v1.0-7b"
-
-
-class Parser(argparse.ArgumentParser):
-    """A mistake is one line on stderr and exit status 2; an unknown flag names the nearest known one."""
-
-    def __init__(self, **settings):
-        super().__init__(allow_abbrev=False, **settings)
-
-    def error(self, message):
-        sys.exit(fail(self.prog, message))
-
-    def parse_args(self, arguments=None):
-        known, unknown = self.parse_known_args(arguments)
-        if unknown:
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
-            self.error(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
-        return known
-
-
-def fail(program: str, message) -> int:
-    """Print a mistake as one line; the exit status that goes with it."""
-    print(f"{program}: {' '.join(str(message).split())}", file=sys.stderr)
-    return 2
 
 
 def parse(arguments=None):
@@ -449,22 +426,6 @@ class Chat:
 # ------------------------------------------------------------------------------------------ command line
 
 
-def progress(label: str):
-    """A callback (done bytes, all bytes) that shows a share, a rate and the time left on stderr."""
-    begin = last = time.monotonic()
-
-    def show(done: int, total: int):
-        nonlocal last
-        now = time.monotonic()
-        if sys.stderr.isatty() and (now - last > 0.2 or done == total):
-            last, rate = now, done / max(now - begin, 1e-9)
-            line = f"{label}: {done / total:4.0%} of {total / 2**30:.1f} GiB, {rate / 2**30:.2f} GiB/s"
-            line += f", {(total - done) / rate:.0f} s left" if done < total else ""
-            print(f"\r{line:<78}", end="\n" if done == total else "", file=sys.stderr, flush=True)
-
-    return show
-
-
 def run(arguments):
     warnings.showwarning = lambda message, *_, **__: print(f"sample.py: warning: {message}", file=sys.stderr)
     names = ("max_new_tokens", "temperature", "top_p", "top_k", "num_beams", "length_penalty", "no_repeat_ngram",
@@ -481,7 +442,7 @@ def run(arguments):
         encoder=arguments.encoder,
         device=arguments.device,
         dtype=arguments.dtype,
-        progress=progress(f"loading {arguments.model}"),
+        progress=progress(f"loading {arguments.model}", "GiB", 2**30),
     )
     loaded = time.monotonic()
     if arguments.chat:
@@ -525,17 +486,7 @@ def converse(chat: Chat, question: str | None, settings: dict):
 
 
 def main(arguments) -> int:
-    try:
-        run(arguments)
-    except BrokenPipeError:  # the reader of our output has left
-        sys.stderr.close()
-        return 0
-    except (ValueError, OSError, MemoryError) as error:
-        return fail("sample.py", error)
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
-    return 0
+    return guard("sample.py", run, arguments)
 
 
 if __name__ == "__main__":

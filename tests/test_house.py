@@ -11,6 +11,7 @@ from conftest import GOLDEN, ROOT
 import sample
 
 FLOORS = [
+    {"cli"},
     {"attention", "checkpoint", "tokenizer", "phantom"},
     {"encoder", "tac"},
     {"model", "data"},

@@ -1,0 +1,104 @@
+"""How every command line here behaves: a mistake is one line, long work shows progress, a file is whole or absent.
+
+Nothing heavy is imported, so that `--help` and mistakes answer at once.
+"""
+
+import argparse
+import difflib
+import os
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class Parser(argparse.ArgumentParser):
+    """A mistake is one line on stderr and exit status 2; an unknown flag names the nearest known one."""
+
+    def __init__(self, **settings):
+        super().__init__(allow_abbrev=False, **settings)
+
+    def error(self, message):
+        sys.exit(fail(self.prog, message))
+
+    def parse_args(self, arguments=None):
+        known, unknown = self.parse_known_args(arguments)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0].split("=")[0], self._flags(), 1)
+            self.error(f"unknown argument {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+        return known
+
+    def _flags(self):
+        for action in self._actions:
+            yield from action.option_strings
+            if isinstance(action, argparse._SubParsersAction):
+                for parser in action.choices.values():
+                    yield from parser._flags()
+
+
+def fail(program: str, message) -> int:
+    """Print a mistake as one line; the exit status that goes with it."""
+    print(f"{program}: {' '.join(str(message).split())}", file=sys.stderr)
+    return 2
+
+
+def guard(program: str, run, arguments) -> int:
+    """run(arguments), a user's mistakes as one line; the exit status."""
+    try:
+        run(arguments)
+    except BrokenPipeError:  # the reader of our output has left
+        sys.stderr.close()
+        return 0
+    except (ValueError, OSError, MemoryError) as error:
+        return fail(program, error)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    return 0
+
+
+def progress(label: str, unit: str = "", scale: int = 1):
+    """A callback (done, total) that shows a share, a rate and the time left on stderr.
+
+    Counts are shown in `unit`s of `scale` each. On a terminal one line is rewritten; elsewhere a line comes every 30 s.
+    """
+    terminal = sys.stderr.isatty()
+    begin = last = time.monotonic()
+    digits = 0 if scale == 1 else 1
+
+    def show(done: int, total: int):
+        nonlocal last
+        now = time.monotonic()
+        finished = done == total
+        if now - last < (0.2 if terminal else 30) and not (finished and terminal):
+            return
+        last, rate = now, done / max(now - begin, 1e-9)
+        line = f"{label}: {done / max(total, 1):4.0%} of {total / scale:.{digits}f} {unit}".rstrip()
+        line += f", {rate / scale:.{digits + 1}f}/s"
+        line += f", {_duration((total - done) / rate)} left" if rate and not finished else ""
+        end = "\n" if finished or not terminal else ""
+        print(f"\r{line:<78}" if terminal else line, end=end, file=sys.stderr, flush=True)
+
+    return show
+
+
+def _duration(seconds: float) -> str:
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min" if seconds > 90 else f"{seconds:.0f} s"
+
+
+@contextmanager
+def atomic(path, mode: str = "w"):
+    """A file to write that takes the place of `path` when it is whole and on the disk, and leaves nothing otherwise."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")  # one name, so that a killed process leaves one file at most
+    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
+    try:
+        with open(partial, mode, **text) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
