@@ -167,7 +167,8 @@ def _open_pickle(file: Path) -> dict[str, torch.Tensor]:
     except pickle.UnpicklingError:
         raise ValueError(f"{file} holds more than tensors and could run code on loading: refused") from None
     except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{file} is truncated or damaged ({str(error).splitlines()[0]}): fetch it again") from None
+        reason = (str(error) or "it ends early").splitlines()[0]
+        raise ValueError(f"{file} is truncated or damaged ({reason}): fetch it again") from None
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         raise ValueError(f"{file} is not a dictionary of named tensors: give a file of weights")
     return tensors

@@ -1,0 +1,330 @@
+import http.server
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections import OrderedDict
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+import torch
+from conftest import GOLDEN, ROOT
+from safetensors.torch import save_file
+from torch import nn
+
+import checkpoint
+from checkpoint import Source
+
+CPU = torch.device("cpu")
+SEED = torch.Generator().manual_seed(0)
+TENSORS = {
+    "f16": torch.randn(3, 5, generator=SEED).half(),
+    "bf16": torch.randn(3, 5, generator=SEED).bfloat16(),
+    "single": torch.randn(2, 3, 4, generator=SEED),
+    "f64": torch.randn(7, generator=SEED).double(),
+    "scalar": torch.tensor(0.1),
+    "empty": torch.empty(0, 4),
+    "counts": torch.arange(9),
+    "special": torch.tensor([float("nan"), float("inf"), -0.0, 1e-45]),
+}
+HALVES = [dict(list(TENSORS.items())[:4]), dict(list(TENSORS.items())[4:])]
+
+
+def write_index(folder, name, shards):
+    """The index file of shards {file name: tensors}."""
+    places = {tensor: file for file, tensors in shards.items() for tensor in tensors}
+    (folder / f"{name}.index.json").write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": places}))
+
+
+def one_safetensors(folder):
+    save_file(TENSORS, folder / "model.safetensors")
+
+
+def shards_of_safetensors(folder):
+    shards = {f"model-0000{number}-of-00002.safetensors": half for number, half in enumerate(HALVES, 1)}
+    for file, tensors in shards.items():
+        save_file(tensors, folder / file)
+    write_index(folder, "model.safetensors", shards)
+
+
+def one_bin(folder):
+    torch.save(OrderedDict(TENSORS), folder / "pytorch_model.bin")
+
+
+def shards_of_bin(folder):
+    shards = {f"pytorch_model-0000{number}-of-00002.bin": half for number, half in enumerate(HALVES, 1)}
+    for file, tensors in shards.items():
+        torch.save(tensors, folder / file)
+    write_index(folder, "pytorch_model.bin", shards)
+
+
+LAYOUTS = [one_safetensors, shards_of_safetensors, one_bin, shards_of_bin]
+
+
+def same_bits(a, b):
+    view = lambda tensor: tensor.contiguous().view(torch.uint8) if tensor.dim() else tensor[None].view(torch.uint8)
+    return (a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(view(a), view(b))
+
+
+@contextmanager
+def refusal(kinds, *words):
+    """The block raises one line that holds the words."""
+    with pytest.raises(kinds) as caught:
+        yield
+    assert "\n" not in str(caught.value)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+# ------------------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("write", LAYOUTS)
+def test_every_layout_gives_names_shapes_types_and_values(tmp_path, write):
+    write(tmp_path)
+    stored = checkpoint.stored_tensors(checkpoint.locate(tmp_path))
+    assert {name: (s.shape, s.dtype) for name, s in stored.items()} == {
+        name: (tuple(tensor.shape), tensor.dtype) for name, tensor in TENSORS.items()
+    }
+    for name, tensor in TENSORS.items():
+        assert same_bits(checkpoint.read(stored[name]), tensor), name
+
+
+@pytest.mark.parametrize("write", LAYOUTS)
+def test_a_module_is_filled_in_the_type_that_is_asked_for(tmp_path, write):
+    write(tmp_path)
+    names = ["f16", "bf16", "single", "f64", "scalar", "empty", "special"]
+    module = nn.ParameterDict({name: nn.Parameter(torch.empty_like(TENSORS[name], device="meta")) for name in names})
+    stored = {name: s for name, s in checkpoint.stored_tensors(Source(tmp_path)).items() if name in names}
+    checkpoint.match(module, stored, tmp_path)
+    progress = []
+    checkpoint.load(module, stored, CPU, torch.float32, lambda *state: progress.append(state))
+    for name in names:
+        assert same_bits(module[name].detach(), TENSORS[name].float()), name
+    assert progress == sorted(progress) and len(progress) == len(names)
+    assert progress[-1] == (4 * 66, 4 * 66)  # 15 + 15 + 24 + 7 + 1 + 0 + 4 numbers in float32
+
+
+@pytest.mark.parametrize("write", LAYOUTS)
+def test_other_weights_beside_the_checkpoint_are_not_read(tmp_path, write):
+    write(tmp_path)
+    for name in ("aaa.safetensors", "model-00001-of-00009.safetensors", "dino_head.safetensors"):
+        save_file({"single": torch.zeros(1), "other": torch.zeros(1)}, tmp_path / name)
+    torch.save({"other": torch.zeros(1)}, tmp_path / "training_args.bin")
+    stored = checkpoint.stored_tensors(Source(tmp_path))
+    assert set(stored) == set(TENSORS)
+    assert same_bits(checkpoint.read(stored["single"]), TENSORS["single"])
+
+
+def test_safetensors_go_before_bin_and_an_index_before_a_single_file(tmp_path):
+    shards_of_safetensors(tmp_path)
+    save_file({"other": torch.zeros(1)}, tmp_path / "model.safetensors")
+    torch.save({"other": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
+    assert set(checkpoint.stored_tensors(Source(tmp_path))) == set(TENSORS)
+
+
+# --------------------------------------------------------------------------------------------- refusals
+
+
+def refused(folder, *words):
+    """Reading the names of a folder's tensors is refused with one line that holds the words."""
+    with refusal((ValueError, OSError), *words):
+        checkpoint.stored_tensors(checkpoint.locate(folder))
+
+
+def test_no_weights_and_missing_shards_are_named(tmp_path):
+    refused(tmp_path, "holds no weights", "fetch it again")
+    shards_of_safetensors(tmp_path)
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    refused(tmp_path, "model-00002-of-00002.safetensors", "one of 1 missing", "fetch it again")
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/outside.safetensors", "a/b.safetensors"])
+def test_an_index_that_leaves_its_folder_is_refused(tmp_path, name):
+    write_index(tmp_path, "model.safetensors", {name: {"weight": None}})
+    refused(tmp_path, name, "refused")
+
+
+@pytest.mark.parametrize("write", [one_safetensors, one_bin])
+@pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.99])
+def test_a_truncated_file_is_refused(tmp_path, write, share):
+    write(tmp_path)
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
+    refused(tmp_path, str(file), "fetch it again")
+
+
+class Malice:
+    def __reduce__(self):
+        return os.system, ("touch malice",)
+
+
+def test_a_bin_that_would_run_code_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"weight": torch.ones(1), "more": Malice()}, tmp_path / "pytorch_model.bin")
+    refused(tmp_path, "pytorch_model.bin", "could run code")
+    assert not (tmp_path / "malice").exists()
+
+
+@pytest.mark.parametrize("content", [[torch.ones(1)], {"epoch": 3}, torch.ones(2)])
+def test_a_bin_without_named_tensors_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "pytorch_model.bin")
+    refused(tmp_path, "pytorch_model.bin", "named tensors")
+
+
+def test_what_does_not_fit_is_counted_and_named_before_data_is_read(tmp_path):
+    extra = {f"extra.{n}": torch.ones(1) for n in range(7)}
+    save_file(extra | {"weight": torch.ones(3, 2)}, tmp_path / "model.safetensors")
+    stored = checkpoint.stored_tensors(Source(tmp_path))
+    words = ("1 missing, 7 unexpected, 1 wrongly shaped", "bias", "extra.4, …", "weight [3, 2] instead of [2, 3]")
+    with refusal(ValueError, *words):
+        checkpoint.match(nn.Linear(3, 2, device="meta"), stored, tmp_path)
+
+
+def test_a_model_that_cannot_fit_is_refused_with_both_figures():
+    class Vast(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.empty(2**24, 2**20, device="meta"))
+
+    with refusal(MemoryError, "65536.0 GiB in float32", "free on cpu", "--dtype bfloat16"):
+        checkpoint.load(Vast(), {}, CPU, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("place", "words"), [("no/where/at-all", "check the path"), ("nowhere", "check the path"), (__file__, "is a file")]
+)
+def test_a_place_that_is_none_is_refused(place, words):
+    with refusal(OSError, place, words):
+        checkpoint.locate(place)
+
+
+def test_config_json_must_be_a_json_object(tmp_path):
+    file = tmp_path / "config.json"
+    for content, words in ((b"{", "is not JSON"), (b"[]", "holds a list"), (b"\xff", "is not JSON")):
+        file.write_bytes(content)
+        with refusal(ValueError, str(file), words, "fetch it again"):
+            checkpoint.read_json(file)
+    file.unlink()
+    with refusal(OSError, str(file), "is missing"):
+        checkpoint.read_json(file)
+
+
+# ----------------------------------------------------------------------------------------------- memory
+
+LOAD = """
+import re, sys, torch
+from pathlib import Path
+from torch import nn
+import checkpoint
+status = lambda field: int(re.search(field + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) // 1024
+before = status("VmRSS")
+with torch.device("meta"):
+    module = nn.ParameterList(nn.Parameter(torch.empty(2048, 2048)) for _ in range(16))
+source = checkpoint.Source(Path(sys.argv[1]))
+checkpoint.load(module, checkpoint.stored_tensors(source), torch.device("cpu"), torch.float32)
+print(status("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of resident memory is Linux's to tell")
+@pytest.mark.parametrize("shards", [1, 3])
+def test_loading_holds_one_tensor_beside_the_model(tmp_path, shards):
+    tensors = {str(n): torch.randn(2048, 2048) for n in range(16)}  # 16 MiB each
+    files = {f"model-{n}.safetensors": dict(list(tensors.items())[n::shards]) for n in range(shards)}
+    for file, held in files.items():
+        save_file(held, tmp_path / file)
+    write_index(tmp_path, "model.safetensors", files)
+    run = subprocess.run([sys.executable, "-c", LOAD, tmp_path], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert 256 <= int(run.stdout) < 256 + 64  # MiB
+
+
+# -------------------------------------------------------------------------------------------------- hub
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """What a download asks of the hub: a repository's commit, the files in it, and each file."""
+
+    def do_HEAD(self):
+        path = urlsplit(self.path).path
+        found = re.fullmatch(r"(?:/api/models)?/(\w+/\w+)/(revision|tree|resolve)/\w+/?(.*)", path)
+        folder = self.server.repositories.get(found[1]) if found else None
+        headers, body = {}, b"{}"
+        if not folder:
+            headers = {"X-Error-Code": "RepoNotFound"}
+        elif found[2] == "revision":
+            body = json.dumps({"id": found[1], "sha": "0" * 40}).encode()
+        elif found[2] == "tree":
+            entry = lambda f: {"type": "file", "path": f.name, "size": f.stat().st_size, "oid": f.name}
+            body = json.dumps([entry(file) for file in folder.iterdir()]).encode()
+        else:
+            self.server.asked.append(found[3])
+            body = (folder / found[3]).read_bytes()
+            headers = {"ETag": f'"{found[3]}"', "X-Repo-Commit": "0" * 40}
+        self.send_response(200 if folder else 404)
+        for header in (headers | {"Content-Type": "application/json", "Content-Length": str(len(body))}).items():
+            self.send_header(*header)
+        self.end_headers()
+        return body
+
+    def do_GET(self):
+        self.wfile.write(self.do_HEAD())
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """(run sample.py against a small hub that holds libra-7b and its encoder, the names of files asked for)."""
+    model, encoder = tmp_path / "model", tmp_path / "encoder"
+    for folder, place in ((model, "libra-7b/model"), (encoder, "libra-7b/encoder-dinov2")):
+        folder.mkdir()
+        for file in (GOLDEN / place).iterdir():
+            (folder / file.name).write_bytes(file.read_bytes())
+        (folder / "README.md").write_text("not needed")
+        (folder / "dino_head.safetensors").write_bytes(bytes(99))
+    config = json.loads((model / "config.json").read_text()) | {"mm_vision_tower": "owner/encoder"}
+    (model / "config.json").write_text(json.dumps(config))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.repositories, server.asked = {"owner/model": model, "owner/encoder": encoder}, []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    environment = os.environ | {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "cache"),
+        "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+
+    def run(model, **changes):
+        image = str(GOLDEN / "images" / "0.png")
+        command = [sys.executable, "sample.py", "--model", model, "--images", image, "--max-new-tokens=2", "--json"]
+        return subprocess.run(command, cwd=ROOT, env=environment | changes, capture_output=True, text=True)
+
+    yield run, server.asked
+    server.shutdown()
+
+
+def test_a_hub_id_is_downloaded_once_with_only_the_files_needed(hub):
+    run, asked = hub
+    first = run("owner/model")
+    assert first.returncode == 0, first.stderr
+    assert json.loads(first.stdout)["outputs"]
+    assert "README.md" not in asked and "dino_head.safetensors" not in asked
+    asked.clear()
+    offline = run("owner/model", HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9")
+    assert json.loads(offline.stdout)["outputs"] == json.loads(first.stdout)["outputs"]
+    assert not asked
+
+
+def test_a_hub_that_lacks_the_repository_or_cannot_be_reached_is_one_line(hub):
+    run, _ = hub
+    for model, changes, words in (
+        ("owner/nothing", {}, "no such repository"),
+        ("owner/model", {"HF_HUB_OFFLINE": "1"}, "could not be downloaded"),
+        ("owner/model", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "could not be downloaded"),
+    ):
+        failed = run(model, **changes)
+        assert failed.returncode == 2 and not failed.stdout
+        assert words in failed.stderr and failed.stderr.count("\n") == 1, failed.stderr
