@@ -8,12 +8,17 @@ tensors stream one at a time from memory-mapped files into a model that was buil
 A user's mistake raises ValueError, OSError or MemoryError with one line: what, where, what to do.
 """
 
+import io
+import itertools
 import json
 import os
 import pickle
 import re
+import shutil
 import zipfile
 from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,18 +26,20 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 CONFIG_FILES = ("*.json", "tokenizer.model")  # small; the index files of the weights are among them
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in this order; FILE.index.json lists its shards
 
 
 class Stored(NamedTuple):
-    """A tensor on disk: nothing of it is in memory."""
+    """A tensor on disk, or some of its rows: nothing of it is in memory."""
 
     file: Path
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    rows: slice | None = None
 
 
 # ---------------------------------------------------------------------------------------------- where
@@ -108,6 +115,12 @@ def stored_tensors(source: Source) -> dict[str, Stored]:
     return {name: stored for file in weight_files(source) for name, stored in index(file).items()}
 
 
+def find_file(source: Source, names: Iterable[str]) -> Path | None:
+    """The first of some files that a checkpoint has, downloaded if need be."""
+    source.fetch(names)
+    return next((source.folder / name for name in names if (source.folder / name).exists()), None)
+
+
 def read_json(path: Path) -> dict:
     """A JSON object from a file; ValueError where it holds something else."""
     try:
@@ -142,10 +155,11 @@ def read(stored: Stored) -> torch.Tensor:
     The file is opened anew for every tensor: pages that were read count as resident memory until they are
     unmapped, so a file held open would cost its whole size beside the model's (measured in test_checkpoint).
     """
-    if stored.file.suffix == ".safetensors":
-        with _open_safetensors(stored.file) as tensors:
-            return tensors.get_tensor(stored.name)
-    return _open_pickle(stored.file)[stored.name]
+    if stored.file.suffix != ".safetensors":
+        tensor = _open_pickle(stored.file)[stored.name]
+        return tensor if stored.rows is None else tensor[stored.rows]
+    with _open_safetensors(stored.file) as tensors:
+        return tensors.get_tensor(stored.name) if stored.rows is None else tensors.get_slice(stored.name)[stored.rows]
 
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -169,6 +183,8 @@ def _open_pickle(file: Path) -> dict[str, torch.Tensor]:
     except (RuntimeError, EOFError) as error:
         reason = (str(error) or "it ends early").splitlines()[0]
         raise ValueError(f"{file} is truncated or damaged ({reason}): fetch it again") from None
+    if isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):  # as open_clip's trainer saves them
+        tensors = tensors["state_dict"]
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         raise ValueError(f"{file} is not a dictionary of named tensors: give a file of weights")
     return tensors
@@ -177,19 +193,55 @@ def _open_pickle(file: Path) -> dict[str, torch.Tensor]:
 # ---------------------------------------------------------------------------------------------- load
 
 
-def match(module: torch.nn.Module, tensors: dict[str, Stored], source: Path):
-    """Check that `tensors` (parameter name -> where it lies) are a module's parameters, all of them and no more.
+@dataclass(frozen=True)
+class Names:
+    """How a family names its parameters on disk."""
 
-    ValueError with counts and the first five names of each kind otherwise; no data is read.
+    keys: tuple = ()  # (regular expression, replacement), in this order: names on disk -> ours
+    dropped: str = "(?!)"  # a regular expression: tensors on disk that take no part
+    fused: dict = field(default_factory=dict)  # a module on disk that stacks the rows of several of ours -> their names
+
+
+def translate(stored: dict[str, Stored], names: Names, module: torch.nn.Module) -> dict[str, Stored]:
+    """Tensors by their names on disk -> by the names of a module's parameters.
+
+    Of a fused tensor each part gets its rows, and only these are read: splitting costs no memory. One that has as many
+    rows as each part (a LoRA's first matrix) is every part's.
     """
-    expected = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    parameters, renamed = dict(module.named_parameters(remove_duplicate=False)), {}
+    for name, tensor in stored.items():
+        if re.search(names.dropped, name):
+            continue
+        for pattern, replacement in names.keys:
+            name = re.sub(pattern, replacement, name)
+        fused = next((fused for fused in names.fused if f".{fused}." in name), None)
+        parts = [name.replace(f".{fused}.", f".{part}.") for part in names.fused.get(fused, ())]
+        rows = [len(parameters[part]) for part in parts if part in parameters]
+        if not parts or len(rows) < len(parts):
+            renamed[name] = tensor
+        elif set(rows) == {tensor.shape[0]}:
+            renamed |= dict.fromkeys(parts, tensor)
+        else:
+            for part, count, last in zip(parts, rows, itertools.accumulate(rows), strict=True):
+                held = min(last, tensor.shape[0]) - (last - count)  # less than count where the shapes do not fit
+                renamed[part] = tensor._replace(shape=(held, *tensor.shape[1:]), rows=slice(last - count, last))
+    return renamed
+
+
+def match(parameters: dict[str, torch.Tensor], tensors: dict[str, Stored], complaint: str):
+    """Check that `tensors` (parameter name -> where it lies) fill the parameters, all of them and no more.
+
+    Leading dimensions of 1 do not count: families differ in them. ValueError otherwise, with the complaint, counts and
+    the first five names of each kind; no data is read.
+    """
+    expected = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     problems = {
         "missing": [name for name in expected if name not in tensors],
         "unexpected": [name for name in tensors if name not in expected],
         "wrongly shaped": [
             f"{name} {list(tensors[name].shape)} instead of {list(shape)}"
             for name, shape in expected.items()
-            if name in tensors and tensors[name].shape != shape
+            if name in tensors and _without_leading_ones(tensors[name].shape) != _without_leading_ones(shape)
         ],
     }
     if any(problems.values()):
@@ -198,35 +250,33 @@ def match(module: torch.nn.Module, tensors: dict[str, Stored], source: Path):
             f"{kind}: {', '.join(names[:5])}{', …' * (len(names) > 5)}" for kind, names in problems.items() if names
         )
         raise ValueError(
-            f"the weights in {source} do not fit their config.json: {counts} tensors ({examples}); "
-            "check that config and weights belong together, or fetch both again"
+            f"{complaint}: {counts} tensors ({examples}); check that they belong together, or fetch them again"
         )
 
 
+def _without_leading_ones(shape):
+    return tuple(shape[next((i for i, size in enumerate(shape) if size != 1), len(shape)) :])
+
+
 def load(
-    module: torch.nn.Module,
+    parameters: dict[str, torch.nn.Parameter],
     tensors: dict[str, Stored],
-    device: torch.device,
-    dtype: torch.dtype,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ):
-    """Fill a module that was built on the meta device with the tensors that `match` has found to fit.
+    """Fill parameters, in their type and on their device, with the tensors that `match` has found to fit.
 
-    progress(bytes done, bytes in all) is called after each tensor. MemoryError, before any data is read,
-    where the memory does not suffice.
+    progress(bytes done, bytes in all) is called after each tensor.
     """
-    total = sum(parameter.numel() for parameter in module.parameters()) * dtype.itemsize
-    _check_memory(total, device, dtype)
-    module.to(dtype).to_empty(device=device)
-    done = 0
+    total, done = sum(parameter.nbytes for parameter in parameters.values()), 0
     with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            parameter.copy_(read(tensors[name]))
-            done += parameter.numel() * dtype.itemsize
+        for name, parameter in parameters.items():
+            parameter.copy_(read(tensors[name]).view_as(parameter))
+            done += parameter.nbytes
             progress(done, total)
 
 
-def _check_memory(needed: int, device: torch.device, dtype: torch.dtype):
+def check_memory(needed: int, device: torch.device, dtype: torch.dtype):
+    """MemoryError where a device has not that many bytes free for weights, with both figures."""
     free = free_memory(device)
     if needed > free:
         smaller = "--dtype bfloat16, " if dtype.itemsize > 2 else ""
@@ -250,3 +300,81 @@ def free_memory(device: torch.device) -> int:
     except (OSError, ValueError):  # no cgroup, or no limit ("max")
         return free
     return min(free, limit - used + sum(map(int, cached)))  # cached files give way
+
+
+# ---------------------------------------------------------------------------------------------- save
+
+
+@contextmanager
+def atomic_folder(folder: Path):
+    """A new folder to fill, which takes the place of `folder` when it is whole and on the disk.
+
+    A reader sees the old folder or the new one; whatever fails leaves the old one as it was.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (folder.is_dir() and ((folder / "config.json").exists() or not any(folder.iterdir()))):
+        raise FileExistsError(f"{folder} holds something that is not a checkpoint: give another folder")
+    partial, old = (folder.with_name(f".{folder.name}.{word}") for word in ("partial", "old"))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+    partial.mkdir()
+    try:
+        yield partial
+        for file in [*partial.iterdir(), partial]:
+            descriptor = os.open(file, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def write_tensors(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], shard_size: int = 5 * 10**9):
+    """Write `model.safetensors`, or shards of at most `shard_size` bytes (or one tensor) and their index.
+
+    tensors: (published name, tensor), of which no more than a shard's are in memory here.
+    """
+    shards: list[dict[str, int]] = []  # of each shard: name -> bytes
+    held: dict[str, torch.Tensor] = {}
+
+    def close():
+        write_safetensors(folder / f"{len(shards)}.safetensors", held)
+        shards.append({name: tensor.nbytes for name, tensor in held.items()})
+        held.clear()
+
+    for name, tensor in tensors:
+        if held and sum(other.nbytes for other in held.values()) + tensor.nbytes > shard_size:
+            close()
+        held[name] = tensor
+    close()
+    if len(shards) == 1:
+        (folder / "0.safetensors").rename(folder / WEIGHT_FILES[0])
+        return
+    files = [f"model-{number:05}-of-{len(shards):05}.safetensors" for number in range(1, len(shards) + 1)]
+    for number, file in enumerate(files):
+        (folder / f"{number}.safetensors").rename(folder / file)
+    places = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+    size = sum(sum(names.values()) for names in shards)
+    write_json(folder / f"{WEIGHT_FILES[0]}.index.json", {"metadata": {"total_size": size}, "weight_map": places})
+
+
+def write_safetensors(file: Path, tensors: dict[str, torch.Tensor]):
+    try:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, file, metadata={"format": "pt"})  # `transformers` wants the format named
+    except SafetensorError as error:
+        raise OSError(f"{file.parent} could not be written ({error}): is the disk full?") from None
+
+
+def write_bin(file: Path, tensors: dict[str, torch.Tensor]):
+    data = io.BytesIO()
+    torch.save({name: tensor.detach().cpu() for name, tensor in tensors.items()}, data)
+    file.write_bytes(data.getvalue())  # so that a full disk is an OSError, which torch's own writing does not raise
+
+
+def write_json(path: Path, value: dict):
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,11 +1,11 @@
 """One vision transformer for every image encoder, and what turns an image into its pixels.
 
-A family is a row of switches and a map of parameter names; which one a folder holds is read from its
-`config.json`. The encoder returns the output of every block: neither the embeddings nor the final norm.
+A family is a row of FAMILIES: its switches, what its config.json may say, and a map of parameter names. Which one a
+folder holds is read from that file. The encoder returns the output of every block, or of one, without the final norm
+unless `final_norm` asks for it.
 """
 
-import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from PIL import Image
 from torch import nn
 
 from attention import attention
+from checkpoint import Names, Stored, translate
 
 
 @dataclass(frozen=True)
@@ -28,77 +29,152 @@ class EncoderConfig:
     num_attention_heads: int
     intermediate_size: int
     layer_norm_eps: float
+    hidden_act: str
     class_token: bool
     patch_bias: bool
     norm_before: bool
     layer_scale: bool
-    activation: str
-
-    @property
-    def num_patches(self):
-        return (self.image_size // self.patch_size) ** 2
+    final_norm: bool = False  # MAIRA-2's features are normed
 
 
 @dataclass(frozen=True)
 class Family:
     switches: dict
     defaults: dict  # what `transformers` takes where config.json is silent
-    supported: dict  # fields of config.json that change the result -> the one value we compute with
-    keys: tuple  # (regular expression, replacement): parameter names on disk -> ours
-    dropped: str  # a regular expression: tensors on disk that take no part
+    names: Names
+    supported: dict = field(default_factory=dict)  # fields that change the result -> the one value we compute with
 
+
+_CLIP = Family(
+    switches=dict(class_token=True, patch_bias=False, norm_before=True, layer_scale=False),
+    defaults=dict(
+        image_size=224, patch_size=32, hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
+        intermediate_size=3072, layer_norm_eps=1e-5, hidden_act="quick_gelu",
+    ),
+    names=Names(
+        keys=(
+            (r"^vision_model\.", ""),
+            (r"^embeddings\.patch_embedding\.", "patch_embed."),
+            (r"^embeddings\.class_embedding$", "class_token"),
+            (r"^embeddings\.position_embedding\.weight$", "position_embeddings"),
+            (r"^encoder\.layers\.", "layers."),
+            (r"\.layer_norm([12])\.", r".norm\1."),
+            (r"\.self_attn\.q_proj\.", ".query."),
+            (r"\.self_attn\.k_proj\.", ".key."),
+            (r"\.self_attn\.v_proj\.", ".value."),
+            (r"\.self_attn\.out_proj\.", ".out."),
+            (r"\.mlp\.", "."),
+            (r"^pre_layrnorm\.", "norm_before."),
+            (r"^post_layernorm\.", "final_norm."),
+        ),
+        dropped=r"^text_model\.|^(text|visual)_projection\.|^logit_|\.position_ids$|^(vision_model\.)?head\.",
+    ),
+    supported=dict(num_channels=3),
+)  # fmt: skip
 
 FAMILIES = {
     "dinov2": Family(
-        switches=dict(class_token=True, patch_bias=True, norm_before=False, layer_scale=True, activation="gelu"),
+        switches=dict(class_token=True, patch_bias=True, norm_before=False, layer_scale=True),
         defaults=dict(
             image_size=224, patch_size=14, hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
-            mlp_ratio=4, layer_norm_eps=1e-6,
+            mlp_ratio=4, layer_norm_eps=1e-6, hidden_act="gelu",
         ),
-        supported=dict(hidden_act="gelu", use_swiglu_ffn=False, qkv_bias=True, num_channels=3),
-        keys=(
-            (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed."),
-            (r"^embeddings\.cls_token$", "class_token"),
-            (r"^embeddings\.position_embeddings$", "position_embeddings"),
-            (r"^encoder\.layer\.", "layers."),
-            (r"\.attention\.attention\.(query|key|value)\.", r".\1."),
-            (r"\.attention\.output\.dense\.", ".out."),
-            (r"\.mlp\.", "."),
-            (r"\.layer_scale([12])\.lambda1$", r".scale\1"),
+        names=Names(
+            keys=(
+                (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed."),
+                (r"^embeddings\.cls_token$", "class_token"),
+                (r"^embeddings\.position_embeddings$", "position_embeddings"),
+                (r"^encoder\.layer\.", "layers."),
+                (r"\.attention\.attention\.(query|key|value)\.", r".\1."),
+                (r"\.attention\.output\.dense\.", ".out."),
+                (r"\.mlp\.", "."),
+                (r"\.layer_scale([12])\.lambda1$", r".scale\1"),
+                (r"^layernorm\.", "final_norm."),
+            ),
+            dropped=r"^embeddings\.mask_token$",
         ),
-        dropped=r"^embeddings\.mask_token$|^layernorm\.",
+        supported=dict(use_swiglu_ffn=False, qkv_bias=True, num_channels=3),
+    ),
+    "clip_vision_model": _CLIP,
+    "open_clip": Family(  # a timm ViT (BiomedCLIP); `_open_clip` finds its sizes
+        switches=dict(class_token=True, patch_bias=True, norm_before=False),
+        defaults=dict(layer_norm_eps=1e-6, hidden_act="gelu"),
+        names=Names(
+            keys=(
+                (r"^module\.visual\.trunk\.", ""),
+                (r"^cls_token$", "class_token"),
+                (r"^pos_embed$", "position_embeddings"),
+                (r"^patch_embed\.proj\.", "patch_embed."),
+                (r"^blocks\.", "layers."),
+                (r"\.attn\.proj\.", ".out."),
+                (r"\.attn\.qkv\.", ".qkv."),
+                (r"\.ls([12])\.gamma$", r".scale\1"),
+                (r"\.mlp\.", "."),
+                (r"^norm\.", "final_norm."),
+            ),
+            dropped=r"^module\.(text\.|visual\.head\.|logit_)",
+            fused={"qkv": ("query", "key", "value")},
+        ),
     ),
 }  # fmt: skip
 
-ACTIVATIONS = {"gelu": F.gelu}
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+}
 
 
-def encoder_config(config: dict, source) -> EncoderConfig:
-    """A parsed config.json -> EncoderConfig; ValueError that names the field where a value is not supported."""
+def encoder_config(config: dict, source, stored: dict[str, Stored], final_norm: bool = False) -> EncoderConfig:
+    """A parsed config.json and the tensors beside it -> EncoderConfig.
+
+    CLIP's and SigLIP's may describe a text tower too: their `vision_config` counts. open_clip's (`vision_cfg`) names
+    little more than the image's size: the other sizes are those of the tensors. ValueError that names an unsupported
+    field.
+    """
+    where = f"{source}/config.json"
+    if isinstance(config.get("vision_config"), dict):
+        config = {"model_type": f"{config.get('model_type')}_vision_model"} | config["vision_config"]
+    if isinstance(config.get("vision_cfg"), dict):
+        config = _open_clip(config["vision_cfg"], source, stored)
     model_type = config.get("model_type")
     if model_type not in FAMILIES:
-        raise ValueError(f"{source}/config.json: encoder model_type {model_type!r} is not one of {', '.join(FAMILIES)}")
+        raise ValueError(f"{where}: encoder model_type {model_type!r} is not one of {', '.join(FAMILIES)}")
     family = FAMILIES[model_type]
-    for name, value in family.supported.items():
-        if config.get(name, value) != value:
-            raise ValueError(f"{source}/config.json: {name} {config[name]!r} is not supported, only {value!r}")
     values = family.defaults | config
+    for name, value in family.supported.items():
+        if values.get(name, value) != value:
+            raise ValueError(f"{where}: {name} {values[name]!r} is not supported, only {value!r}")
+    if values["hidden_act"] not in ACTIVATIONS:
+        raise ValueError(f"{where}: hidden_act {values['hidden_act']!r} is not one of {', '.join(ACTIVATIONS)}")
     values.setdefault("intermediate_size", int(values["hidden_size"] * values.get("mlp_ratio", 4)))
-    values |= family.switches
+    values |= family.switches | dict(final_norm=final_norm)
     return EncoderConfig(**{field.name: values[field.name] for field in fields(EncoderConfig)})
 
 
-def encoder_names(config: EncoderConfig, names) -> dict[str, str]:
-    """Our parameter name -> the name on disk; tensors that take no part are left out."""
-    family = FAMILIES[config.model_type]
-    renamed = {}
-    for name in names:
-        if not re.search(family.dropped, name):
-            ours = name
-            for pattern, replacement in family.keys:
-                ours = re.sub(pattern, replacement, ours)
-            renamed[ours] = name
-    return renamed
+def _open_clip(config: dict, source, stored: dict[str, Stored]) -> dict:
+    """The sizes of a timm ViT as a config.json of ours would have them."""
+    name, size = config.get("timm_model_name"), config.get("image_size")
+    shape = lambda name: stored[f"module.visual.trunk.{name}"].shape
+    try:
+        if not name.startswith("vit_"):
+            raise ValueError
+        width, _, patch, _ = shape("patch_embed.proj.weight")
+        return dict(
+            model_type="open_clip", image_size=int(size), patch_size=patch, hidden_size=width,
+            num_attention_heads=width // 64,  # as in every ViT that open_clip trains
+            num_hidden_layers=sum(key.endswith(".attn.qkv.weight") for key in stored),
+            intermediate_size=shape("blocks.0.mlp.fc1.weight")[0],
+            layer_scale="module.visual.trunk.blocks.0.ls1.gamma" in stored,
+        )  # fmt: skip
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise ValueError(f"{source}: timm_model_name {name!r} with image_size {size!r} is not a ViT we know") from None
+
+
+def encoder_tensors(encoder: "Encoder", stored: dict[str, Stored]) -> dict[str, Stored]:
+    """Tensors by their names on disk -> by our parameters' names; those that take no part are left out."""
+    tensors = translate(stored, FAMILIES[encoder.config.model_type].names, encoder)
+    return {name: t for name, t in tensors.items() if encoder.config.final_norm or not name.startswith("final_norm.")}
 
 
 class Encoder(nn.Module):
@@ -110,20 +186,25 @@ class Encoder(nn.Module):
         C = config.hidden_size
         if config.class_token:
             self.class_token = nn.Parameter(torch.zeros(1, 1, C))
-        self.position_embeddings = nn.Parameter(torch.zeros(1, config.num_patches + config.class_token, C))
+        positions = (config.image_size // config.patch_size) ** 2 + config.class_token
+        self.position_embeddings = nn.Parameter(torch.zeros(1, positions, C))
         self.patch_embed = nn.Conv2d(3, C, config.patch_size, config.patch_size, bias=config.patch_bias)
         if config.norm_before:
             self.norm_before = nn.LayerNorm(C, config.layer_norm_eps)
         self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
+        if config.final_norm:
+            self.final_norm = nn.LayerNorm(C, config.layer_norm_eps)
 
     def forward(self, pixels, select_layer: str | int = "all", select_feature: str = "patch"):
         """select_layer "all": every block's output; a number: that one, with L + 1 counted from the embeddings
         as published (-2: the last but one). select_feature "patch" drops the class token, "cls_patch" keeps it.
         """
-        x = self.patch_embed(pixels).flatten(2).transpose(1, 2)  # [B, N, C]
+        x = self.patch_embed(pixels)  # [B, C, S / P, S / P]
+        positions = self._positions(x.shape[2:])
+        x = x.flatten(2).transpose(1, 2)  # [B, N, C]
         if self.config.class_token:
             x = torch.cat((self.class_token.expand(len(x), -1, -1), x), 1)
-        x = x + self.position_embeddings
+        x = x + positions
         if self.config.norm_before:
             x = self.norm_before(x)
         first = int(self.config.class_token and select_feature == "patch")
@@ -133,7 +214,18 @@ class Encoder(nn.Module):
             x = layer(x)
             if select_layer == "all":
                 outputs.append(x[:, first:])
-        return torch.stack(outputs or [x[:, first:]], 1)  # [B, L, N, C]
+        features = torch.stack(outputs or [x[:, first:]], 1)  # [B, L, N, C]
+        return self.final_norm(features) if self.config.final_norm else features
+
+    def _positions(self, grid):
+        """The position embeddings of a grid of patches; bicubic in between where it is not the trained one."""
+        trained = self.config.image_size // self.config.patch_size
+        if tuple(grid) == (trained, trained):
+            return self.position_embeddings
+        first = int(self.config.class_token)
+        image = self.position_embeddings[:, first:].unflatten(1, (trained, trained)).permute(0, 3, 1, 2).float()
+        image = F.interpolate(image, tuple(grid), mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
+        return torch.cat((self.position_embeddings[:, :first], image.to(self.position_embeddings.dtype)), 1)
 
 
 class EncoderLayer(nn.Module):
@@ -141,7 +233,7 @@ class EncoderLayer(nn.Module):
         super().__init__()
         C = config.hidden_size
         self.heads = config.num_attention_heads
-        self.activation = ACTIVATIONS[config.activation]
+        self.activation = ACTIVATIONS[config.hidden_act]
         self.norm1 = nn.LayerNorm(C, config.layer_norm_eps)
         self.query, self.key, self.value, self.out = (nn.Linear(C, C) for _ in range(4))
         self.norm2 = nn.LayerNorm(C, config.layer_norm_eps)
@@ -173,25 +265,41 @@ class PixelConfig:
     std: tuple[float, ...]
     scale: float  # 1 / 255
     pad: str  # "mean" or "black": pad to a square first; "none"
+    squash: bool = False  # both edges are resized to `size`
+    rounds: bool = False  # the crop's corner is rounded, half to even, not down
+
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 def pixel_config(config: dict, source, pad: str) -> PixelConfig:
-    """A parsed preprocessor_config.json -> PixelConfig; ValueError that names an unsupported field."""
-    supported = dict(do_resize=True, do_center_crop=True, do_rescale=True, do_normalize=True, resample=3)
+    """A parsed preprocessor_config.json -> PixelConfig; ValueError that names an unsupported field.
+
+    Sizes are numbers (CLIP's first files) or objects. Where both edges are given (SigLIP), there is no crop.
+    """
+    supported = dict(do_resize=True, do_rescale=True, do_normalize=True, resample=3)
     where = f"{source}/preprocessor_config.json"
     for name, value in supported.items():
         if config.get(name, value) != value:
             raise ValueError(f"{where}: {name} {config[name]!r} is not supported, only {value!r}")
     size, crop = config.get("size"), config.get("crop_size")
-    if not isinstance(size, dict) or "shortest_edge" not in size or not isinstance(crop, dict):
-        raise ValueError(f"{where}: size {size!r} with crop_size {crop!r} is not supported")
-    if crop.get("height") is None or crop.get("height") != crop.get("width") or size["shortest_edge"] < crop["height"]:
-        raise ValueError(f"{where}: crop_size {crop!r} is no square within size {size!r}")
+    edges = size if isinstance(size, dict) else {"shortest_edge": size}
+    squash = "height" in edges
+    square = edges if squash else crop if isinstance(crop, dict) else {"height": crop, "width": crop}
+    shortest, side = edges.get("height" if squash else "shortest_edge"), square.get("height")
+    sizes_fit = isinstance(shortest, int) and isinstance(side, int) and 0 < side <= shortest
+    if not sizes_fit or side != square.get("width") or squash == config.get("do_center_crop", not squash):
+        crops = f"crop_size {crop!r} and do_center_crop {config.get('do_center_crop')!r}"
+        raise ValueError(f"{where}: size {size!r} with {crops} is not supported")
     if lacking := [name for name in ("image_mean", "image_std") if name not in config]:
         raise ValueError(f"{where} lacks {' and '.join(lacking)}")
-    mean, std = config["image_mean"], config["image_std"]
-    scale = config.get("rescale_factor", 1 / 255)
-    return PixelConfig(size["shortest_edge"], crop["height"], tuple(mean), tuple(std), scale, pad)
+    mean, std = tuple(config["image_mean"]), tuple(config["image_std"])
+    return PixelConfig(shortest, side, mean, std, config.get("rescale_factor", 1 / 255), pad, squash)
+
+
+def open_clip_pixels(size: int, pad: str) -> PixelConfig:
+    """open_clip's own preprocessing, which no file describes."""
+    return PixelConfig(size, size, CLIP_MEAN, CLIP_STD, 1 / 255, pad, rounds=True)
 
 
 def preprocess(image: Image.Image, config: PixelConfig) -> torch.Tensor:
@@ -207,11 +315,12 @@ def frame(image: Image.Image, config: PixelConfig) -> np.ndarray:
         square = Image.new("RGB", (side, side), colour)
         square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
         image = square
-    short, long = sorted(image.size)
+    short, long = (1, 1) if config.squash else sorted(image.size)
     long = int(config.size * long / short)
     size = (config.size, long) if image.width <= image.height else (long, config.size)
     image = image.resize(size, Image.Resampling.BICUBIC)
-    left, top = ((side - config.crop) // 2 for side in size)
+    corner = (lambda margin: round(margin / 2)) if config.rounds else (lambda margin: margin // 2)
+    left, top = (corner(side - config.crop) for side in size)
     return np.array(image.crop((left, top, left + config.crop, top + config.crop)))
 
 

@@ -1,264 +1,48 @@
-"""The decoder (Llama family), its key-value cache, and Libra = encoder -> connector -> decoder.
+"""Libra = encoder -> connector -> decoder: read from published layouts, made from parts, computed, saved.
 
-A decoder family is a row of switches; which one a folder holds is read from its `config.json`. Modules bear the
-published parameter names. The cache is passed in, never stored in modules: a layer hands its queries, keys and
-values to `attend`, and what that does (training, prefill, a decoding step) is the caller's choice.
+What a folder holds (a whole checkpoint, a PEFT adapter, a connector) is read from its files, never from its name, and
+what is written here has the same layouts, so that others read it.
 """
 
-import math
+import os
+import re
+import shutil
+import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import checkpoint
-from attention import attention, shared_prefix_attention
-from encoder import Encoder, encoder_config, encoder_names, pixel_config, preprocess
-from tac import TAC
-from tokenizer import IMAGE, Tokenizer, template_of
-
-# -------------------------------------------------------------------------------------------- decoder
-
-
-@dataclass(frozen=True)
-class DecoderConfig:
-    """The fields of config.json that the decoder is made of, under their published names."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int
-    rms_norm_eps: float
-    rope_theta: float
-    rope_scaling: dict | None
-    tie_word_embeddings: bool
-
-
-@dataclass(frozen=True)
-class Family:
-    defaults: dict  # what `transformers` takes where config.json is silent
-    supported: dict  # fields of config.json that change the result -> the one value we compute with
-
-
-_LLAMA = Family(
-    defaults=dict(
-        vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-        max_position_embeddings=2048, rms_norm_eps=1e-6, rope_theta=10000.0, rope_scaling=None,
-        tie_word_embeddings=False,
-    ),
-    supported=dict(hidden_act="silu", attention_bias=False, mlp_bias=False, partial_rotary_factor=1.0),
-)  # fmt: skip
-
-FAMILIES = {"libra": _LLAMA}
-
-ROPE_FIELDS = {  # rope type -> the fields of rope_scaling that it needs
-    "default": (),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-}
-
-
-def decoder_config(config: dict, source) -> DecoderConfig:
-    """A parsed config.json -> DecoderConfig; ValueError that names the field where a value is not supported."""
-    model_type = config.get("model_type")
-    if model_type not in FAMILIES:
-        raise ValueError(f"{source}/config.json: model_type {model_type!r} is not one of {', '.join(FAMILIES)}")
-    family = FAMILIES[model_type]
-    for name, value in family.supported.items():
-        if config.get(name, value) != value:
-            raise ValueError(f"{source}/config.json: {name} {config[name]!r} is not supported, only {value!r}")
-    values = family.defaults | config
-    heads = values["num_attention_heads"]
-    for name, default in (("num_key_value_heads", heads), ("head_dim", values["hidden_size"] // heads)):
-        values[name] = values.get(name) or default  # both may be null
-    scaling = values["rope_scaling"] or {}
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind not in ROPE_FIELDS or (lacking := [name for name in ROPE_FIELDS[kind] if name not in scaling]):
-        reason = f"lacks {', '.join(lacking)}" if kind in ROPE_FIELDS else f"is none of {', '.join(ROPE_FIELDS)}"
-        raise ValueError(f"{source}/config.json: rope_scaling of type {kind!r} {reason}")
-    return DecoderConfig(**{field.name: values[field.name] for field in fields(DecoderConfig)})
-
-
-def rope_frequencies(config: DecoderConfig, device) -> torch.Tensor:
-    """Angle per position of each pair of channels, [D / 2], float32 (Su et al. 2021; llama3 scaling as published)."""
-    D = config.head_dim
-    frequencies = config.rope_theta ** -(torch.arange(0, D, 2, device=device).float() / D)
-    scaling = config.rope_scaling or {}
-    if scaling.get("rope_type", scaling.get("type", "default")) == "llama3":
-        turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # in the original context
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        keep = ((turns - low) / (high - low)).clamp(0, 1)  # fast channels stay, slow ones stretch by the factor
-        frequencies = keep * frequencies + (1 - keep) * frequencies / scaling["factor"]
-    return frequencies
-
-
-def rotate(x, cos, sin):
-    """Rotary embedding: x [B, H, T, D], cos and sin [B, 1, T, D]; channel i pairs with channel i + D / 2."""
-    left, right = x.chunk(2, -1)
-    return x * cos + torch.cat((-right, left), -1) * sin
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x):
-        h = x.float()
-        return self.weight * (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
-
-
-class SelfAttention(nn.Module):
-    def __init__(self, config: DecoderConfig):
-        super().__init__()
-        C, self.D = config.hidden_size, config.head_dim
-        self.q_proj = nn.Linear(C, config.num_attention_heads * self.D, bias=False)
-        self.k_proj = nn.Linear(C, config.num_key_value_heads * self.D, bias=False)
-        self.v_proj = nn.Linear(C, config.num_key_value_heads * self.D, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * self.D, C, bias=False)
-
-    def forward(self, x, cos, sin, attend):
-        q, k, v = (
-            project(x).unflatten(-1, (-1, self.D)).transpose(1, 2)  # [B, H, T, D]
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)  # [B, H, T, D]
-        return self.o_proj(out.transpose(1, 2).flatten(2))
-
-
-class MLP(nn.Module):
-    def __init__(self, config: DecoderConfig):
-        super().__init__()
-        C, hidden = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(C, hidden, bias=False)
-        self.up_proj = nn.Linear(C, hidden, bias=False)
-        self.down_proj = nn.Linear(hidden, C, bias=False)
-
-    def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class DecoderLayer(nn.Module):
-    def __init__(self, config: DecoderConfig):
-        super().__init__()
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = SelfAttention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
-
-    def forward(self, x, cos, sin, attend):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
-        return x + self.mlp(self.post_attention_layernorm(x))
-
-
-class Decoder(nn.Module):
-    def __init__(self, config: DecoderConfig):
-        super().__init__()
-        self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-
-    def forward(self, x, positions, attend=None):
-        """embeddings [B, T, C], positions [B, T] -> hidden [B, T, C], normed.
-
-        attend(layer, q, k, v) -> [B, H, T, D]; by default plain causal attention, without a cache.
-        """
-        attend = attend or (lambda layer, q, k, v: attention(q, k, v, causal=True))
-        angles = positions[:, None, :, None].float() * rope_frequencies(self.config, x.device)  # [B, 1, T, D / 2]
-        angles = torch.cat((angles, angles), -1)
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-        for index, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, lambda q, k, v, index=index: attend(index, q, k, v))
-        return self.norm(x)
-
-    def head(self, hidden, vocabulary: int):
-        """hidden [..., C] -> logits [..., V] of the first `vocabulary` ids."""
-        weight = self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
-        return F.linear(hidden, weight[:vocabulary])
-
-
-class Cache:
-    """Keys and values of B studies: of each, one prefix, stored once, and K short suffixes behind it.
-
-    prefix[layer] is (keys, values), each [B, H_kv, P, D], of which lengths[b] positions are filled.
-    suffix[layer] is [2, B, K, H_kv, S, D], of which `steps` positions are filled.
-    """
-
-    BLOCK = 64  # suffixes grow by this many positions: a copy of the suffixes every 64 steps, never of a prefix
-
-    def __init__(self, config: DecoderConfig, studies: int, positions: int, device, dtype):
-        self.config, self.lengths, self.steps = config, torch.zeros(studies, dtype=torch.long, device=device), 0
-        shape = (studies, config.num_key_value_heads, positions, config.head_dim)
-        # zeros: positions behind a shorter prompt take part with weight 0, and 0 * NaN would be NaN
-        empty = lambda: torch.zeros(shape, device=device, dtype=dtype)
-        self.prefix = [(empty(), empty()) for _ in range(config.num_hidden_layers)]
-
-    def reserve(self, positions: int):
-        """Make room for prefixes of this many positions (a chat grows; a report never comes here)."""
-        for layer, pair in enumerate(self.prefix):
-            if (more := positions - pair[0].shape[2]) > 0:
-                self.prefix[layer] = tuple(F.pad(x, (0, 0, 0, more)) for x in pair)
-
-    def prefill(self, study: int):
-        """An `attend` that stores one study's next T positions [1, H, T, D] behind its prefix, and attends to it all.
-
-        The caller adds T to lengths[study] when every layer has run.
-        """
-        start = int(self.lengths[study])
-
-        def attend(layer, q, k, v):
-            stop = start + q.shape[2]
-            keys, values = (x[study : study + 1, :, :stop] for x in self.prefix[layer])
-            keys[:, :, start:], values[:, :, start:] = k, v
-            return attention(q, keys, values, causal=True)
-
-        return attend
-
-    def start(self, continuations: int):
-        """Begin K continuations of every study."""
-        self.steps = 0
-        B, H, _, D = self.prefix[0][0].shape
-        self.suffix = [keys.new_empty(2, B, continuations, H, 0, D) for keys, _ in self.prefix]
-
-    def step(self):
-        """An `attend` for the next position of every continuation: q, k, v [B, H, K, D].
-
-        The caller adds 1 to steps when every layer has run.
-        """
-
-        def attend(layer, q, k, v):
-            if self.steps == self.suffix[layer].shape[4]:
-                self.suffix[layer] = F.pad(self.suffix[layer], (0, 0, 0, self.BLOCK))
-            new = torch.stack((k, v)).transpose(2, 3)  # [2, B, K, H_kv, D]
-            self.suffix[layer][..., self.steps, :] = new
-            suffix_k, suffix_v = self.suffix[layer][..., : self.steps + 1, :]
-            return shared_prefix_attention(q, *self.prefix[layer], self.lengths, suffix_k, suffix_v)
-
-        return attend
-
-    def reorder(self, parents):
-        """Continuation k of study b goes on from parents[b][k]: the suffixes move, the prefixes stay."""
-        K = len(parents[0])
-        if all(row == list(range(K)) for row in parents):
-            return
-        rows = torch.tensor([b * K + k for b, row in enumerate(parents) for k in row], device=self.lengths.device)
-        for suffix in self.suffix:
-            filled = suffix.flatten(1, 2)[..., : self.steps, :]  # [2, B * K, H_kv, steps, D], a view
-            filled.copy_(filled[:, rows])
-
-
-# -------------------------------------------------------------------------------------------- Libra
+import cli
+from checkpoint import Source
+from decoder import (
+    LORA_SUPPORTED,
+    Cache,
+    Decoder,
+    DecoderConfig,
+    LoRAConfig,
+    add_lora,
+    decoder_config,
+    family_of,
+    lora_parameters,
+    merge_lora,
+    names_of,
+)
+from encoder import (
+    Encoder,
+    EncoderConfig,
+    encoder_config,
+    encoder_tensors,
+    open_clip_pixels,
+    pixel_config,
+    preprocess,
+)
+from tac import MLPConnector, make_connector
+from tokenizer import IMAGE, IMAGE_END, IMAGE_START, IMAGE_TEXT, Tokenizer, template_of
 
 
 @dataclass(frozen=True)
@@ -272,17 +56,21 @@ class LibraConfig:
     image_aspect_ratio: str | None = None
     mm_image_pad: str | None = None  # ours: what a model was trained with
     mm_use_im_patch_token: bool = True
+    mm_use_im_start_end: bool = False
+    mm_vision_tower_config: str | None = None  # the two files of an open_clip encoder
+    mm_vision_tower_checkpoint: str | None = None
     unfreeze_mm_vision_tower: bool = False
+    use_maira_feature_norm: bool = False
 
 
 SUPPORTED = dict(  # fields of config.json -> the values that we compute with
-    mm_projector_type=("TAC",),
-    mm_vision_select_layer=("all",),
-    mm_vision_select_feature=("patch",),
-    mm_use_im_start_end=(False,),
+    mm_vision_select_feature=("patch", "cls_patch"),
     mm_image_pad=("mean", "black", "none"),
 )
-CONNECTOR_FILE = "mm_tac_projector.bin"
+CONNECTOR_FILES = ("mm_projector.safetensors", "mm_tac_projector.bin", "mm_projector.bin")
+CONNECTOR_FILE = re.compile(r"mm_\w*projector\w*\.(bin|safetensors)")
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+TRAINED_FILES = ("non_lora_trainables.bin",)
 PREFIXES = {  # parameter names: published -> ours; the first that fits
     "model.mm_projector.": "connector.",
     "model.vision_tower.vision_tower.": "encoder.",
@@ -291,98 +79,320 @@ PREFIXES = {  # parameter names: published -> ours; the first that fits
 }
 DEVICES = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "generation_config.json",
+)  # fmt: skip
 
 
 def libra_config(config: dict, source) -> LibraConfig:
     """A parsed config.json -> LibraConfig; ValueError that names the field where a value is not supported."""
+    where = f"{source}/config.json"
     if "mm_vision_tower" not in config:
-        raise ValueError(f"{source}/config.json: no mm_vision_tower: this is a language model, not a Libra checkpoint")
+        raise ValueError(f"{where}: no mm_vision_tower: this is a language model, not a Libra checkpoint")
     for name, values in SUPPORTED.items():
         if name in config and config[name] not in values:
             allowed = " or ".join(map(repr, values))
-            raise ValueError(f"{source}/config.json: {name} {config[name]!r} is not supported, only {allowed}")
-    return LibraConfig(**{field.name: config[field.name] for field in fields(LibraConfig) if field.name in config})
+            raise ValueError(f"{where}: {name} {config[name]!r} is not supported, only {allowed}")
+    values = {field.name: config[field.name] for field in fields(LibraConfig) if field.name in config}
+    layer = values.get("mm_vision_select_layer", -2)
+    if layer != "all":
+        try:
+            values["mm_vision_select_layer"] = int(layer)
+        except (TypeError, ValueError):
+            raise ValueError(f"{where}: mm_vision_select_layer {layer!r} is neither 'all' nor a number") from None
+    return LibraConfig(**values)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a model is made of: a config, a folder of weights, and what is laid over them."""
+
+    weights: Source  # decoder, tokenizer; the connector and the encoder too where it is a whole checkpoint
+    config: dict
+    config_source: Source
+    overlays: tuple[Path, ...] = ()  # files of tensors that win over those of the weights, later ones last
+    adapters: tuple[Source, ...] = ()
+
+
+def find_parts(place, base=None, relative_to: Path | None = None) -> Parts:
+    """Where the parts of a model lie: a whole checkpoint, a PEFT adapter, a connector's folder or its file.
+
+    base: the model under an adapter or a connector, instead of the one that it records. What a folder is, its files
+    say. The topmost config.json counts, as published.
+    """
+    if Path(place).is_file() and CONNECTOR_FILE.fullmatch(Path(place).name):
+        source, connector = Source(Path(place).parent), Path(place)
+    else:
+        source, connector = checkpoint.locate(place, relative_to), None
+    config_file, adapter_file = (source.folder / name for name in ("config.json", "adapter_config.json"))
+    is_adapter = connector is None and adapter_file.exists()
+    needs_config = connector is None and not is_adapter
+    config = checkpoint.read_json(config_file) if config_file.exists() or needs_config else {}
+    if needs_config:
+        try:
+            checkpoint.weight_files(source)
+        except FileNotFoundError:
+            connector = checkpoint.find_file(source, CONNECTOR_FILES)
+            if connector is None:
+                raise
+    if connector is None and not is_adapter:
+        if base:
+            raise ValueError(f"{source} is a whole checkpoint: --base goes with an adapter or a connector")
+        return Parts(source, config, source)
+    recorded = checkpoint.read_json(adapter_file) if is_adapter else config
+    recorded = recorded.get("base_model_name_or_path")
+    if not (base or recorded):
+        kind = "an adapter" if is_adapter else "a connector"
+        raise ValueError(f"{connector or source} is {kind} and names no base model: give it with --base")
+    below = find_parts(base) if base else find_parts(recorded, relative_to=source.folder)
+    overlay = checkpoint.find_file(source, TRAINED_FILES) if is_adapter else connector
+    return Parts(
+        below.weights,
+        *((config, source) if "mm_vision_tower" in config else (below.config, below.config_source)),
+        below.overlays + ((overlay,) if overlay else ()),
+        below.adapters + ((source,) if is_adapter else ()),
+    )
 
 
 class Libra(nn.Module):
     """encoder -> connector -> decoder, with the tokenizer and the settings of its checkpoint.
 
-    Made by `Libra.from_pretrained`. Attributes: config, tokenizer, template (the name of its conversation template),
-    pixels (how an image becomes pixels), eos_token_ids, vocabulary (ids that may be generated: 0 … vocabulary - 1).
+    Made by `Libra.from_pretrained` or `Libra.from_parts`. Attributes: config, tokenizer, template (the name of its
+    conversation template), image_text (what stands for the image in a question), pixels (how an image becomes pixels),
+    eos_token_ids, vocabulary (ids that may be generated: 0 … vocabulary - 1), parts (where it was read from), base (the
+    model that an adapter or a connector of this one would stand on), lora (its LoRAConfig, where one is not merged).
     """
 
-    def __init__(self, config: LibraConfig, encoder, decoder: DecoderConfig):
+    def __init__(self, config: LibraConfig, encoder: EncoderConfig, decoder: DecoderConfig):
         super().__init__()
         self.config = config
         self.encoder = Encoder(encoder)
-        self.connector = TAC(
-            encoder.num_hidden_layers, encoder.hidden_size, decoder.num_attention_heads, decoder.hidden_size
-        )
+        layer, depth = config.mm_vision_select_layer, encoder.num_hidden_layers
+        if layer != "all" and not -depth - 1 <= layer <= depth:
+            raise ValueError(f"mm_vision_select_layer {layer} is none of the encoder's {depth} layers")
+        self.connector = self.new_connector(config, encoder, decoder)
         self.decoder = Decoder(decoder)
+
+    @staticmethod
+    def new_connector(config: LibraConfig, encoder: EncoderConfig, decoder: DecoderConfig) -> nn.Module:
+        layers = encoder.num_hidden_layers if config.mm_vision_select_layer == "all" else 1
+        sizes = (layers, encoder.hidden_size, decoder.num_attention_heads, decoder.hidden_size)
+        return make_connector(config.mm_projector_type, *sizes)
 
     @classmethod
     def from_pretrained(
         cls,
         source,
         *,
+        base=None,
         encoder=None,
+        device: str = "auto",
+        dtype: str = "auto",
+        merge: bool = True,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> "Libra":
+        """Read a model in the published layout, for inference (nothing requires gradients).
+
+        source: a folder or a hub id of a whole checkpoint, of an adapter in PEFT's layout or of a connector, or a
+        connector's file. base: the model under an adapter or a connector, instead of the one that it records. encoder:
+        folder or hub id, instead of the checkpoint's `mm_vision_tower`. device: auto (cuda, else mps, else cpu), cpu,
+        cuda, mps. dtype: auto (float32 on the CPU, else the checkpoint's 16-bit type), stored (the checkpoint's),
+        float32, bfloat16, float16. merge: fold an adapter into the layers it changes. progress(bytes done, bytes in
+        all) is called as weights are read.
+        ValueError, OSError or MemoryError, with one line, where the checkpoint, its encoder or its size do not fit.
+        """
+        parts = find_parts(source, base)
+        libra = cls._read(parts, encoder, device, dtype, progress)
+        for number, adapter in enumerate(parts.adapters, 1):
+            load_adapter(libra, adapter)
+            if merge or number < len(parts.adapters):
+                merge_lora(libra.decoder)
+                libra.base, libra.lora = adapter, None
+        return libra.to(libra.dtype).eval().requires_grad_(False)
+
+    @classmethod
+    def from_parts(
+        cls,
+        decoder,
+        encoder,
+        connector: str = "TAC",
+        *,
+        template: str | None = None,
+        pad: str = "black",
         device: str = "auto",
         dtype: str = "auto",
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> "Libra":
-        """Read a checkpoint in the published layout: a folder or a hub id, for inference (nothing requires gradients).
+        """A new model from a stock language model and a stock encoder, with a fresh connector: where stage 1 begins.
 
-        encoder: folder or hub id, instead of the checkpoint's `mm_vision_tower`. device: auto (cuda, else mps, else
-        cpu), cpu, cuda, mps. dtype: auto (float32 on the CPU, else the checkpoint's 16-bit type), float32, bfloat16,
-        float16. progress(bytes done, bytes in all) is called as weights are read.
-        ValueError, OSError or MemoryError, with one line, where the checkpoint, its encoder or its size do not fit.
+        decoder, encoder: folders or hub ids. connector: TAC (reads every layer of the encoder), linear, mlp2x_gelu, …
+        (the last but one, LLaVA's choice). template: conversation template; without it the family's. pad: how images
+        become square, in training and after. The connector's first weights are drawn from torch's random state.
         """
-        device = find_device(device)
-        source = checkpoint.locate(source)
-        folder = source.folder
-        raw = checkpoint.read_json(folder / "config.json")
+        source, tower = checkpoint.locate(decoder), checkpoint.locate(encoder)
+        config = checkpoint.read_json(source.folder / "config.json")
+        family = family_of(config)
+        decoder_config(config, source.folder)  # a family that we lack shows before its name is changed
+        config |= dict(
+            model_type="libra" if family == "llama" else f"libra_{family}",
+            mm_vision_tower=tower.repository or str(tower.folder.resolve()),
+            mm_projector_type=connector, mm_vision_select_layer="all" if connector == "TAC" else -2,
+            mm_vision_select_feature="patch", mm_use_im_start_end=False, mm_use_im_patch_token=False, use_mm_proj=True,
+            image_aspect_ratio="pad", mm_image_pad=pad,
+        )  # fmt: skip
+        if template:
+            config["mm_conversation_template"] = template
+        libra = cls._read(Parts(source, config, source), None, device, dtype, progress, fresh=True)
+        config |= dict(mm_hidden_size=libra.encoder.config.hidden_size, mm_conversation_template=libra.template)
+        return libra.eval().requires_grad_(False)
+
+    @classmethod
+    def _read(cls, parts: Parts, encoder, device: str, dtype: str, progress, fresh: bool = False) -> "Libra":
+        """The model without its adapters; fresh: with a connector that is drawn, not read."""
+        device, raw, folder = find_device(device), parts.config, parts.config_source.folder
         dtype = find_dtype(dtype, device, raw)
         config, decoder = libra_config(raw, folder), decoder_config(raw, folder)
-        tokenizer = Tokenizer(folder, sentencepiece_first=raw["model_type"] == "libra")
-        groups = {ours: {} for ours in ("connector.", "encoder.", "decoder.")}
-        for name, tensor in checkpoint.stored_tensors(source).items():
-            published = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
-            ours = PREFIXES[published] + name.removeprefix(published) if published else f"decoder.{name}"
-            part = ours.split(".")[0] + "."
-            groups[part][ours.removeprefix(part)] = tensor
-        if not groups["connector."]:
-            groups["connector."] = connector_tensors(source)
-        for name in list(groups["decoder."]):
-            tied = name == "lm_head.weight" and decoder.tie_word_embeddings
-            if tied or name.endswith(("rotary_emb.inv_freq", "position_ids")):
-                del groups["decoder."][name]
+        tokenizer = Tokenizer(parts.weights.folder, sentencepiece_first=raw["model_type"] == "libra")
+        stored = checkpoint.stored_tensors(parts.weights)
+        for file in parts.overlays:
+            stored |= {_published(name): tensor for name, tensor in checkpoint.index(file).items()}
+        groups = {ours: {} for ours in ("connector", "encoder", "decoder")}
+        for name, tensor in stored.items():
+            prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
+            part, ours = (PREFIXES.get(prefix, "decoder.") + name.removeprefix(prefix)).split(".", 1)
+            groups[part][ours] = tensor
+        if decoder.tie_word_embeddings:
+            groups["decoder"].pop("lm_head.weight", None)
+        beside = None if groups["connector"] or fresh else checkpoint.find_file(parts.weights, CONNECTOR_FILES)
+        if beside:
+            tensors = checkpoint.index(beside).items()
+            groups["connector"] = {_published(name).split("mm_projector.")[-1]: tensor for name, tensor in tensors}
 
-        tower = checkpoint.locate(encoder) if encoder else checkpoint.locate(config.mm_vision_tower, folder)
-        encoder_folder = tower.folder
-        encoder_settings = encoder_config(checkpoint.read_json(encoder_folder / "config.json"), encoder_folder)
-        encoder_stored = checkpoint.stored_tensors(tower)
-        if config.unfreeze_mm_vision_tower:  # adapted weights win over the stock ones
-            encoder_stored |= groups["encoder."]
-        names = encoder_names(encoder_settings, encoder_stored)
-        groups["encoder."] = {ours: encoder_stored[name] for ours, name in names.items()}
-
+        tower, settings, encoder_stored = find_encoder(config, parts.config_source, encoder)
+        if config.unfreeze_mm_vision_tower and "vision_cfg" not in settings:  # adapted weights win over the stock ones
+            encoder_stored |= groups["encoder"]
+        encoder_settings = encoder_config(settings, tower, encoder_stored, config.use_maira_feature_norm)
         with torch.device("meta"):
             libra = cls(config, encoder_settings, decoder)
-        sources = {"connector.": folder, "encoder.": encoder_folder, "decoder.": folder}
-        for part, tensors in groups.items():
-            checkpoint.match(getattr(libra, part[:-1]), tensors, sources[part])
-        tensors = {part + name: tensor for part, group in groups.items() for name, tensor in group.items()}
-        checkpoint.load(libra, tensors, device, dtype, progress)
+        groups["encoder"] = encoder_tensors(libra.encoder, encoder_stored)
+        groups["decoder"] = checkpoint.translate(groups["decoder"], names_of(raw), libra.decoder)
+        connector_from = beside or (parts.overlays or (folder,))[-1]
+        complaints = {
+            "connector": f"the connector in {connector_from} is no {config.mm_projector_type}, as {folder} names it",
+            "encoder": f"the weights in {tower} do not fit their config.json",
+            "decoder": f"the weights in {parts.weights} do not fit {folder}/config.json",
+        }
+        tensors = {}
+        for part, held in groups.items():
+            if part == "connector" and fresh:
+                continue
+            checkpoint.match(dict(getattr(libra, part).named_parameters()), held, complaints[part])
+            tensors |= {f"{part}.{name}": tensor for name, tensor in held.items()}
+        checkpoint.check_memory(sum(p.numel() for p in libra.parameters()) * dtype.itemsize, device, dtype)
+        libra.to(dtype).to_empty(device=device)
+        if fresh:
+            libra.connector = cls.new_connector(config, encoder_settings, decoder).to(device, dtype)
+        checkpoint.load({name: p for name, p in libra.named_parameters() if name in tensors}, tensors, progress)
 
         pad = config.mm_image_pad or ("mean" if config.image_aspect_ratio == "pad" else "none")
-        settings = checkpoint.read_json(encoder_folder / "preprocessor_config.json")
-        libra.pixels = pixel_config(settings, encoder_folder, pad)
+        if "vision_cfg" in settings:
+            libra.pixels = open_clip_pixels(encoder_settings.image_size, pad)
+        else:
+            libra.pixels = pixel_config(checkpoint.read_json(tower.folder / "preprocessor_config.json"), tower, pad)
+        libra.parts, libra.base, libra.lora = parts, parts.weights, None
+        libra.tower, libra.encoder_stored = tower, groups["encoder"]
         libra.tokenizer, libra.template = tokenizer, template_of(raw, tokenizer)
-        libra.eos_token_ids = eos_token_ids(folder, raw)
-        # published loading resizes the embeddings to the tokenizer and these tokens; rows beyond are never generated
-        patch_token = config.mm_use_im_patch_token and tokenizer.backend.token_to_id("<im_patch>") is None
-        libra.vocabulary = min(decoder.vocab_size, len(tokenizer) + patch_token)
-        return libra.eval().requires_grad_(False)
+        libra.eos_token_ids = eos_token_ids(parts.weights.folder, raw)
+        # published loading adds these tokens and cuts the vocabulary to the tokenizer; rows beyond are never generated
+        marks = [IMAGE_START, IMAGE_END] * config.mm_use_im_start_end
+        tokenizer.add_special(["<im_patch>"] * config.mm_use_im_patch_token + marks)
+        libra.image_text = f"{IMAGE_START}{IMAGE_TEXT}{IMAGE_END}" if marks else IMAGE_TEXT
+        libra.vocabulary = min(decoder.vocab_size, len(tokenizer))
+        if any(tokenizer.backend.token_to_id(mark) >= decoder.vocab_size for mark in marks):
+            raise ValueError(f"{folder}: mm_use_im_start_end is set, but the embeddings have no rows for {marks}")
+        return libra
+
+    # ---------------------------------------------------------------------------------------- saving
+
+    def save_pretrained(self, folder, dtype: torch.dtype | None = None, shard_size: int = 5 * 10**9):
+        """Write the whole model in the published layout, LoRA merged; dtype None keeps each tensor's type.
+
+        The encoder is written where it was trained (`unfreeze_mm_vision_tower`), else named. The folder appears, or
+        changes, when all of it is on the disk; OSError, and the old one as it was, where that fails.
+        """
+        with checkpoint.atomic_folder(folder) as partial:
+            config = self._config(Path(folder)) | {"torch_dtype": str(dtype or self.dtype).removeprefix("torch.")}
+            checkpoint.write_json(partial / "config.json", config)
+            for name in TOKENIZER_FILES:
+                if (self.parts.weights.folder / name).exists():
+                    shutil.copy(self.parts.weights.folder / name, partial)
+            tensors = ((name, tensor.to(dtype or tensor.dtype)) for name, tensor in self._published_tensors())
+            checkpoint.write_tensors(partial, tensors, shard_size)
+
+    def save_connector(self, folder):
+        """Write the connector alone, under the published names, and a config.json that records the model below it."""
+        with checkpoint.atomic_folder(folder) as partial:
+            tensors = {f"model.mm_projector.{name}": p for name, p in self.connector.named_parameters()}
+            checkpoint.write_json(partial / "config.json", self._config(Path(folder)) | self._base(Path(folder)))
+            checkpoint.write_safetensors(partial / CONNECTOR_FILES[0], tensors)
+            checkpoint.write_bin(partial / CONNECTOR_FILES[-1], tensors)
+
+    def save_adapter(self, folder):
+        """Write LoRA in PEFT's layout, the connector beside it in `non_lora_trainables.bin`, and the base's name."""
+        names = names_of(self.parts.config)
+        tensors = {}
+        for name, parameter in lora_parameters(self.decoder).items():
+            module, _, rest = name.partition(".lora_")
+            head, last = module.rsplit(".", 1)
+            whole = next((w for w in names.fused if last in names.fused[w] and w in self.lora.target_modules), last)
+            tensors.setdefault(f"base_model.model.model.{head}.{whole}.lora_{rest}", []).append(parameter)
+        stack = lambda name, parts: parts[0] if ".lora_A." in name else torch.cat(parts)
+        record = LORA_SUPPORTED | asdict(self.lora) | dict(task_type="CAUSAL_LM", inference_mode=True)
+        record |= self._base(Path(folder)) | {"target_modules": list(self.lora.target_modules)}
+        trained = {f"base_model.model.model.mm_projector.{name}": p for name, p in self.connector.named_parameters()}
+        with checkpoint.atomic_folder(folder) as partial:
+            checkpoint.write_json(partial / "config.json", self._config(Path(folder)))
+            checkpoint.write_json(partial / "adapter_config.json", record)
+            held = {name: stack(name, parts) for name, parts in tensors.items()}
+            checkpoint.write_safetensors(partial / ADAPTER_FILES[0], held)
+            checkpoint.write_bin(partial / TRAINED_FILES[0], trained)
+
+    def _config(self, folder: Path) -> dict:
+        """config.json as it reads from a folder: paths of this machine are relative to it."""
+        config = {name: value for name, value in self.parts.config.items() if name != "base_model_name_or_path"}
+        if self.encoder.config.model_type != "open_clip":
+            return config | {"mm_vision_tower": _place(self.tower, folder)}
+        names = ("mm_vision_tower_config", "mm_vision_tower_checkpoint")
+        return config | {name: f"{_place(self.tower, folder)}/{Path(config[name]).name}" for name in names}
+
+    def _base(self, folder: Path) -> dict:
+        return {"base_model_name_or_path": _place(self.base, folder)}
+
+    def _published_tensors(self):
+        """(published name, tensor) of the decoder, LoRA merged, of the connector, and of a trained encoder."""
+        weights: dict[str, Callable[[], torch.Tensor]] = {}
+        for name, parameter in self.decoder.named_parameters():
+            if name.endswith(".base_layer.weight"):
+                name = name.removesuffix(".base_layer.weight")
+                weights[f"{name}.weight"] = self.decoder.get_submodule(name).merged
+            elif ".lora_" not in name:
+                weights[name.replace(".base_layer.", ".")] = lambda parameter=parameter: parameter
+        for whole, (first, *others) in names_of(self.parts.config).fused.items():
+            for name in [name for name in weights if f".{first}." in name]:
+                parts = [weights.pop(name.replace(f".{first}.", f".{part}.")) for part in (first, *others)]
+                weights[name.replace(f".{first}.", f".{whole}.")] = lambda parts=parts: torch.cat([p() for p in parts])
+        for name, tensor in weights.items():
+            yield name if name == "lm_head.weight" else f"model.{name}", tensor()
+        for name, parameter in self.connector.named_parameters():
+            yield f"model.mm_projector.{name}", parameter
+        if self.config.unfreeze_mm_vision_tower and self.encoder.config.model_type != "open_clip":
+            prefix = "model.vision_tower.vision_tower."
+            for name, parameter in self.encoder.named_parameters():
+                stored = self.encoder_stored[name]
+                yield prefix + stored.name.removeprefix(prefix), parameter.view(stored.shape)
+
+    # ---------------------------------------------------------------------------------------- computing
 
     @property
     def device(self):
@@ -391,6 +401,13 @@ class Libra(nn.Module):
     @property
     def dtype(self):
         return self.decoder.norm.weight.dtype
+
+    @property
+    def image_positions(self) -> int:
+        """Positions that an image takes in the prompt."""
+        patches = (self.pixels.crop // self.encoder.config.patch_size) ** 2
+        keeps_class = self.encoder.config.class_token and self.config.mm_vision_select_feature == "cls_patch"
+        return patches + keeps_class
 
     def preprocess(self, images) -> torch.Tensor:
         """PIL images in mode RGB -> pixels [len(images), 3, S, S], on the model's device and in its type."""
@@ -407,6 +424,8 @@ class Libra(nn.Module):
 
     def embed_images(self, pixels) -> torch.Tensor:
         """pixels of one study, as for `features` -> image embeddings [N, hidden]."""
+        if isinstance(self.connector, MLPConnector):  # it reads the current image alone: half the encoder's work
+            pixels = pixels[:1]
         return self.connector(self.features(pixels)[None])[0]
 
     def splice(self, ids: list[int], image_embeddings) -> torch.Tensor:
@@ -424,7 +443,8 @@ class Libra(nn.Module):
     def extend(self, cache: Cache, study: int, embeddings) -> torch.Tensor:
         """Prefill one study's next positions, embeddings [T, hidden], and return the logits [V] behind the last."""
         positions = cache.lengths[study] + torch.arange(len(embeddings), device=self.device)
-        hidden = self.decoder(embeddings[None], positions[None], cache.prefill(study))
+        lengths = cache.lengths[study : study + 1] + len(embeddings)
+        hidden = self.decoder(embeddings[None], positions[None], cache.prefill(study), lengths)
         cache.lengths[study] += len(embeddings)
         return self.logits(hidden[0, -1])
 
@@ -432,17 +452,67 @@ class Libra(nn.Module):
         """One decoding step: the newest ids of K continuations of B studies, [B][K] -> logits [B, K, V]."""
         embeddings = self.decoder.embed_tokens(torch.tensor(tokens, device=self.device))
         positions = (cache.lengths[:, None] + cache.steps).expand(-1, embeddings.shape[1])  # [B, K]
-        hidden = self.decoder(embeddings, positions, cache.step())
+        hidden = self.decoder(embeddings, positions, cache.step(), cache.lengths)
         cache.steps += 1
         return self.logits(hidden)
 
 
-def connector_tensors(source: checkpoint.Source) -> dict[str, checkpoint.Stored]:
-    """Connector weights beside a checkpoint that holds none; {} where there are none either."""
-    source.fetch([CONNECTOR_FILE])
-    file = source.folder / CONNECTOR_FILE
-    tensors = checkpoint.index(file) if file.exists() else {}
-    return {name.removeprefix("model.mm_projector."): tensor for name, tensor in tensors.items()}
+def _published(name: str) -> str:
+    """A published tensor's name, less what PEFT and the trainers put before it."""
+    if "mm_projector." in name:
+        return f"model.mm_projector.{name.split('mm_projector.', 1)[1]}"
+    return name.removeprefix("base_model.model.")
+
+
+def _place(source: Source, folder: Path) -> str:
+    """A checkpoint's hub id, or its path as it reads from a folder."""
+    return source.repository or os.path.relpath(source.folder.resolve(), folder.resolve())
+
+
+def find_encoder(config: LibraConfig, source: Source, encoder=None) -> tuple[Source, dict, dict]:
+    """Where an image encoder lies, its config.json, and its tensors by their names on disk.
+
+    encoder: folder or hub id instead of the checkpoint's. An open_clip encoder is two files, at the paths that the
+    checkpoint's config gives or beside that config.
+    """
+    if encoder or not config.mm_vision_tower_config:
+        tower = checkpoint.locate(encoder) if encoder else checkpoint.locate(config.mm_vision_tower, source.folder)
+        return tower, checkpoint.read_json(tower.folder / "config.json"), checkpoint.stored_tensors(tower)
+    files = []
+    for name in (config.mm_vision_tower_config, config.mm_vision_tower_checkpoint or ""):
+        place = source.folder / name
+        files.append(place if place.is_file() else checkpoint.find_file(source, [place.name]))
+        if files[-1] is None:
+            raise FileNotFoundError(f"{source} lacks the encoder's file {name}, also beside its config.json: fetch it")
+    return Source(files[0].parent), checkpoint.read_json(files[0]), checkpoint.index(files[1])
+
+
+def load_adapter(libra: Libra, source: Source):
+    """Put a LoRA adapter in PEFT's layout beside a model's layers; ValueError where it does not fit."""
+    where = source.folder / "adapter_config.json"
+    raw = checkpoint.read_json(where)
+    for name, value in LORA_SUPPORTED.items():
+        if raw.get(name) and raw[name] != value:
+            raise ValueError(f"{where}: {name} {raw[name]!r} is not supported, only {value!r}")
+    if lacking := [name for name in ("r", "lora_alpha") if name not in raw]:
+        raise ValueError(f"{where} lacks {' and '.join(lacking)}")
+    file = checkpoint.find_file(source, ADAPTER_FILES)
+    if file is None:
+        raise FileNotFoundError(f"{source} holds no adapter ({' or '.join(ADAPTER_FILES)}): fetch it again")
+    clean = lambda name: re.sub(r"^base_model\.model\.model\.|(?<=lora_[AB])\.default(?=\.weight$)", "", name)
+    stored = {clean(name): tensor for name, tensor in checkpoint.index(file).items()}
+    held = sorted({name.split(".lora_")[0].split(".")[-1] for name in stored})
+    named = raw.get("target_modules", held)
+    if isinstance(named, list) and sorted(named) != held:
+        raise ValueError(f"{where} names the targets {sorted(named)}, {file.name} holds {held}: fetch both again")
+    libra.lora = LoRAConfig(
+        raw["r"], raw["lora_alpha"], tuple(held), raw.get("lora_dropout") or 0.0, bool(raw.get("use_rslora"))
+    )
+    names = names_of(libra.parts.config)
+    add_lora(libra.decoder, names, libra.lora)
+    tensors, parameters = checkpoint.translate(stored, names, libra.decoder), lora_parameters(libra.decoder)
+    checkpoint.match(parameters, tensors, f"the adapter in {source} does not fit its base {libra.base}")
+    checkpoint.load(parameters, tensors)
 
 
 def find_device(name: str) -> torch.device:
@@ -456,11 +526,13 @@ def find_device(name: str) -> torch.device:
 
 
 def find_dtype(name: str, device: torch.device, config: dict) -> torch.dtype:
+    recorded = config.get("torch_dtype") or config.get("dtype")
     if name == "auto":
-        recorded = config.get("torch_dtype") or config.get("dtype")
         name = "float32" if device.type == "cpu" else recorded if recorded in ("float16", "bfloat16") else "bfloat16"
+    if name == "stored":
+        name = recorded or "float32"
     if name not in DTYPES:
-        raise ValueError(f"dtype {name!r} is not one of auto, {', '.join(DTYPES)}")
+        raise ValueError(f"dtype {name!r} is not one of auto, stored, {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
@@ -484,3 +556,24 @@ def eos_token_ids(folder: Path, config: dict) -> list[int]:
     eos = generation.get("eos_token_id")
     eos = config.get("eos_token_id") if eos is None else eos
     return eos if isinstance(eos, list) else [] if eos is None else [eos]
+
+
+# ------------------------------------------------------------------------------------------ command line
+
+
+def main(arguments):
+    libra = Libra.from_pretrained(
+        arguments.model, base=arguments.base, device="cpu", dtype=arguments.dtype,
+        progress=cli.progress(f"loading {arguments.model}", "GiB", 2**30),
+    )  # fmt: skip
+    libra.save_pretrained(arguments.out)
+    print(f"{arguments.out}: {sum(p.numel() for p in libra.parameters()) / 1e6:.1f} M parameters")
+
+
+if __name__ == "__main__":
+    PARSER = cli.Parser(prog="model.py", description="Merge an adapter or a connector into its base; convert; save.")
+    PARSER.add_argument("--model", required=True, metavar="ID_OR_DIR", help="checkpoint, adapter or connector")
+    PARSER.add_argument("--base", metavar="ID_OR_DIR", help="model under it, instead of the one that it records")
+    PARSER.add_argument("--out", required=True, metavar="DIR", help="folder to write; an old checkpoint is replaced")
+    PARSER.add_argument("--dtype", default="stored", choices=("stored", *DTYPES), help="of the weights (stored)")
+    sys.exit(cli.guard("model.py", main, PARSER.parse_args()))

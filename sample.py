@@ -22,6 +22,7 @@ def parse(arguments=None):
     add = parser.add_argument
     add("--images", nargs="+", required=True, metavar="FILE", help="the current image, then the prior one, if any")
     add("--model", default=DEFAULT_MODEL, metavar="ID_OR_DIR", help="checkpoint: a folder or a hub id")
+    add("--base", metavar="ID_OR_DIR", help="model under an adapter or a connector, instead of the one it records")
     add("--encoder", metavar="ID_OR_DIR", help="image encoder, instead of the one that the checkpoint names")
     add("--query", metavar="TEXT", help="the question; without it the published prompt for findings is asked")
     add("--template", metavar="NAME", help="conversation template; without it the checkpoint's own")
@@ -68,8 +69,9 @@ from dataclasses import asdict, dataclass
 import torch
 
 from data import Study
-from model import Cache, Libra
-from tokenizer import IMAGE, IMAGE_TEXT, Prompt, find_template, render
+from decoder import Cache
+from model import Libra
+from tokenizer import IMAGE, Prompt, find_template, render
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,7 @@ def generate(
 def prefill(libra: Libra, studies: list[Study], template: str | None = None, options: Options = Options()) -> Prefix:
     """Encoder, connector and prompt of each study, once, whatever is to be decoded from them."""
     name = template or libra.template
-    conversations = [[(f"{IMAGE_TEXT}\n{study.query}", None)] for study in studies]
+    conversations = [[(f"{libra.image_text}\n{study.query}", None)] for study in studies]
     prompts = [render(turns, find_template(name), libra.tokenizer) for turns in conversations]
     lengths = [check_length(libra, prompt, options) for prompt in prompts]
     cache = Cache(libra.decoder.config, len(studies), max(lengths, default=0), libra.device, libra.dtype)
@@ -182,13 +184,15 @@ def stop_string(template: str) -> str:
 
 def check_length(libra: Libra, prompt: Prompt, options: Options) -> int:
     """Positions of a prompt, its image expanded; ValueError where the model has fewer."""
-    length = len(prompt.ids) - 1 + libra.encoder.config.num_patches
-    limit = libra.decoder.config.max_position_embeddings
+    config = libra.decoder.config
+    length, limit = len(prompt.ids) - 1 + libra.image_positions, config.max_position_embeddings
     if length > limit:
         raise ValueError(
             f"the prompt needs {length} positions, {length - limit} tokens more than the model's {limit}: "
             "shorten the query"
         )
+    if config.rope_switch and length <= config.rope_switch:
+        limit = config.rope_switch  # the frequencies for long rows would differ from those of the cached prefix
     if length + options.max_new_tokens > limit:
         warnings.warn(
             f"a report of over {limit - length} tokens would run past the model's {limit} positions", stacklevel=2
@@ -401,7 +405,7 @@ class Chat:
     ) -> Output:
         """The best answer to the next question; options as for `generate`. A question that fails leaves no trace."""
         libra, options = self.libra, Options(**options)
-        question = question if self.turns else f"{IMAGE_TEXT}\n{question}"
+        question = question if self.turns else f"{libra.image_text}\n{question}"
         prompt = render([*self.turns, (question, None)], find_template(self.template), libra.tokenizer)
         length = check_length(libra, prompt, options)
         if self.cache is None:
@@ -412,6 +416,9 @@ class Chat:
         same = next((i for i, (old, new) in pairs if old != new), min(len(self.ids), len(prompt.ids)))
         same = min(same, len(prompt.ids) - 1)  # the last id is computed anew: its logits are wanted
         kept = same + (len(self.image_embeddings) - 1) * (IMAGE in prompt.ids[:same])  # positions, not ids
+        switch = libra.decoder.config.rope_switch
+        if switch and self.cache.lengths[0] <= switch < length:  # the kept keys have the frequencies of short rows
+            kept = 0
         self.cache.reserve(length)
         self.cache.lengths[0] = kept
         self.ids = []  # until the prefill is through: an interrupted one must not be taken for a cached one
@@ -439,6 +446,7 @@ def run(arguments):
     begin = time.monotonic()
     libra = Libra.from_pretrained(
         arguments.model,
+        base=arguments.base,
         encoder=arguments.encoder,
         device=arguments.device,
         dtype=arguments.dtype,

@@ -1,9 +1,11 @@
-"""The Temporal Alignment Connector: all encoder layers of two images -> one sequence of image embeddings.
+"""The connector: encoder layers of two images -> one sequence of image embeddings.
 
-Zhang et al., Libra, Findings of ACL 2025, section 3: a layerwise feature extractor (LFE) fuses the encoder's
-layers into one, a temporal fusion module (TFM) relates the current image to the prior one. Parameters bear the
-published names.
+The Temporal Alignment Connector (TAC; Zhang et al., Libra, Findings of ACL 2025, section 3): a layerwise feature
+extractor (LFE) fuses the encoder's layers into one, a temporal fusion module (TFM) relates the current image to the
+prior one. Parameters bear the published names. The MLP connectors, LLaVA's, look at the current image alone.
 """
+
+import re
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +69,35 @@ class TAC(nn.Module):
         p1 = self.norm2(p + self.dropout(self.prior_self_attention(p, p)))
         x = self.norm3(c1 + self.dropout(self.cros_attention(c1, p1)))
         return self.mlp_final(self.norm4(c + self.mlp_attn(x)))
+
+
+class MLPConnector(nn.Module):
+    """features [B, 2, 1, N, C], of (current, prior) -> image embeddings [B, N, hidden] of the current image."""
+
+    def __init__(self, depth: int, width: int, hidden_size: int, linear: bool):
+        super().__init__()
+        layers = [nn.Linear(width, hidden_size)]
+        for _ in range(1, depth):
+            layers += [nn.GELU(), nn.Linear(hidden_size, hidden_size)]
+        self.projector = layers[0] if linear else nn.Sequential(*layers)  # published: no number in a linear one's names
+
+    def forward(self, features):
+        return self.projector(features[:, 0, 0])
+
+
+def make_connector(kind: str, num_layers: int, width: int, heads: int, hidden_size: int) -> nn.Module:
+    """The connector that `mm_projector_type` names; ValueError where there is none, or its sizes do not fit.
+
+    num_layers and width: the encoder's, as selected; heads and hidden_size: the decoder's.
+    """
+    if kind == "TAC":
+        return TAC(num_layers, width, heads, hidden_size)
+    depth = "1" if kind == "linear" else (re.fullmatch(r"mlp([1-9]\d*)x_gelu", str(kind)) or [None, None])[1]
+    if depth is None:
+        raise ValueError(f"mm_projector_type {kind!r} is not one of TAC, linear, mlp2x_gelu, mlp3x_gelu, …")
+    if num_layers != 1:
+        raise ValueError(f"mm_projector_type {kind!r} reads one encoder layer: mm_vision_select_layer cannot be 'all'")
+    return MLPConnector(int(depth), width, hidden_size, kind == "linear")
 
 
 class SqueezeExcite(nn.Module):

@@ -18,6 +18,7 @@ from tokenizers import AddedToken, models, normalizers, processors
 
 IMAGE = -200  # stands for all positions of the image in a list of ids, as in the published code
 IMAGE_TEXT = "<image>"
+IMAGE_START, IMAGE_END = "<im_start>", "<im_end>"  # around the image, where mm_use_im_start_end is set
 
 
 class Tokenizer:
@@ -60,6 +61,11 @@ class Tokenizer:
 
     def __len__(self):
         return self.backend.get_vocab_size(with_added_tokens=True)
+
+    def add_special(self, names: list[str]):
+        """Add special tokens where they are not there yet, as published loading does."""
+        self.backend.add_special_tokens([AddedToken(name, normalized=False) for name in names])
+        self.special |= {self.backend.token_to_id(name) for name in names}
 
     def encode(self, text: str) -> list[int]:
         """Ids, led by bos where the tokenizer adds one."""

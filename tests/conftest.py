@@ -20,7 +20,8 @@ sys.path.insert(0, str(ROOT))
 from data import Study  # noqa: E402
 from model import Libra  # noqa: E402
 
-FAMILIES = ["libra-7b", "libra-3b"]
+FAMILIES = sorted(folder.parent.name for folder in GOLDEN.glob("*/model"))
+LIBRA = ["libra-7b", "libra-3b"]
 
 
 @functools.cache

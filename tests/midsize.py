@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
+from decoder import Decoder, decoder_config  # noqa: E402
 from encoder import Encoder, encoder_config  # noqa: E402
-from model import Decoder, decoder_config  # noqa: E402
 from tac import TAC  # noqa: E402
 
 ENCODER = dict(

@@ -99,9 +99,10 @@ def test_a_module_is_filled_in_the_type_that_is_asked_for(tmp_path, write):
     names = ["f16", "bf16", "single", "f64", "scalar", "empty", "special"]
     module = nn.ParameterDict({name: nn.Parameter(torch.empty_like(TENSORS[name], device="meta")) for name in names})
     stored = {name: s for name, s in checkpoint.stored_tensors(Source(tmp_path)).items() if name in names}
-    checkpoint.match(module, stored, tmp_path)
+    parameters = dict(module.float().to_empty(device="cpu").named_parameters())
+    checkpoint.match(parameters, stored, "")
     progress = []
-    checkpoint.load(module, stored, CPU, torch.float32, lambda *state: progress.append(state))
+    checkpoint.load(parameters, stored, lambda *state: progress.append(state))
     for name in names:
         assert same_bits(module[name].detach(), TENSORS[name].float()), name
     assert progress == sorted(progress) and len(progress) == len(names)
@@ -179,19 +180,14 @@ def test_what_does_not_fit_is_counted_and_named_before_data_is_read(tmp_path):
     extra = {f"extra.{n}": torch.ones(1) for n in range(7)}
     save_file(extra | {"weight": torch.ones(3, 2)}, tmp_path / "model.safetensors")
     stored = checkpoint.stored_tensors(Source(tmp_path))
-    words = ("1 missing, 7 unexpected, 1 wrongly shaped", "bias", "extra.4, …", "weight [3, 2] instead of [2, 3]")
-    with refusal(ValueError, *words):
-        checkpoint.match(nn.Linear(3, 2, device="meta"), stored, tmp_path)
+    counts = "it does not fit: 1 missing, 7 unexpected, 1 wrongly shaped"
+    with refusal(ValueError, counts, "bias", "extra.4, …", "weight [3, 2] instead of [2, 3]"):
+        checkpoint.match(dict(nn.Linear(3, 2, device="meta").named_parameters()), stored, "it does not fit")
 
 
 def test_a_model_that_cannot_fit_is_refused_with_both_figures():
-    class Vast(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.weight = nn.Parameter(torch.empty(2**24, 2**20, device="meta"))
-
     with refusal(MemoryError, "65536.0 GiB in float32", "free on cpu", "--dtype bfloat16"):
-        checkpoint.load(Vast(), {}, CPU, torch.float32)
+        checkpoint.check_memory(2**46, CPU, torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -223,23 +219,97 @@ import checkpoint
 status = lambda field: int(re.search(field + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) // 1024
 before = status("VmRSS")
 with torch.device("meta"):
-    module = nn.ParameterList(nn.Parameter(torch.empty(2048, 2048)) for _ in range(16))
-source = checkpoint.Source(Path(sys.argv[1]))
-checkpoint.load(module, checkpoint.stored_tensors(source), torch.device("cpu"), torch.float32)
+    part = lambda: nn.ModuleDict({name: nn.Linear(1024, 1024, bias=False) for name in "abcd"})
+    module = nn.ModuleDict({f"layer{n}": part() for n in range(16)})
+stored = checkpoint.stored_tensors(checkpoint.Source(Path(sys.argv[1])))
+stored = checkpoint.translate(stored, checkpoint.Names(fused={"abcd": tuple("abcd")}), module)
+parameters = dict(module.to_empty(device="cpu").named_parameters())
+checkpoint.match(parameters, stored, "")
+checkpoint.load(parameters, stored)
 print(status("VmHWM") - before)
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of resident memory is Linux's to tell")
 @pytest.mark.parametrize("shards", [1, 3])
-def test_loading_holds_one_tensor_beside_the_model(tmp_path, shards):
-    tensors = {str(n): torch.randn(2048, 2048) for n in range(16)}  # 16 MiB each
+@pytest.mark.parametrize("fused", [True, False])
+def test_loading_holds_one_tensor_beside_the_model(tmp_path, shards, fused):
+    parts = {"abcd": 4096} if fused else dict.fromkeys("abcd", 1024)  # 16 MiB a layer
+    names = {f"layer{n}.{part}.weight": rows for n in range(16) for part, rows in parts.items()}
+    tensors = {name: torch.ones(rows, 1024) for name, rows in names.items()}
     files = {f"model-{n}.safetensors": dict(list(tensors.items())[n::shards]) for n in range(shards)}
     for file, held in files.items():
         save_file(held, tmp_path / file)
     write_index(tmp_path, "model.safetensors", files)
     run = subprocess.run([sys.executable, "-c", LOAD, tmp_path], cwd=ROOT, capture_output=True, text=True, check=True)
     assert 256 <= int(run.stdout) < 256 + 64  # MiB
+
+
+# ------------------------------------------------------------------------------------------- names and saving
+
+
+def test_names_are_translated_and_fused_rows_are_split(tmp_path):
+    weights = {
+        "model.layer.qkv.weight": torch.randn(7, 3), "model.layer.qkv.bias": torch.randn(7),
+        "model.layer.qkv.lora_A.weight": torch.randn(5, 3), "model.scale": torch.randn(1, 1, 4),
+        "text.x": torch.ones(1),
+    }  # fmt: skip
+    torch.save({"epoch": 3, "state_dict": weights}, tmp_path / "trainer.pt")
+    save_file(weights, tmp_path / "weights.safetensors")
+    names = checkpoint.Names(keys=((r"^model\.", ""),), dropped=r"^text\.", fused={"qkv": ("q", "k")})
+    module = nn.ModuleDict({"layer": nn.ModuleDict({"q": nn.Linear(3, 4), "k": nn.Linear(3, 3)})})
+    for part in module.layer.values():
+        part.lora_A = nn.Linear(3, 5, bias=False)
+    module.scale = nn.Parameter(torch.ones(4))
+    for file in ("trainer.pt", "weights.safetensors"):
+        stored = checkpoint.translate(checkpoint.index(tmp_path / file), names, module)
+        checkpoint.match(dict(module.named_parameters()), stored, "")
+        checkpoint.load(dict(module.named_parameters()), stored)
+        for name, rows in (("q", slice(0, 4)), ("k", slice(4, 7))):
+            part = module.layer[name]
+            assert torch.equal(part.weight, weights["model.layer.qkv.weight"][rows])
+            assert torch.equal(part.bias, weights["model.layer.qkv.bias"][rows])
+            assert torch.equal(part.lora_A.weight, weights["model.layer.qkv.lora_A.weight"])
+        assert torch.equal(module.scale, weights["model.scale"].flatten())
+
+
+def test_a_fused_tensor_of_too_few_rows_does_not_fit(tmp_path):
+    save_file({"l.qkv.weight": torch.randn(6, 3)}, tmp_path / "model.safetensors")
+    module = nn.ModuleDict({"l": nn.ModuleDict({"q": nn.Linear(3, 4, bias=False), "k": nn.Linear(3, 3, bias=False)})})
+    names = checkpoint.Names(fused={"qkv": ("q", "k")})
+    stored = checkpoint.translate(checkpoint.index(tmp_path / "model.safetensors"), names, module)
+    with refusal(ValueError, "l.k.weight [2, 3] instead of [3, 3]"):
+        checkpoint.match(dict(module.named_parameters()), stored, "")
+
+
+@pytest.mark.parametrize(("size", "files"), [(10**9, 1), (130, 4), (1, 8)])
+def test_what_is_written_reads_back_bit_for_bit_whatever_the_shards(tmp_path, size, files):
+    checkpoint.write_tensors(tmp_path, iter(TENSORS.items()), size)
+    stored = checkpoint.stored_tensors(Source(tmp_path))
+    assert len({tensor.file for tensor in stored.values()}) == files == len(list(tmp_path.glob("*.safetensors")))
+    assert stored.keys() == TENSORS.keys()
+    for name, tensor in TENSORS.items():
+        assert same_bits(checkpoint.read(stored[name]), tensor), name
+
+
+def test_a_folder_changes_whole_or_not_at_all(tmp_path):
+    folder = tmp_path / "model"
+    for content in ("first", "second"):
+        with checkpoint.atomic_folder(folder) as partial:
+            (partial / "config.json").write_text(content)
+        assert (folder / "config.json").read_text() == content
+    with pytest.raises(KeyboardInterrupt), checkpoint.atomic_folder(folder) as partial:
+        (partial / "config.json").write_text("third")
+        raise KeyboardInterrupt
+    assert (folder / "config.json").read_text() == "second"
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_folder_of_something_else_is_never_replaced(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with refusal(OSError, str(tmp_path), "not a checkpoint"), checkpoint.atomic_folder(tmp_path):
+        pass
+    assert (tmp_path / "thesis.tex").exists()
 
 
 # -------------------------------------------------------------------------------------------------- hub

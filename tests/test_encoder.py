@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -6,10 +7,27 @@ import torch
 from conftest import GOLDEN, cases, load, read, relative, study_of
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
+from transformers import (
+    BitImageProcessorPil,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
+)
 
 import checkpoint
-from encoder import Encoder, PixelConfig, encoder_config, encoder_names, pixel_config, preprocess
+from encoder import (
+    Encoder,
+    PixelConfig,
+    encoder_config,
+    encoder_tensors,
+    open_clip_pixels,
+    pixel_config,
+    preprocess,
+)
 
 
 @pytest.mark.parametrize(("family", "case"), cases(), ids=lambda value: getattr(value, "name", value))
@@ -23,56 +41,124 @@ def test_golden_pixels_and_features(family, case):
 
 # ------------------------------------------------------------------------------------------- transformers
 
+SIZES = dict(
+    hidden_size=36, num_hidden_layers=5, num_attention_heads=3, intermediate_size=108, image_size=30, patch_size=6,
+    layer_norm_eps=1e-3,
+)  # fmt: skip
+TEXT = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9)
+MODELS = {  # encoder repositories as they are on the hub: the tower alone, or beside a text tower
+    "dinov2": lambda: Dinov2Model(Dinov2Config(**SIZES, mlp_ratio=3)),
+    "clip": lambda: CLIPVisionModel(CLIPVisionConfig(**SIZES)),
+    "clip with gelu": lambda: CLIPVisionModel(CLIPVisionConfig(**SIZES, hidden_act="gelu")),
+    "clip with text": lambda: CLIPModel(CLIPConfig(text_config=TEXT, vision_config=SIZES)),
+}
 
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    """A random DINOv2 of odd sizes in `transformers`, and ours, read from what it saves."""
+
+def random_weights(model):
     torch.manual_seed(0)
-    config = Dinov2Config(
-        hidden_size=36, num_hidden_layers=5, num_attention_heads=3, mlp_ratio=3, image_size=30, patch_size=6,
-        layer_norm_eps=1e-3,
-    )  # fmt: skip
-    theirs = Dinov2Model(config).eval()
-    for parameter in theirs.parameters():
+    for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    folder = tmp_path_factory.mktemp("dinov2")
+    return model.eval()
+
+
+def read_encoder(settings, stored, **options):
+    config = encoder_config(settings, "folder", stored, **options)
+    encoder = Encoder(config)
+    tensors, parameters = encoder_tensors(encoder, stored), dict(encoder.named_parameters())
+    checkpoint.match(parameters, tensors, "")
+    checkpoint.load(parameters, tensors)
+    return encoder
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def pair(request, tmp_path_factory):
+    """A random encoder of odd sizes in `transformers`, and ours, read from what it saves, plain and with the norm."""
+    theirs, folder = random_weights(MODELS[request.param]()), tmp_path_factory.mktemp("encoder")
     theirs.save_pretrained(folder)
-    source = checkpoint.locate(folder)
-    settings = encoder_config(checkpoint.read_json(folder / "config.json"), source)
-    stored = checkpoint.stored_tensors(source)
-    tensors = {ours: stored[name] for ours, name in encoder_names(settings, stored).items()}
-    with torch.device("meta"):
-        ours = Encoder(settings)
-    checkpoint.match(ours, tensors, folder)
-    checkpoint.load(ours, tensors, torch.device("cpu"), torch.float32)
-    return theirs, ours
+    settings = checkpoint.read_json(folder / "config.json")
+    stored = checkpoint.stored_tensors(checkpoint.locate(folder))
+    ours = [read_encoder(settings, stored, final_norm=final_norm) for final_norm in (False, True)]
+    return getattr(theirs, "vision_model", theirs), *ours
 
 
 @torch.no_grad()
-def both(pair, *selection):
+def both(pair, *selection, size=30):
     """hidden states of `transformers` (L + 1, from the embeddings on), ours as selected."""
-    theirs, ours = pair
-    pixels = torch.randn(2, 3, 30, 30, generator=torch.Generator().manual_seed(1))
-    return theirs(pixels, output_hidden_states=True).hidden_states, ours(pixels, *selection)
+    theirs, ours, _ = pair
+    pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1))
+    interpolate = {} if isinstance(theirs, Dinov2Model) else dict(interpolate_pos_encoding=True)
+    return theirs(pixels, output_hidden_states=True, **interpolate).hidden_states, ours(pixels, *selection)
 
 
-def test_every_block_equals_transformers(pair):
-    hidden, features = both(pair, "all", "cls_patch")
-    assert features.shape == (2, 5, 26, 36) and len(hidden) == 6
+@pytest.mark.parametrize("size", [30, 42, 18])  # 42 and 18: the position embeddings are interpolated
+def test_every_block_equals_transformers(pair, size):
+    hidden, features = both(pair, "all", "cls_patch", size=size)
+    assert features.shape == (2, 5, (size // 6) ** 2 + pair[1].config.class_token, 36) and len(hidden) == 6
     for layer in range(5):
         assert relative(features[:, layer], hidden[layer + 1]) < 1e-5
 
 
-def test_the_default_is_every_block_without_the_class_token(pair):
+def test_the_default_is_every_block_and_every_patch_without_the_class_token(pair):
     hidden, features = both(pair)
-    assert relative(features, torch.stack(hidden[1:], 1)[:, :, 1:]) < 1e-5
+    first = int(pair[1].config.class_token)
+    assert features.shape[2] == 25
+    assert relative(features, torch.stack(hidden[1:], 1)[:, :, first:]) < 1e-5
 
 
 @pytest.mark.parametrize("layer", [-1, -2, 3, 0])
-@pytest.mark.parametrize(("feature", "first"), [("patch", 1), ("cls_patch", 0)])
-def test_one_layer_is_counted_from_the_embeddings(pair, layer, feature, first):
+@pytest.mark.parametrize("feature", ["patch", "cls_patch"])
+def test_one_layer_is_counted_from_the_embeddings(pair, layer, feature):
     hidden, features = both(pair, layer, feature)
+    first = int(pair[1].config.class_token and feature == "patch")
     assert relative(features, hidden[layer][:, None, first:]) < 1e-5
+
+
+@torch.no_grad()
+def test_the_final_norm_gives_the_last_hidden_state(pair):
+    theirs, _, normed = pair
+    pixels = torch.randn(2, 3, 30, 30)
+    expected = theirs(pixels).last_hidden_state  # CLIP's is not normed
+    if normed.config.model_type == "clip_vision_model":
+        expected = theirs.post_layernorm(expected)
+    assert relative(normed(pixels, -1, "cls_patch")[:, 0], expected) < 1e-5
+
+
+@pytest.mark.parametrize("scales", [True, False])
+def test_an_open_clip_checkpoint_gives_what_the_same_weights_give_in_transformers(tmp_path, scales):
+    """BiomedCLIP's layout: a timm ViT with fused qkv beside a text tower, its sizes told by the tensors alone."""
+    sizes = SIZES | dict(hidden_size=128, num_attention_heads=2, layer_norm_eps=1e-6)
+    theirs = random_weights(Dinov2Model(Dinov2Config(**sizes, mlp_ratio=2)))
+    if not scales:
+        for layer in theirs.encoder.layer:
+            torch.nn.init.ones_(layer.layer_scale1.lambda1)
+            torch.nn.init.ones_(layer.layer_scale2.lambda1)
+    theirs.save_pretrained(tmp_path)
+    weights, trunk = load_file(tmp_path / "model.safetensors"), {}
+    for name in [name for name in weights if ".attention.attention.query." in name]:
+        parts = [weights.pop(name.replace("query", part)) for part in ("query", "key", "value")]
+        trunk[name.replace("attention.attention.query", "attn.qkv")] = torch.cat(parts)
+    trunk |= {name: tensor for name, tensor in weights.items() if scales or "layer_scale" not in name}
+    for ours, timm in {
+        "embeddings.cls_token": "cls_token", "embeddings.position_embeddings": "pos_embed", "encoder.layer.": "blocks.",
+        "embeddings.patch_embeddings.projection": "patch_embed.proj", "attention.output.dense": "attn.proj",
+        "layer_scale1.lambda1": "ls1.gamma", "layer_scale2.lambda1": "ls2.gamma", "layernorm.": "norm.",
+    }.items():  # fmt: skip
+        trunk = {name.replace(ours, timm): tensor for name, tensor in trunk.items() if "mask_token" not in name}
+    state = {f"module.visual.trunk.{name}": tensor for name, tensor in trunk.items()}
+    state |= {"module.logit_scale": torch.ones(()), "module.text.transformer.embeddings.weight": torch.ones(3, 2)}
+    torch.save({"epoch": 7, "name": "x", "state_dict": state, "optimizer": {"lr": [0.1]}}, tmp_path / "checkpoint.pt")
+    settings = {"vision_cfg": {"timm_model_name": "vit_base_patch14_dinov2.lvd142m", "image_size": 30}}
+    ours = read_encoder(settings, checkpoint.index(tmp_path / "checkpoint.pt"))
+    pixels = torch.randn(2, 3, 30, 30)
+    with torch.no_grad():
+        hidden = theirs(pixels, output_hidden_states=True).hidden_states
+        assert relative(ours(pixels, -2), hidden[-2][:, None, 1:]) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["resnet50", None])
+def test_an_open_clip_checkpoint_of_another_kind_is_refused(name):
+    with pytest.raises(ValueError, match="timm_model_name"):
+        encoder_config({"vision_cfg": {"timm_model_name": name, "image_size": 30}}, "folder", {})
 
 
 @pytest.mark.parametrize(
@@ -82,16 +168,17 @@ def test_one_layer_is_counted_from_the_embeddings(pair, layer, feature, first):
 def test_an_unsupported_encoder_is_refused_by_the_name_of_its_field(field, value):
     config = read("libra-7b", "encoder-dinov2", "config.json")
     with pytest.raises(ValueError, match=field):
-        encoder_config(config | {field: value}, "folder")
+        encoder_config(config | {field: value}, "folder", {})
 
 
-def test_sizes_that_config_json_omits_are_those_of_transformers(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "dinov2"}))
-    ours, theirs = encoder_config({"model_type": "dinov2"}, tmp_path), Dinov2Config.from_pretrained(tmp_path)
-    for name in ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+@pytest.mark.parametrize("theirs", [Dinov2Config(), CLIPVisionConfig()], ids=str)
+def test_sizes_that_config_json_omits_are_those_of_transformers(theirs):
+    ours = encoder_config({"model_type": theirs.model_type}, "folder", {})
+    names = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "layer_norm_eps")
+    for name in (*names, "hidden_act"):
         assert getattr(ours, name) == getattr(theirs, name)
-    assert ours.intermediate_size == theirs.mlp_ratio * theirs.hidden_size
-    assert ours.layer_norm_eps == theirs.layer_norm_eps
+    width = getattr(theirs, "intermediate_size", None) or theirs.mlp_ratio * theirs.hidden_size
+    assert ours.intermediate_size == width
 
 
 # ------------------------------------------------------------------------------------------------ pixels
@@ -154,6 +241,32 @@ def test_an_odd_margin_is_wider_on_the_right_and_below(pad):
             assert (margin.flatten(1) == torch.tensor(COLOURS[pad])[:, None]).all()
 
 
+@pytest.mark.parametrize("size", [64, {"shortest_edge": 64}])
+@pytest.mark.parametrize("crop", [56, {"height": 56, "width": 56}])
+def test_clip_s_pixels_are_those_of_transformers(tmp_path, size, crop):
+    """Its first files give sizes as numbers, later ones as objects."""
+    settings = dict(
+        crop_size=crop, size=size, do_center_crop=True, do_normalize=True, do_resize=True, resample=3,
+        image_mean=list(MEAN), image_std=list(STD),
+    )  # fmt: skip
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps(settings | {"image_processor_type": "CLIPImageProcessor"})
+    )
+    theirs = CLIPImageProcessorPil.from_pretrained(tmp_path)
+    for shape in PICTURES:
+        reference = theirs(picture(*shape), return_tensors="pt").pixel_values[0]
+        out = preprocess(picture(*shape), pixel_config(settings, "folder", "none"))
+        torch.testing.assert_close(out, reference, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("margin", "corner"), [(3, 2), (5, 2), (7, 4), (4, 2)])
+def test_open_clip_rounds_the_corner_of_its_crop_half_to_even(margin, corner):
+    image = picture(40, 40 + margin)
+    pixels = preprocess(image, replace(open_clip_pixels(40, "none"), mean=(0, 0, 0), std=(1, 1, 1)))
+    expected = np.array(image)[corner : corner + 40]
+    assert torch.equal((pixels * 255).round(), torch.from_numpy(expected).permute(2, 0, 1).float())
+
+
 def test_settings_come_from_preprocessor_config_json():
     changed = SETTINGS | dict(size={"shortest_edge": 64}, image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6])
     assert pixel_config(changed, "folder", "black") == PixelConfig(
@@ -164,8 +277,8 @@ def test_settings_come_from_preprocessor_config_json():
 @pytest.mark.parametrize(
     ("field", "value"),
     [("do_center_crop", False), ("do_resize", False), ("do_rescale", False), ("do_normalize", False), ("resample", 2),
-     ("size", {"height": 56, "width": 56}), ("crop_size", {"height": 56, "width": 42}),
-     ("crop_size", {"height": 70, "width": 70})],
+     ("size", {"height": 56, "width": 56}), ("size", None), ("size", {"longest_edge": 56}), ("crop_size", None),
+     ("crop_size", {"height": 56, "width": 42}), ("crop_size", {"height": 70, "width": 70})],
 )  # fmt: skip
 def test_unsupported_preprocessing_is_refused_by_the_name_of_its_field(field, value):
     with pytest.raises(ValueError, match=field):

@@ -13,7 +13,7 @@ import sample
 FLOORS = [
     {"cli"},
     {"attention", "checkpoint", "tokenizer", "phantom"},
-    {"encoder", "tac"},
+    {"encoder", "tac", "decoder"},
     {"model", "data"},
     {"sample", "prepare"},
     {"eval", "report"},

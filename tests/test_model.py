@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from model import Cache, Decoder, Libra, decoder_config, rope_frequencies
+from decoder import Cache, Decoder, decoder_config, rope_frequencies
+from model import Libra
 
 BOTH = pytest.mark.parametrize("family", ["libra-7b", "libra-3b"])
 

@@ -13,7 +13,7 @@ from conftest import FAMILIES, GOLDEN, ROOT, cases, load, read, study_of
 
 import sample
 from data import Study
-from model import Cache, Decoder, decoder_config
+from decoder import Cache, Decoder, decoder_config
 from sample import Chat, Options, Prefix, _Stream, decode, draw, generate
 from tokenizer import Prompt
 
