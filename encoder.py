@@ -5,7 +5,7 @@ folder holds is read from that file. The encoder returns the output of every blo
 unless `final_norm` asks for it.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
@@ -96,6 +96,11 @@ FAMILIES = {
         supported=dict(use_swiglu_ffn=False, qkv_bias=True, num_channels=3),
     ),
     "clip_vision_model": _CLIP,
+    "siglip_vision_model": replace(
+        _CLIP,
+        switches=dict(class_token=False, patch_bias=True, norm_before=False, layer_scale=False),
+        defaults=_CLIP.defaults | dict(patch_size=16, layer_norm_eps=1e-6, hidden_act="gelu_pytorch_tanh"),
+    ),
     "open_clip": Family(  # a timm ViT (BiomedCLIP); `_open_clip` finds its sizes
         switches=dict(class_token=True, patch_bias=True, norm_before=False),
         defaults=dict(layer_norm_eps=1e-6, hidden_act="gelu"),

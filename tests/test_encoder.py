@@ -16,6 +16,11 @@ from transformers import (
     CLIPVisionModel,
     Dinov2Config,
     Dinov2Model,
+    SiglipConfig,
+    SiglipImageProcessorPil,
+    SiglipModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
 )
 
 import checkpoint
@@ -51,6 +56,8 @@ MODELS = {  # encoder repositories as they are on the hub: the tower alone, or b
     "clip": lambda: CLIPVisionModel(CLIPVisionConfig(**SIZES)),
     "clip with gelu": lambda: CLIPVisionModel(CLIPVisionConfig(**SIZES, hidden_act="gelu")),
     "clip with text": lambda: CLIPModel(CLIPConfig(text_config=TEXT, vision_config=SIZES)),
+    "siglip": lambda: SiglipVisionModel(SiglipVisionConfig(**SIZES)),
+    "siglip with text": lambda: SiglipModel(SiglipConfig(text_config=TEXT, vision_config=SIZES)),
 }
 
 
@@ -171,7 +178,7 @@ def test_an_unsupported_encoder_is_refused_by_the_name_of_its_field(field, value
         encoder_config(config | {field: value}, "folder", {})
 
 
-@pytest.mark.parametrize("theirs", [Dinov2Config(), CLIPVisionConfig()], ids=str)
+@pytest.mark.parametrize("theirs", [Dinov2Config(), CLIPVisionConfig(), SiglipVisionConfig()], ids=str)
 def test_sizes_that_config_json_omits_are_those_of_transformers(theirs):
     ours = encoder_config({"model_type": theirs.model_type}, "folder", {})
     names = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "layer_norm_eps")
@@ -257,6 +264,19 @@ def test_clip_s_pixels_are_those_of_transformers(tmp_path, size, crop):
         reference = theirs(picture(*shape), return_tensors="pt").pixel_values[0]
         out = preprocess(picture(*shape), pixel_config(settings, "folder", "none"))
         torch.testing.assert_close(out, reference, atol=1e-6, rtol=0)
+
+
+def test_siglip_s_pixels_are_those_of_transformers_squashed_without_a_crop():
+    theirs = SiglipImageProcessorPil(size={"height": 42, "width": 42}, resample=3)
+    settings = checkpoint_settings(theirs)
+    for shape in PICTURES:
+        reference = theirs(picture(*shape), return_tensors="pt").pixel_values[0]
+        out = preprocess(picture(*shape), pixel_config(settings, "folder", "none"))
+        torch.testing.assert_close(out, reference, atol=1e-6, rtol=0)
+
+
+def checkpoint_settings(processor):
+    return json.loads(processor.to_json_string())
 
 
 @pytest.mark.parametrize(("margin", "corner"), [(3, 2), (5, 2), (7, 4), (4, 2)])
