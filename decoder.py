@@ -78,6 +78,12 @@ _QWEN = _LLAMA.defaults | dict(
 
 FAMILIES = {  # model_type, less the published "libra_"
     "llama": _LLAMA,  # Llama 2 and 3, Vicuna, Meditron
+    "mistral": replace(
+        _LLAMA,
+        defaults=_LLAMA.defaults | dict(
+            intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096
+        ),
+    ),
     "qwen2": Family(_QWEN, switches=dict(qkv_bias=True)),
     "qwen3": Family(_QWEN | dict(head_dim=128), switches=dict(qk_norm=True), supported=dict(attention_bias=False)),
     "phi3": Family(  # Phi-3, Phi-4 and Phi-4-mini
