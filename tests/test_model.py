@@ -4,12 +4,10 @@ import warnings
 
 import pytest
 import torch
-from conftest import GOLDEN, cases, load, read, relative, study_of
+from conftest import FAMILIES, GOLDEN, cases, load, read, relative, study_of
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from decoder import Cache, Decoder, decoder_config, rope_frequencies
+from decoder import Cache
 from model import Libra
 
 BOTH = pytest.mark.parametrize("family", ["libra-7b", "libra-3b"])
@@ -32,53 +30,9 @@ def uncached(libra, embeddings):
     return libra.logits(libra.decoder(embeddings[None], torch.arange(len(embeddings))[None])[0])
 
 
-# ------------------------------------------------------------------------------------- the decoder alone
-
 LLAMA3 = dict(
     rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
 )
-SIZES = dict(vocab_size=97, hidden_size=48, intermediate_size=72, num_hidden_layers=3, rms_norm_eps=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("heads", "scaling", "tied"),
-    [
-        (dict(num_attention_heads=6, num_key_value_heads=2, head_dim=12), LLAMA3, True),
-        (dict(num_attention_heads=4, num_key_value_heads=1, head_dim=24), LLAMA3, False),
-        (dict(num_attention_heads=3, num_key_value_heads=3), None, True),
-        (dict(num_attention_heads=2, num_key_value_heads=None, head_dim=None), {"type": "default"}, False),
-    ],
-)
-def test_logits_are_those_of_transformers(heads, scaling, tied):
-    torch.manual_seed(0)
-    rope = dict(rope_theta=5000.0, **(scaling or {"rope_type": "default"}))
-    theirs = LlamaForCausalLM(
-        LlamaConfig(**SIZES, **heads, tie_word_embeddings=tied, rope_parameters=rope, max_position_embeddings=128)
-    ).eval()
-    for name, parameter in theirs.named_parameters():
-        torch.nn.init.normal_(parameter, float("norm" in name), 0.2)
-    published = dict(model_type="libra", rope_theta=5000.0, rope_scaling=scaling, tie_word_embeddings=tied)
-    ours = Decoder(decoder_config(published | SIZES | heads, "folder"))
-    weights = {name.removeprefix("model."): weight for name, weight in theirs.state_dict().items()}
-    if tied:
-        del weights["lm_head.weight"]
-    ours.load_state_dict(weights)
-    ids = torch.randint(97, (2, 33), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        out = ours.head(ours(ours.embed_tokens(ids), torch.arange(33).expand(2, -1)), 97)
-        assert relative(out, theirs(ids).logits) < 1e-5
-
-
-@pytest.mark.parametrize("scaling", [LLAMA3 | dict(factor=32.0, original_max_position_embeddings=8192), None])
-def test_rotary_frequencies_of_the_published_sizes_are_those_of_transformers(scaling):
-    config = dict(hidden_size=3072, num_attention_heads=24, head_dim=128, rope_theta=500000.0)
-    ours = rope_frequencies(decoder_config(config | dict(model_type="libra", rope_scaling=scaling), "folder"), "cpu")
-    rope = {"rope_theta": 500000.0, "rope_type": "default"} | (scaling or {})
-    if scaling:
-        theirs, _ = ROPE_INIT_FUNCTIONS["llama3"](LlamaConfig(**config, rope_parameters=rope), "cpu")
-    else:
-        theirs = 1 / 500000.0 ** (torch.arange(0, 128, 2, dtype=torch.float64) / 128)
-    torch.testing.assert_close(ours, theirs.float(), atol=0, rtol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------- cache
@@ -237,7 +191,8 @@ def split_off_connector(folder, scale):
 UNSUPPORTED = [
     ("model_type", "mamba"), ("hidden_act", "relu"), ("attention_bias", True), ("mlp_bias", True),
     ("rope_scaling", dict(rope_type="mystery", factor=2.0)), ("rope_scaling", dict(type="linear", factor=2.0)),
-    ("mm_projector_type", "qformer"), ("mm_use_im_start_end", True), ("mm_image_pad", "red"),
+    ("mm_projector_type", "qformer"), ("mm_image_pad", "red"), ("mm_vision_select_feature", "pooled"),
+    ("mm_vision_select_layer", "last"), ("mm_vision_select_layer", 13), ("mm_projector_type", "mlp2x_gelu"),
 ]  # fmt: skip
 
 
@@ -265,7 +220,7 @@ def test_a_language_model_alone_is_refused(copy):
 def test_a_golden_checkpoint_loads_without_a_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for family in ("libra-7b", "libra-3b"):
+        for family in FAMILIES:
             libra = read_again(GOLDEN / family / "model")
             assert not libra.training and not any(parameter.requires_grad for parameter in libra.parameters())
 

@@ -295,7 +295,7 @@ def test_later_turns_of_a_chat_equal_a_fresh_run_at_the_cost_of_new_ids_only(fam
         prefilled = computed[0]
         assert output == fresh.ask(question, max_new_tokens=10)
         agreeing = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(cached, chat.ids, strict=False))))
-        assert prefilled == len(chat.ids) - agreeing + (0 if cached else libra.encoder.config.num_patches - 1)
+        assert prefilled == len(chat.ids) - agreeing + (0 if cached else libra.image_positions - 1)
         cached = chat.ids
     hook.remove()
 
@@ -406,7 +406,7 @@ def mistakes(tmp_path):
         ((), no_config, IMAGES, "config.json is missing"),
         ((), no_json, IMAGES, "config.json is not JSON"),
         ((), model("kind", model_type="bert"), IMAGES, "model_type 'bert'"),
-        ((), model("act", hidden_act="relu"), IMAGES, "hidden_act 'relu' is not supported"),
+        ((), model("act", hidden_act="relu"), IMAGES, "hidden_act 'relu' is not one of silu"),
         ((), model("wide", intermediate_size=161), IMAGES, "9 wrongly shaped tensors"),
         ((), model("deep", num_hidden_layers=4), IMAGES, "9 missing tensors"),
         ((), model("shallow", num_hidden_layers=2), IMAGES, "9 unexpected tensors"),
