@@ -20,7 +20,8 @@ def parse(arguments=None):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--images", nargs="+", required=True, metavar="FILE", help="the current image, then the prior one, if any")
+    add("--images", nargs="+", required=True, metavar="IMAGE",
+        help="the current image, then the prior, if any: JPEG, PNG, TIFF, DICOM; a file or http(s) URL")  # fmt: skip
     add("--model", default=DEFAULT_MODEL, metavar="ID_OR_DIR", help="checkpoint: a folder or a hub id")
     add("--base", metavar="ID_OR_DIR", help="model under an adapter or a connector, instead of the one it records")
     add("--encoder", metavar="ID_OR_DIR", help="image encoder, instead of the one that the checkpoint names")
@@ -68,7 +69,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from data import Study
+from data import Study, load_image
 from decoder import Cache
 from model import Libra
 from tokenizer import IMAGE, Prompt, find_template, render
@@ -441,8 +442,8 @@ def run(arguments):
     options = Options(**settings)  # mistakes show before anything long begins
     if arguments.template:
         find_template(arguments.template)
-    study = Study(*arguments.images, **({"query": arguments.query} if arguments.query else {}))
-    study.images()
+    images = [load_image(image) for image in arguments.images]  # once: an address is fetched, a warning printed
+    study = Study(*images, **({"query": arguments.query} if arguments.query else {}))
     begin = time.monotonic()
     libra = Libra.from_pretrained(
         arguments.model,

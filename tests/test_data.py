@@ -160,7 +160,7 @@ def test_missing_empty_and_directory_name_the_path(tmp_path):
     refused(tmp_path / "none.png", str(tmp_path / "none.png"), "check the path")
     refused(str(tmp_path), str(tmp_path), "give an image file")
     refused(empty, str(empty), "empty")
-    refused(b"", "give a JPEG, PNG or TIFF")
+    refused(b"", "give a JPEG, PNG, TIFF or DICOM")
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
@@ -177,7 +177,11 @@ def test_a_cut_file_is_refused(tmp_path, kind, share):
 def test_a_text_file_is_no_image(tmp_path):
     file = tmp_path / "report.png"
     file.write_text("FINDINGS: The heart is normal.\n")
-    refused(file, str(file), "give a JPEG, PNG or TIFF")
+    refused(file, str(file), "give a JPEG, PNG, TIFF or DICOM")
+
+
+def test_a_format_that_another_program_would_have_to_run_is_refused():
+    refused(written(Image.fromarray(GREY), "EPS"), "give a JPEG, PNG, TIFF or DICOM")
 
 
 @pytest.mark.parametrize("side", [20000, 10000])  # Pillow raises above twice its limit, and warns above it
