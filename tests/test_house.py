@@ -3,6 +3,7 @@
 import ast
 import re
 import shlex
+import subprocess
 import sys
 
 import pytest
@@ -67,6 +68,10 @@ STAND_INS = {  # what the README downloads or leaves to its reader -> what a tes
     "tests/golden": str(GOLDEN),
     "X-iZhang/libra-v1.0-7b": str(GOLDEN / "libra-7b" / "model"),
     "X-iZhang/libra-v1.0-3b": str(GOLDEN / "libra-3b" / "model"),
+    "epfl-llm/meditron-7b": str(GOLDEN / "libra-7b" / "model"),
+    "microsoft/rad-dino": str(GOLDEN / "libra-7b" / "encoder-dinov2"),
+    "my-lora": str(GOLDEN / "adapters" / "lora"),
+    "mm_tac_projector.bin": str(GOLDEN / "adapters" / "projector" / "mm_projector.bin"),
     "current.jpg": str(GOLDEN / "images" / "0.png"),
     "prior.jpg": str(GOLDEN / "images" / "1.png"),
     '"cuda"': '"cpu"',
@@ -80,12 +85,13 @@ def blocks(language):
     return found
 
 
-def sample_commands():
+def commands(program):
+    """The README's commands that call a program, less its name."""
     lines = [line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()]
-    return [line.split("sample.py", 1)[1] for line in lines if "python sample.py" in line]
+    return [line.split(program, 1)[1] for line in lines if f"python {program}" in line]
 
 
-@pytest.mark.parametrize("command", sample_commands())
+@pytest.mark.parametrize("command", commands("sample.py"))
 def test_the_readme_s_sampling_commands_run(command, monkeypatch, capsys):
     arguments = shlex.split(command, comments=True)
     if "--model" not in arguments:
@@ -97,8 +103,16 @@ def test_the_readme_s_sampling_commands_run(command, monkeypatch, capsys):
     assert not printed.err
 
 
-def test_the_readme_s_python_runs(capsys):
+@pytest.mark.parametrize("command", commands("model.py"))
+def test_the_readme_s_conversions_run(command, tmp_path):
+    arguments = [sys.executable, str(ROOT / "model.py"), *shlex.split(command, comments=True)]
+    subprocess.run(arguments, cwd=tmp_path, check=True, capture_output=True)
+    assert list(tmp_path.glob("*/config.json"))
+
+
+def test_the_readme_s_python_runs(capsys, tmp_path, monkeypatch):
     assert len(blocks("python")) >= 2
+    monkeypatch.chdir(tmp_path)
     namespace = {}
     for block in blocks("python"):
         exec(block.replace("num_beams=10", "num_beams=2, max_new_tokens=4"), namespace)
