@@ -332,7 +332,7 @@ def frontal(body: Anatomy, present: dict[str, Finding], shot: Acquisition, size:
     outer = centre + (body.chest - centre) * np.power(1 - np.power(1 - t, 2.6), 0.45)
     inner = centre - (centre - 0.06) * np.sqrt(1 - np.square(1 - np.clip(t * 5, 0, 1)))
     u = np.clip(a / outer, 0, 1.2)  # 0 the midline, 1 the chest wall
-    raised = 0.14 * severity["atelectasis"]
+    raised = 0.14 * severity["atelectasis"] * np.minimum(a / 0.3, 1)
     dome = shot.breath + body.diaphragm[0] + (body.diaphragm[1] - body.diaphragm[0]) * _step(x, 0.5) - raised
     d = (a - 0.40) / (body.chest - 0.40)
     floor = dome + 0.05 * np.square(d) + 0.20 * np.power(np.clip(d, 0, 1.3), 3)
@@ -389,8 +389,8 @@ def frontal(body: Anatomy, present: dict[str, Finding], shot: Acquisition, size:
     # what fills air
     if wet:
         bat = _bump(np.hypot(a - 0.22, (y - 0.05) / 1.25), 0.30 + 0.25 * wet)  # wings around the hila
-        film += aerated * (0.02 + 0.02 * wet + (0.04 + 0.26 * wet) * bat) * (1 + 0.12 * waves)
-        film += 0.10 * aerated * sheet.strokes(_kerley(body.chest, wet), blur=0.003)
+        film += aerated * (0.02 + 0.02 * wet + (0.08 + 0.22 * wet) * bat) * (1 + 0.07 * waves)
+        film += 0.13 * aerated * sheet.strokes(_kerley(body.chest, wet), blur=0.003)
     if "consolidation" in present:
         film += aerated * _consolidation(sheet, present["consolidation"], body.chest, waves)
     if "atelectasis" in present:
@@ -402,7 +402,7 @@ def frontal(body: Anatomy, present: dict[str, Finding], shot: Acquisition, size:
         film += 0.27 * _step(1 - np.hypot(x - nx, y - ny) / radius, 0.35)
     if "pleural effusion" in present:  # a meniscus, highest at the wall
         fluid = severity["pleural effusion"]
-        level = 0.74 + shot.breath - (0.12 + 0.95 * fluid) * (0.36 + 0.64 * np.power(np.minimum(u, 1), 3))
+        level = 0.74 + shot.breath - (0.18 + 0.90 * fluid) * (0.36 + 0.64 * np.power(np.minimum(u, 1), 3))
         film += 0.42 * lung * (fluid > 0) * _step(y - level, 0.05 + 0.04 * fluid)
 
     return film + _devices(sheet, present, body)
@@ -427,7 +427,7 @@ def _silhouette(x, y, m, body, present, shot):
     middle = np.where(m > 0, left, right) - np.abs(m)
     scale = body.heart * (1.04 if shot.view == "AP" else 1.0)  # nearer to the tube, larger on the film
     if "cardiomegaly" in present:
-        scale *= 1.12 + 0.48 * present["cardiomegaly"].severity
+        scale *= 1.18 + 0.44 * present["cardiomegaly"].severity
     cx, cy = 0.115 * scale, 0.27 - 0.04 * (scale - 1) + 0.7 * shot.breath
     p, q = (x - cx) * 0.86 + (y - cy) * 0.51, (y - cy) * 0.86 - (x - cx) * 0.51  # along the heart's axis, across it
     ventricle = np.hypot(p / (0.345 * scale), q / (0.26 * scale))
@@ -494,10 +494,10 @@ def _plates(a, height, severity):
     """Linear atelectasis: bands over the dome, longer, thicker and more with severity."""
     film = 0
     for row in range(3):
-        along = (a - 0.44 - 0.03 * row) / (0.13 + 0.13 * severity)
-        band = _bump(height - 0.06 + 0.11 * row - 0.03 * along, 0.018 + 0.016 * severity)
-        film = film + band * _step(1 - np.abs(along), 0.6) * np.clip(4 * severity - 1.1 * row, 0, 1)
-    return film * (0.21 + 0.05 * severity)
+        along = (a - 0.44 - 0.03 * row) / (0.17 + 0.10 * severity)
+        band = _bump(height + 0.05 + 0.10 * row - 0.03 * along, 0.021 + 0.015 * severity)
+        film = film + band * _step(1 - np.abs(along), 0.6) * np.clip(6 * severity - 1.7 * row, 0, 1)
+    return film * (0.24 + 0.04 * severity)
 
 
 def _kerley(chest, severity):
