@@ -397,7 +397,7 @@ def frontal(body: Anatomy, present: dict[str, Finding], shot: Acquisition, size:
         low = severity["atelectasis"]
         film += aerated * (_plates(a, y - dome, low) + 0.26 * low * _bump(y - floor, 0.20))
     if "nodule" in present:
-        nx, ny = _spot(present["nodule"], body.chest, 0.50)
+        nx, ny = _spot(present["nodule"], body.chest, 0.58)
         radius = 0.030 + 0.10 * present["nodule"].severity
         film += 0.27 * _step(1 - np.hypot(x - nx, y - ny) / radius, 0.35)
     if "pleural effusion" in present:  # a meniscus, highest at the wall
@@ -1025,7 +1025,7 @@ def preview(seed: int = 0, patients: int = 3, studies: int = 4, size: int = 320)
     gap, line = round(1.2 * unit), round(1.3 * unit)
     findings = lambda state: report(state).split(" FINDINGS:")[1].split(" IMPRESSION:")[0]
     cells = [[_paragraph(findings(state), text, size) for state in states] for states in rows]
-    heights = [round(3 * line + size + line * (0.6 + max(map(len, row)))) for row in cells]
+    heights = [round(size + line * (4.4 + max(map(len, row)))) for row in cells]
     sheet = Image.new("RGB", (gap + studies * (size + gap), sum(heights) + gap), PAPER)
     draw, top = ImageDraw.Draw(sheet), gap
     for states, row, height in zip(rows, cells, heights, strict=True):
@@ -1044,7 +1044,9 @@ def preview(seed: int = 0, patients: int = 3, studies: int = 4, size: int = 320)
             for words in lines:
                 across = x
                 for word in words:
-                    draw.text((across, y), word, COLOURS.get(WORDS.get(word.strip(".,").lower()), INK), text)
+                    colour = COLOURS.get(WORDS.get(word.strip(".").lower()), INK)
+                    draw.text((across, y), word, INK, text)
+                    draw.text((across, y), word.strip("."), colour, text)
                     across += text.getlength(word + " ")
                 y += line
         top += height

@@ -257,6 +257,7 @@ def test_mentioned_reads_what_a_model_may_write():
 def test_questions_are_answered_from_the_truth(hospital):
     truth = {line["study_id"]: line for line in truths(hospital)}
     pairs, types = table(hospital / "mimic_pair_questions.csv"), Counter()
+    levels, kinds = defaultdict(list), defaultdict(list)
     assert list(pairs[0]) == ["study_id", "subject_id", "ref_id", "question_type", "question", "answer", "split"]
     for row in pairs:
         line, answer = truth[int(row["study_id"])], row["answer"]
@@ -273,11 +274,18 @@ def test_questions_are_answered_from_the_truth(hospital):
                 assert answer == f"{line['view']} view"
             case "location":
                 assert answer == "{side} {place}".format(**line["findings"][asked])
-            case "level" | "type":
-                assert asked in line["findings"]
+            case "level":
+                order = [("small", "mild"), ("moderate",), ("large", "severe")]
+                levels[next(i for i, words in enumerate(order) if answer in words)].append(
+                    line["findings"][asked]["severity"]
+                )
+            case "type":
+                kinds[answer].append(line["findings"][asked]["severity"])
             case "difference":
                 changed = {name for name, change in line["changes"].items() if change != "unchanged"}
                 assert {name for name in truth_names() if name in answer} == changed
+    assert max(levels[0]) < min(levels[1]) <= max(levels[1]) < min(levels[2])
+    assert max(kinds["interstitial"]) < min(kinds["alveolar"]) and len(kinds) == 2
     with_prior = sum(line["prior_study_id"] is not None for line in truth.values())
     assert types["difference"] == with_prior and min(types.values()) > 5 and len(types) == 7
     assert len(pairs) > 4 * with_prior
