@@ -398,7 +398,7 @@ def frontal(body: Anatomy, present: dict[str, Finding], shot: Acquisition, size:
         film += aerated * (_plates(a, y - dome, low) + 0.26 * low * _bump(y - floor, 0.20))
     if "nodule" in present:
         nx, ny = _spot(present["nodule"], body.chest, 0.58)
-        radius = 0.030 + 0.10 * present["nodule"].severity
+        radius = 0.030 + 0.12 * present["nodule"].severity
         film += 0.27 * _step(1 - np.hypot(x - nx, y - ny) / radius, 0.35)
     if "pleural effusion" in present:  # a meniscus, highest at the wall
         fluid = severity["pleural effusion"]
@@ -1044,9 +1044,9 @@ def preview(seed: int = 0, patients: int = 3, studies: int = 4, size: int = 320)
             for words in lines:
                 across = x
                 for word in words:
-                    colour = COLOURS.get(WORDS.get(word.strip(".").lower()), INK)
-                    draw.text((across, y), word, INK, text)
-                    draw.text((across, y), word.strip("."), colour, text)
+                    stem = word.rstrip(".")
+                    draw.text((across, y), stem, COLOURS.get(WORDS.get(stem.lower()), INK), text)
+                    draw.text((across + text.getlength(stem), y), word[len(stem) :], INK, text)
                     across += text.getlength(word + " ")
                 y += line
         top += height
