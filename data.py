@@ -326,7 +326,7 @@ class ImageFolder:
         if os.path.commonpath((self.root, path)) != self.root:
             raise ValueError(f"image {name} leads out of the image folder {self.root}: refused")
         if not os.path.isfile(path):
-            raise FileNotFoundError(f"no image {name} in {self.root}: check --image-folder")
+            raise FileNotFoundError(f"no image {name} in {self.root}: check the image folder")
         return path
 
     def frame(self, name: str) -> np.ndarray:

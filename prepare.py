@@ -184,7 +184,7 @@ def append(names: list[str], images: ImageFolder, frames, index, workers: int) -
             lines.append(_line({"image": name, "channels": channels, "crc32": zlib.crc32(data)}))
         else:
             skipped[name] = data
-        if number == len(names) or time.monotonic() - flushed > 1:
+        if number == len(names) or time.monotonic() - flushed > 0.25:  # seconds
             flush()
             flushed = time.monotonic()
         show(number, len(names))
