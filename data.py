@@ -108,7 +108,7 @@ class Records:
             file.seek(0)
             self.unit = "record" if head.startswith(b"[") else "line"
             starts, ends = self._elements(file) if self.unit == "record" else self._lines(file)
-        kept = np.flatnonzero(ends - starts > 1)  # neither empty lines nor lone carriage returns
+        kept = np.flatnonzero(ends - starts > (self.unit == "line"))  # no empty line, not even of a carriage return
         self.starts, self.sizes, self.numbers = starts[kept], (ends - starts)[kept], kept + 1
 
     def __len__(self):
@@ -389,10 +389,7 @@ def parse_index(data: bytes, config: PixelConfig, path: Path) -> list[dict]:
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}): delete the cache and make it again") from None
     if settings != cache_settings(config):
-        listed = lambda settings: ", ".join(f"{name} {value}" for name, value in settings.items())
-        raise ValueError(
-            f"{path} is of images with {listed(settings)}, not {listed(cache_settings(config))}: use another cache"
-        )
+        raise ValueError(f"{path} was made with {settings}, not {cache_settings(config)}: use another cache")
     return entries
 
 

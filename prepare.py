@@ -192,7 +192,7 @@ def append(names: list[str], images: ImageFolder, frames, index, workers: int) -
 
 
 def _line(entry: dict) -> bytes:
-    return json.dumps(entry, ensure_ascii=False).encode() + b"\n"
+    return json.dumps(entry).encode() + b"\n"
 
 
 def _frame(images: ImageFolder, name: str) -> tuple[int, bytes | str]:

@@ -238,13 +238,20 @@ def made(pictures, tmp_path):
 def test_a_cache_of_other_settings_is_refused_by_name(pictures, made, capsys):
     before = content(made)
     for pad in PADS[1:]:
-        with pytest.raises(ValueError, match=f"crop 56, pad black, not .*pad {pad}"):
+        with pytest.raises(ValueError, match=f"'crop': 56, 'pad': 'black'}}, not .*'pad': '{pad}'"):
             ImageCache(made, config(pad))
         assert build(pictures, made, ["g0.png", "g2.png"], "--pad", pad) == 2
-        assert f"pad {pad}" in capsys.readouterr().err
-    with pytest.raises(ValueError, match=r"size 56, crop 56, .* not format 1, size 60, crop 56"):
+        assert f"'pad': '{pad}'" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"'size': 56, 'crop': 56, .* not .*'size': 60, 'crop': 56"):
         ImageCache(made, dataclasses.replace(config(), size=60))
     assert content(made) == before
+
+
+def test_the_mean_colour_counts_where_it_is_seen(pictures, tmp_path):
+    build(pictures, tmp_path, ["g0.png"], "--pad", "mean")
+    ImageCache(tmp_path, config("mean"))
+    with pytest.raises(ValueError, match=r"'mean': \[0\.5, 0\.5, 0\.5\]}: use another"):
+        ImageCache(tmp_path, dataclasses.replace(config("mean"), mean=(0.5, 0.5, 0.5)))
 
 
 def test_damage_is_found_when_a_frame_is_read(made):
