@@ -134,7 +134,7 @@ def cache(arguments):
         stored = stored[: stored.rfind(b"\n") + 1] or _line(cache_settings(config))  # a last line may be torn
         entries = parse_index(stored, config, index)
         end = sum(entry["channels"] for entry in entries) * config.crop**2
-        if frames.tell() < end:
+        if os.fstat(frames.fileno()).st_size < end:
             raise ValueError(f"{out / FRAMES} is shorter than its index says: delete {out} and make it again")
         missing = sorted(wanted - {entry["image"] for entry in entries})
         try:
