@@ -1,20 +1,27 @@
-"""A study on disk -> images and text."""
+"""A study on disk -> images and text; record files -> batches to train on.
 
-import io
+    record file --Records--> dict --parse--> Record --Dataset--> Item, a row of a batch --collate--> Batch
+
+Images come from their files (`ImageFolder`) or, the same to the bit, from frames made once (`ImageCache`).
+"""
+
+import json
+import os
 import re
-import string
-import threading
-import time
-import urllib.error
-import urllib.request
-import warnings
-from concurrent import futures
+import zlib
+from array import array
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote, urljoin
+from typing import ClassVar, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+import torch
+from PIL import Image
+
+from encoder import PixelConfig, frame, normalise
+from image import load_image
+from tokenizer import IMAGE, IMAGE_TEXT, Template, Tokenizer, render
 
 FINDINGS_PROMPT = "Provide a detailed description of the findings in the radiology image."  # as published
 
@@ -37,196 +44,455 @@ class Study:
         return [load_image(image) for image in (self.current, self.prior) if image is not None]
 
 
-URL = re.compile(r"([a-z][a-z0-9+.-]+)://", re.I)
-URL_BYTES, URL_SECONDS, URL_REDIRECTS = 64 * 2**20, 20, 5  # the most that one image may take, all in all
-DICOM_NAME = re.compile(r"\.(dcm|dicom)($|[?#])", re.I)
-FORMATS = ("JPEG", "JPEG2000", "PNG", "TIFF", "BMP", "GIF", "WEBP", "PPM")  # none that runs a program, as EPS does
+# ------------------------------------------------------------------------------------------ record files
+
+BLOCK = 1 << 24  # bytes read at a time, and the longest record of a JSON list
+BLANK = re.compile(r"[ \t\r\n]*")
 
 
-def load_image(source) -> Image.Image:
-    """A path, an http(s) address, the bytes of an image file or a PIL image -> a PIL image in mode RGB, upright.
+class Records:
+    """A JSON list of objects, or JSONL; a record is read and parsed when it is asked for.
 
-    Grey of 16 bits is scaled by its full range to 8; an alpha channel is dropped, as published. DICOM (which needs
-    pydicom) is shown as the file says: `_load_dicom`. OSError or ValueError with one line where the image is missing,
-    empty, truncated, no image, or has more pixels than Pillow holds for safe.
+    Held in memory is where each record lies, and nothing else. sizes [len]: bytes of each record, which tell long
+    from short without a tokenizer.
     """
-    name, file, head = "the image", None, b""
-    if isinstance(source, bytes):
-        file, head = io.BytesIO(source), source[:132]
-    elif isinstance(source, str) and URL.match(source):
-        name, data = source, _fetch(source)
-        file, head = io.BytesIO(data), data[:132]
-    elif not isinstance(source, Image.Image):
-        name = file = Path(source)
-        if not file.exists():
-            raise FileNotFoundError(f"no image {file}: check the path")
-        if not file.is_file():
-            raise IsADirectoryError(f"{file} is a directory: give an image file")
-        with file.open("rb") as opened:
-            head = opened.read(132)
-        if not head:
-            raise ValueError(f"{file} is empty: fetch it again")
-    # Without the magic a DICOM file begins with a tag of group 2 or 8, in either byte order.
-    bare = DICOM_NAME.search(str(name)) and head[:2] in (b"\2\0", b"\0\2", b"\b\0", b"\0\b")
-    if bare or head[128:132] == b"DICM":
-        return _load_dicom(name, file.read_bytes() if isinstance(file, Path) else file.getvalue())
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = source if file is None else Image.open(file, formats=FORMATS)
-            image = ImageOps.exif_transpose(image)
-            image.load()
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        limit = Image.MAX_IMAGE_PIXELS // 10**6
-        raise ValueError(f"{name} has more than {limit} million pixels: scale it down first") from None
-    except Image.UnidentifiedImageError:
-        raise ValueError(f"{name} is not an image that can be read: give a JPEG, PNG, TIFF or DICOM") from None
-    except Exception as error:  # Pillow's decoders raise whatever their formats come to
-        raise ValueError(f"{name} is a damaged or truncated image ({error}): fetch it again") from None
-    deep = image.mode == "I" or image.mode.startswith("I;16")  # Pillow would clip at 255
-    values = np.asarray(image, dtype=np.float64) if deep else np.zeros(1)
-    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-        raise ValueError(f"{name} has pixels that are not whole numbers of 8 or 16 bits: save it so")
-    if deep:
-        image = Image.fromarray((values / 257).round().astype(np.uint8))
-    return image.convert("RGB")
 
+    def __init__(self, path):
+        """ValueError where a JSON list is broken; broken lines of JSONL show when they are read, or in `check`."""
+        self.path = Path(path)
+        with open(self.path, "rb") as file:
+            head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+            if not head:
+                raise ValueError(f"{self.path} is empty: give a JSON list of records, or one JSON object per line")
+            file.seek(0)
+            self.unit = "record" if head.startswith(b"[") else "line"
+            starts, ends = self._elements(file) if self.unit == "record" else self._lines(file)
+        kept = np.flatnonzero(ends - starts > (self.unit == "line"))  # no empty line, not even of a carriage return
+        self.starts, self.sizes, self.numbers = starts[kept], (ends - starts)[kept], kept + 1
 
-def _load_dicom(name, data: bytes) -> Image.Image:
-    """The first frame of a DICOM file as it is meant to be seen, in mode RGB.
+    def __len__(self):
+        return len(self.starts)
 
-    Grey: see `_grey`; MONOCHROME1 is inverted after it. YBR becomes RGB, a palette is looked up, and colours of more
-    than 8 bits are scaled by their full range. ValueError with one line where pixels or a package are missing.
-    """
-    try:
-        import pydicom
-        from pydicom import uid
-        from pydicom.pixels import apply_color_lut, get_decoder, pixel_array
-    except ImportError:
-        raise ValueError(f"{name} is a DICOM file, which pydicom 3 reads: pip install pydicom") from None
-    advice = "fetch it again, or save it as PNG"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a file that strays from the standard and can be read is fine
-            if uid.DeflatedExplicitVRLittleEndian.encode() in data:  # pydicom would inflate it without a limit
-                raise ValueError("it is deflated")
-            dicom = pydicom.dcmread(io.BytesIO(data), force=True)
-            if not dicom.get("PixelData"):
-                raise ValueError("no pixel data")
-            if dicom.Rows * dicom.Columns > Image.MAX_IMAGE_PIXELS:
-                raise ValueError(f"more than {Image.MAX_IMAGE_PIXELS // 10**6} million pixels")
-            _, little = dicom.original_encoding
-            plain = uid.ExplicitVRLittleEndian if little else uid.ExplicitVRBigEndian  # where the file does not say
-            decoder = get_decoder(dicom.file_meta.setdefault("TransferSyntaxUID", plain).value)
-            if "pydicom" not in decoder.available_plugins:  # which needs no other package
-                packages = re.findall(r"pylibjpeg[\w-]*", " ".join(decoder.missing_dependencies))
-                advice = f"pip install {' '.join(dict.fromkeys(packages))}" if packages else advice
-            values, kind = pixel_array(dicom, index=0), dicom.PhotometricInterpretation
-            if kind in ("MONOCHROME1", "MONOCHROME2"):
-                shown = _grey(dicom, values, little)
-                shown = 1 - shown if kind == "MONOCHROME1" else shown
-            elif kind == "PALETTE COLOR":
-                bits = dicom.RedPaletteColorLookupTableDescriptor[2]
-                shown = apply_color_lut(values, dicom)[..., :3] / (2**bits - 1)
-            elif kind in ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT"):
-                shown = values / (2**dicom.BitsStored - 1)
-            else:
-                raise ValueError(f"its photometric interpretation is {kind}")
-            image = Image.fromarray((255 * shown.clip(0, 1)).round().astype(np.uint8)).convert("RGB")
-    except Exception as error:  # a damaged file comes to whatever pydicom and its decoders come to
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{name} is a DICOM file that cannot be read ({reason}): {advice}") from None
-    if int(dicom.get("NumberOfFrames") or 1) > 1:
-        warnings.warn(f"{name} has {dicom.NumberOfFrames} frames: the first is read", stacklevel=3)
-    return image
+    def __getitem__(self, index: int) -> dict:
+        with open(self.path, "rb") as file:  # opened anew, so that workers and threads share no position
+            return self.read(index, file)
 
+    def __iter__(self):
+        with open(self.path, "rb") as file:
+            for index in range(len(self)):
+                yield self.read(index, file)
 
-def _grey(dicom, values, little: bool):
-    """Stored values -> what is to be seen of them, up to 0 black and from 1 on white; DICOM PS3.3, C.11.1 and C.11.2.
-
-    The Modality LUT, or rescale slope and intercept; then the VOI LUT, or else the first window. Without either, the
-    least value of the frame becomes 0 and the greatest 1, which is what MIMIC-CXR-JPG began with. pydicom's own
-    functions are not used: a falling slope turns their windows upside down, and an 8-bit LUT wraps their indices.
-    """
-    if dicom.get("ModalityLUTSequence"):
-        values, _ = _look_up(dicom.ModalityLUTSequence[0], values, little)
-    else:
-        values = values * float(dicom.get("RescaleSlope") or 1) + float(dicom.get("RescaleIntercept") or 0)
-    if dicom.get("VOILUTSequence"):
-        values, bits = _look_up(dicom.VOILUTSequence[0], values, little)
-        return values / (2**bits - 1)
-    center, width = (np.ravel(dicom.get(keyword))[0] for keyword in ("WindowCenter", "WindowWidth"))
-    function = dicom.get("VOILUTFunction") or "LINEAR"
-    if center is None or width is None or width <= 0:
-        low, high = values.min(), values.max()
-    elif function == "SIGMOID":
-        return 1 / (1 + np.exp(-4 * (values - center) / width))
-    else:
-        low, high = center - width / 2, center + width / 2 - (function == "LINEAR")
-    return (values - low) / max(high - low, 1e-9)
-
-
-def _look_up(item, values, little: bool):
-    """Values through the lookup table of a sequence's item -> (entries, their bits)."""
-    entries, first, bits = item.LUTDescriptor
-    table = item.LUTData
-    if isinstance(table, bytes):
-        table = np.frombuffer(table, f"{'<' if little else '>'}u{len(table) // (entries or 2**16)}")
-    places = values.astype(np.int64) - first
-    return np.asarray(table)[places.clip(0, len(table) - 1)], bits
-
-
-def _fetch(url: str) -> bytes:
-    """What an http(s) address holds, in memory; OSError with one line where it is none, gone, slow or too large."""
-    future = futures.Future()
-
-    def work():
+    def read(self, index: int, file) -> dict:
+        """Record `index` from the open file; ValueError that names its place where it is no JSON object."""
+        file.seek(self.starts[index])
         try:
-            future.set_result(_download(url))
-        except Exception as error:
-            future.set_exception(error)
+            record = json.loads(file.read(self.sizes[index]))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{self.place(index)} is not JSON ({error})") from None
+        if not isinstance(record, dict):
+            raise ValueError(f"{self.place(index)} is not a JSON object")
+        return record
 
-    threading.Thread(target=work, daemon=True).start()  # urllib limits the time of one read, not of names or headers
+    def place(self, index: int) -> str:
+        return f"{self.path} {self.unit} {self.numbers[index]}"
+
+    @staticmethod
+    def _lines(file):
+        """First byte of every line, and the byte behind its last."""
+        ends, size = [], 0
+        while block := file.read(BLOCK):
+            ends.append(np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + size)
+            size += len(block)
+        ends = np.concatenate((*ends, [size]))  # the last line may lack its break
+        return np.concatenate(([0], ends[:-1] + 1)), ends
+
+    def _elements(self, file):
+        """The same for the elements of a list: each is parsed, for its end, and forgotten."""
+        decode, spans, base = json.JSONDecoder().raw_decode, array("q"), 0
+        # Latin-1 has one character per byte and JSON's own signs are ASCII: places in this text are places in the file
+        text = file.read(BLOCK).decode("latin-1")
+        at, closed = text.index("[") + 1, False
+        while not closed:
+            try:
+                begin = BLANK.match(text, at).end()
+                if not spans and text[begin] == "]":  # an empty list
+                    end = behind = begin
+                else:
+                    end = decode(text, begin)[1]
+                    behind = BLANK.match(text, end).end()
+                if text[behind] not in ",]":
+                    raise ValueError(f"{text[behind]!r} where a comma or ] is due")
+                closed = text[behind] == "]"
+                spans.extend((base + begin, base + end))
+                at = behind + 1
+            except (ValueError, IndexError, RecursionError) as error:
+                more = file.read(BLOCK) if len(text) - at <= BLOCK else b""
+                if not more:
+                    reason = "the file ends within it" if isinstance(error, IndexError) else error
+                    raise ValueError(f"{self.path} record {len(spans) // 2 + 1} is not JSON ({reason})") from None
+                text, base, at = text[at:] + more.decode("latin-1"), base + at, 0
+        if text[at:].strip() or file.read(BLOCK).strip():
+            raise ValueError(f"{self.path} goes on behind the end of its list")
+        starts, ends = np.array(spans, dtype=np.int64).reshape(-1, 2).T
+        return starts, ends
+
+
+def image_names(raw: dict) -> list[str]:
+    """The images of a record as named in it: [current, prior], [current], or [] where it is text alone.
+
+    One image named twice is one: without a prior the current image stands for it anyway.
+    """
+    images = raw.get("image") or []
+    images = [images] if isinstance(images, str) else images
+    if not isinstance(images, list) or len(images) > 2 or not all(isinstance(name, str) and name for name in images):
+        raise ValueError(f"image {images!r} is neither a file name nor a list of one or two (current, prior)")
+    return list(dict.fromkeys(images))
+
+
+def _id(raw: dict, key: str) -> str | int:
+    if not isinstance(raw.get(key), str | int):
+        raise ValueError(f"{key} is missing or neither text nor a whole number")
+    return raw[key]
+
+
+@dataclass(frozen=True)
+class Record:
+    """A training record. Where a turn has "<image>", it stands at its front."""
+
+    id: str | int
+    images: list[str]
+    turns: list[tuple[str, str]]  # (question, answer)
+
+    unique: ClassVar[bool] = False  # an id that comes again is counted, no more
+
+    @classmethod
+    def parse(cls, raw: dict) -> "Record":
+        """ValueError that says what is wrong with the record."""
+        images, said = image_names(raw), raw.get("conversations")
+        if not isinstance(said, list) or not all(
+            isinstance(turn, dict) and isinstance(turn.get("value"), str) for turn in said
+        ):
+            raise ValueError('conversations is not a list of {"from": …, "value": text}')
+        speakers, values = [turn.get("from") for turn in said], [turn["value"] for turn in said]
+        if not said or speakers != ["human", "gpt"] * (len(said) // 2):
+            raise ValueError(f"the speakers are {', '.join(map(str, speakers)) or 'none'}, not human and gpt in turn")
+        questions, answers = values[::2], values[1::2]
+        if not all(answer.strip() for answer in answers):
+            raise ValueError("an answer is empty")
+        if any(IMAGE_TEXT in answer for answer in answers):
+            raise ValueError(f"an answer contains {IMAGE_TEXT}")
+        if (count := sum(question.count(IMAGE_TEXT) for question in questions)) != bool(images):
+            raise ValueError(f"{IMAGE_TEXT} stands {count} times in the questions, not {int(bool(images))}")
+        for number, question in enumerate(questions):
+            if IMAGE_TEXT in question:
+                questions[number] = f"{IMAGE_TEXT}\n{question.replace(IMAGE_TEXT, '').strip()}".strip()
+        return cls(_id(raw, "id"), images, list(zip(questions, answers, strict=True)))
+
+
+@dataclass(frozen=True)
+class Question:
+    """A line of a question file. reference: the report that an answer is compared with, if there is one."""
+
+    id: str | int
+    images: list[str]
+    text: str
+    reference: str | None
+
+    unique: ClassVar[bool] = True
+
+    @classmethod
+    def parse(cls, raw: dict) -> "Question":
+        """ValueError that says what is wrong with the line."""
+        images, text = image_names(raw), raw.get("text")
+        if not images:
+            raise ValueError("there is no image")
+        if not isinstance(text, str) or IMAGE_TEXT in text:
+            raise ValueError(f"text is not the question's text without {IMAGE_TEXT}, which is put before it")
+        names = [name for name in ("reference", "findings", "impression") if raw.get(name) is not None]
+        reference = raw[names[0]] if names else None
+        if not isinstance(reference, str | None):
+            raise ValueError(f"{names[0]} is not text")
+        return cls(_id(raw, "question_id"), images, text, reference)
+
+
+class Checked(NamedTuple):
+    """What `check` counted."""
+
+    duplicates: int  # records whose id was there already
+    images: int  # distinct images
+    alone: int  # records without an image
+    groups: np.ndarray  # [records]: the first record that can share a prefix with each, see `shared_rows`
+
+
+def check(
+    records: Records,
+    kind: type[Record] | type[Question],
+    find: Callable[[str], object] = lambda name: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Checked:
+    """Read and parse every record once; find(name) raises where an image is missing (`ImageFolder.find`).
+
+    ValueError with all that is wrong in one line: the first 20 problems by line or record number, and how many.
+    """
+    ids, groups = np.arange(len(records)), np.arange(len(records))
+    seen, problems, alone = set(), [], 0
+    with open(records.path, "rb") as file:
+        for index in range(len(records)):
+            progress(index + 1, len(records))
+            try:
+                raw = records.read(index, file)
+                record = kind.parse(raw)
+            except ValueError as error:
+                problems.append((index, str(error).removeprefix(f"{records.place(index)} ")))
+                continue
+            ids[index] = hash(str(record.id))
+            alone += not record.images
+            if record.images and (kind is Question or record.turns[0][0].startswith(IMAGE_TEXT)):
+                groups[index] = hash(tuple(record.images))
+            for name in record.images:
+                if hash(name) not in seen:  # a third of the memory of the names themselves
+                    seen.add(hash(name))
+                    try:
+                        find(name)
+                    except (ValueError, OSError) as error:
+                        problems.append((index, str(error)))
+    first, group = (np.unique(keys, return_index=True, return_inverse=True)[1:] for keys in (ids, groups))
+    again = np.setdiff1d(np.arange(len(records)), first[0])
+    if kind.unique:
+        problems += [(index, "its id was there already: ids must be unique") for index in again]
+    if problems:
+        problems.sort(key=lambda problem: problem[0])
+        listed = "; ".join(f"{records.unit} {records.numbers[index]}: {text}" for index, text in problems[:20])
+        more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise ValueError(f"{records.path} has problems, {len(problems)} in all: {listed}{more}")
+    return Checked(len(again), len(seen), alone, group[0][group[1]])
+
+
+# ---------------------------------------------------------------------------------------- where images are
+
+
+class ImageFolder:
+    """Images by their names inside a folder, as frames: uint8 [S, S, 3], what the encoder sees before normalising."""
+
+    def __init__(self, folder, config: PixelConfig):
+        if not os.path.isdir(folder):
+            raise NotADirectoryError(f"no image folder {folder}: check the path")
+        self.root, self.config = os.path.realpath(folder), config
+
+    def find(self, name: str) -> str:
+        """The path of an image. ValueError where it leads out of the folder, by "..", by a link or from the root."""
+        path = os.path.realpath(os.path.join(self.root, name))
+        if os.path.commonpath((self.root, path)) != self.root:
+            raise ValueError(f"image {name} leads out of the image folder {self.root}: refused")
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"no image {name} in {self.root}: check the image folder")
+        return path
+
+    def frame(self, name: str) -> np.ndarray:
+        return frame(load_image(self.find(name)), self.config)
+
+
+FRAMES, INDEX = "frames.bin", "index.jsonl"
+
+
+class ImageCache:
+    """The same from a folder that `prepare.py cache` has made.
+
+    frames.bin holds frames one behind the other, uint8 [S, S] of a grey image and [S, S, 3] of another. index.jsonl
+    has the settings they were made with in its first line, then a line for each, in this order: the image's name,
+    its channels and the CRC-32 of its bytes.
+    """
+
+    def __init__(self, folder, config: PixelConfig):
+        """ValueError where the cache is incomplete or made with other settings than config's."""
+        self.folder, self.config = Path(folder), config
+        index, file = self.folder / INDEX, self.folder / FRAMES
+        if not index.exists():
+            raise FileNotFoundError(f"{self.folder} holds no finished image cache: make one with prepare.py cache")
+        entries = parse_index(index.read_bytes(), config, index)
+        self.numbers = {entry["image"]: number for number, entry in enumerate(entries)}
+        self.sums = np.array([entry["crc32"] for entry in entries], dtype=np.uint32)
+        sizes = np.array([entry["channels"] for entry in entries], dtype=np.int64) * config.crop**2
+        self.bounds = np.concatenate(([0], sizes.cumsum()))
+        if not file.exists() or file.stat().st_size < self.bounds[-1]:
+            raise ValueError(f"{file} is shorter than {INDEX} says: copy it again, or delete both and make them anew")
+        self.frames = np.memmap(file, np.uint8, "r").view(np.ndarray) if self.bounds[-1] else np.empty(0, np.uint8)
+
+    def __reduce__(self):  # for worker processes: the map is opened anew, its content is not sent
+        return ImageCache, (self.folder, self.config)
+
+    def find(self, name: str) -> int:
+        """The place of an image in the cache."""
+        if name not in self.numbers:
+            raise FileNotFoundError(f"no image {name} in the cache {self.folder}: run prepare.py cache again")
+        return self.numbers[name]
+
+    def frame(self, name: str) -> np.ndarray:
+        number = self.find(name)
+        data = self.frames[self.bounds[number] : self.bounds[number + 1]]
+        if zlib.crc32(data) != self.sums[number]:
+            raise ValueError(f"{self.folder / FRAMES} is damaged at {name}: delete the cache and make it again")
+        return data.reshape(self.config.crop, self.config.crop, -1).repeat(3 * self.config.crop**2 // len(data), 2)
+
+
+def cache_settings(config: PixelConfig) -> dict:
+    """What frames depend on."""
+    colour = {"mean": list(config.mean)} if config.pad == "mean" else {}
+    return {"format": 1, "size": config.size, "crop": config.crop, "pad": config.pad} | colour
+
+
+def parse_index(data: bytes, config: PixelConfig, path: Path) -> list[dict]:
+    """The entries of a cache's index, [{"image", "channels", "crc32"}]; path is for what goes wrong."""
     try:
-        return future.result(URL_SECONDS)
-    except (TimeoutError, futures.TimeoutError):
-        reason = f"not within {URL_SECONDS} s"
-    except Exception as error:  # urllib's, http.client's and ssl's
-        reason = " ".join(str(getattr(error, "reason", error)).split())
-    raise OSError(f"no image from {url} ({reason}): check the address, or give a downloaded file")
+        settings, *entries = map(json.loads, data.splitlines())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): delete the cache and make it again") from None
+    if settings != cache_settings(config):
+        raise ValueError(f"{path} was made with {settings}, not {cache_settings(config)}: use another cache")
+    return entries
 
 
-def _download(url: str) -> bytes:
-    """`_fetch` without its time limit; any Exception, whose text is a reason."""
-    opener = urllib.request.OpenerDirector()  # without a way to files, ftp, or redirects that are not looked at
-    for handler in ("ProxyHandler", "HTTPHandler", "HTTPSHandler", "HTTPDefaultErrorHandler", "HTTPErrorProcessor"):
-        opener.add_handler(getattr(urllib.request, handler)())
-    opener.addheaders = [("User-Agent", "nanolibra")]
-    end = time.monotonic() + URL_SECONDS
-    for _ in range(URL_REDIRECTS + 1):
-        scheme = URL.match(url)
-        if not scheme or scheme[1].lower() not in ("http", "https"):
-            raise ValueError(f"{url} is not http(s)")
+# --------------------------------------------------------------------------------------- records -> batches
+
+IGNORED = -100  # the label of a position that is not learnt
+
+
+@dataclass(frozen=True)
+class Item:
+    """A row of a batch: a record, or several with the same images behind one prefix.
+
+    labels[i] is ids[i] where that is learnt, else IGNORED; the loss compares them with the position before.
+    """
+
+    ids: list[int]  # the image is one IMAGE; [] where no record has a label left
+    labels: list[int]
+    segments: list[int]  # 0, or of several records: 0 up to their image, then 1, 2, …
+    pixels: torch.Tensor | None  # [2, 3, S, S] (current, prior), [1, 3, S, S] without a prior; None: text alone
+    cut: int  # records that were longer than max_length and lost their end
+    skipped: int  # records that were left out because nothing to learn was within max_length
+
+
+def encode(record: Record, template: Template, tokenizer: Tokenizer, max_length: int) -> tuple[list, list, bool]:
+    """ids, labels, and whether they were cut. max_length counts the image as one id, as published.
+
+    What is too long ends with the last learnt id that fits: within an answer or at its end, never in a question.
+    """
+    prompt = render(record.turns, template, tokenizer)
+    labels = [id if learnt else IGNORED for id, learnt in zip(prompt.ids, prompt.labels, strict=True)]
+    length = len(labels)
+    if length > max_length:
+        length = max((i + 1 for i in range(max_length) if labels[i] != IGNORED), default=0)
+    return prompt.ids[:length], labels[:length], length < len(labels)
+
+
+@dataclass
+class Dataset:
+    """Item i is record i; with `rows` (see `shared_rows`) the records rows[i], which have the same images."""
+
+    records: Records
+    images: ImageFolder | ImageCache
+    tokenizer: Tokenizer
+    template: Template
+    max_length: int
+    rows: list[np.ndarray] | None = None
+
+    def __post_init__(self):
+        if self.rows is not None and self.template.drops_question:
+            # the first id behind the image is learnt there, and one position cannot be compared with several
+            raise ValueError("a template without questions has no prefix to share")
+
+    def __len__(self):
+        return len(self.records if self.rows is None else self.rows)
+
+    def __getitem__(self, index: int) -> Item:
+        """ValueError that names the record where it or an image of it cannot be read."""
+        numbers = [index] if self.rows is None else self.rows[index]
+        raw = [self.records[number] for number in numbers]
         try:
-            response = opener.open(quote(url, safe=string.punctuation), timeout=URL_SECONDS)
-            break
-        except urllib.error.HTTPError as error:
-            error.close()
-            if not (300 <= error.code < 400 and "Location" in error.headers):
-                raise ValueError(f"{error.code} {error.reason}") from None
-            url = urljoin(url, error.headers["Location"])
-    else:
-        raise ValueError(f"more than {URL_REDIRECTS} redirects")
-    with response:
-        length, data = response.length, bytearray()  # no length: it ends when it ends
-        while max(len(data), length or 0) <= URL_BYTES and (part := response.read1(2**16)):
-            data += part
-            if time.monotonic() > end:
-                raise TimeoutError  # nobody waits any more
-    if max(len(data), length or 0) > URL_BYTES:
-        raise ValueError(f"more than {URL_BYTES // 2**20} MB")
-    if len(data) < (length or 1):
-        raise ValueError(f"{len(data)} bytes of {length or 'some'}")
-    if data[:512].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<"):
-        raise ValueError("a page, not an image")
-    return bytes(data)
+            records = [Record.parse(record) for record in raw]
+            parts = [encode(record, self.template, self.tokenizer, self.max_length) for record in records]
+            kept = [(ids, labels) for ids, labels, _ in parts if ids]
+            ids, labels = kept[0] if kept else ([], [])
+            pixels = None
+            if IMAGE in ids:
+                frames = [self.images.frame(name) for name in records[0].images]
+                pixels = torch.stack([normalise(frame, self.images.config) for frame in frames])
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{self.records.place(numbers[0])}: {error}") from None
+        segments = [0] * len(ids)
+        if len(kept) > 1:
+            prefix = ids.index(IMAGE) + 1
+            ids, labels, segments = ids[:prefix], labels[:prefix], segments[:prefix]
+            for number, (its_ids, its_labels) in enumerate(kept, 1):
+                ids += its_ids[prefix:]
+                labels += its_labels[prefix:]
+                segments += [number] * len(its_ids[prefix:])
+        skipped = len(parts) - len(kept)
+        return Item(ids, labels, segments, pixels, sum(cut for *_, cut in parts) - skipped, skipped)
+
+
+def shared_rows(groups: np.ndarray, most: int) -> list[np.ndarray]:
+    """Records that can share a prefix (`Checked.groups`), at most `most` together -> the records of each row."""
+    members = np.argsort(groups, kind="stable")
+    groups, places = groups[members], np.arange(len(members))
+    begins = np.diff(groups, prepend=-1) != 0
+    within = places - np.maximum.accumulate(np.where(begins, places, 0))
+    return np.split(members, places[(within % most == 0) & (places > 0)])
+
+
+class Batch(NamedTuple):
+    """B rows, padded on the right to T positions, of which an image has as many as it has patches."""
+
+    ids: torch.Tensor  # [B, T]; IMAGE in all positions of an image, 0 in padding
+    labels: torch.Tensor  # [B, T]; IGNORED where nothing is learnt
+    segments: torch.Tensor  # [B, T], as in attention.py; -1 in padding
+    positions: torch.Tensor  # [B, T]; every segment goes on behind the prefix
+    pixels: list[torch.Tensor | None]  # of each row, as in Item
+    cut: int
+    skipped: int
+
+
+def collate(items: list[Item], num_patches: int) -> Batch:
+    """Rows -> a batch. A row without labels takes no place in it; there may be none left."""
+    kept = [item for item in items if item.ids]
+    columns = []
+    for item in kept:
+        ids, labels, segments = (np.array(values) for values in (item.ids, item.labels, item.segments))
+        repeats = np.where(ids == IMAGE, num_patches, 1)
+        ids, labels, segments = (values.repeat(repeats) for values in (ids, labels, segments))
+        places = np.arange(len(ids))
+        begins = np.maximum.accumulate(np.where(np.diff(segments, prepend=0) != 0, places, 0))
+        positions = np.where(segments > 0, places - begins + (segments == 0).sum(), places)
+        columns.append((ids, labels, segments, positions))
+    length = max((len(ids) for ids, *_ in columns), default=0)
+    batch = torch.empty(4, len(kept), length, dtype=torch.long)
+    for values, fill in zip(batch, (0, IGNORED, -1, 0), strict=True):
+        values.fill_(fill)
+    for row, values in enumerate(columns):
+        batch[:, row, : len(values[0])] = torch.from_numpy(np.stack(values))
+    pixels = [item.pixels for item in kept]
+    return Batch(*batch, pixels, sum(item.cut for item in items), sum(item.skipped for item in items))
+
+
+def order(count: int, seed: int, epoch: int, lengths: np.ndarray | None = None, batch_size: int = 1) -> np.ndarray:
+    """The order of `count` records in an epoch, from its arguments alone.
+
+    With lengths [count], batches of batch_size hold records of like length: of every 50 batches' worth of shuffled
+    records the longest make one batch, and so on; then the batches are shuffled.
+    """
+    random = np.random.RandomState([seed, epoch])  # unlike its successor it draws the same in every version of numpy
+    shuffled = random.permutation(count)
+    if lengths is None:
+        return shuffled
+    by_length = shuffled[np.lexsort((-lengths[shuffled], np.arange(count) // (50 * batch_size)))]
+    batches, rest = np.split(by_length, [count - count % batch_size])
+    return np.concatenate((random.permutation(batches.reshape(-1, batch_size)).ravel(), rest))
+
+
+def batches(order: np.ndarray, batch_size: int, start: int = 0, rank: int = 0, ranks: int = 1) -> Iterator[np.ndarray]:
+    """The records of each step that process `rank` of `ranks` computes, from place `start` of the order on.
+
+    batch_size is that of all processes together; the last batch may be smaller, and a process's share of it empty.
+    """
+    for first in range(start, len(order), batch_size):
+        yield order[first : first + batch_size][rank::ranks]

@@ -13,7 +13,7 @@ import sample
 
 FLOORS = [
     {"cli"},
-    {"attention", "checkpoint", "tokenizer", "phantom"},
+    {"attention", "checkpoint", "tokenizer", "image", "phantom"},
     {"encoder", "tac", "decoder"},
     {"model", "data"},
     {"sample", "prepare"},

@@ -27,7 +27,7 @@ from pydicom.uid import (
 )
 from test_data import pixels, refused
 
-import data
+import image
 import sample
 
 RANDOM = np.random.default_rng(0)
@@ -327,7 +327,7 @@ def test_a_cut_file_is_refused(tmp_path, share, compressed):
 
 def test_a_missing_package_is_named(monkeypatch):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.modules['pylibjpeg'] = None\n" + (
-        "from data import load_image\ntry: load_image(sys.argv[1])\nexcept ValueError as error: print(error)"
+        "from image import load_image\ntry: load_image(sys.argv[1])\nexcept ValueError as error: print(error)"
     )
     for name, package in (("jpeg_ls_lossless", "pylibjpeg-libjpeg"), ("RLE", "")):
         file = get_testdata_file(f"MR_small_{name}.dcm", download=False)
@@ -451,13 +451,13 @@ def test_an_address_without_an_image_is_refused(server, path, words):
 
 
 def test_a_body_without_end_is_cut_off_at_the_limit(server, monkeypatch):
-    monkeypatch.setattr(data, "URL_BYTES", 2**20)
+    monkeypatch.setattr(image, "URL_BYTES", 2**20)
     refused(server.url + "/endless", "more than 1 MB")
 
 
 @pytest.mark.parametrize("path", ["/slow/body", "/slow/head"])
 def test_the_time_limit_is_for_the_whole(server, monkeypatch, path):
-    monkeypatch.setattr(data, "URL_SECONDS", 0.5)  # a byte comes every 0.1 s, so that no single read is late
+    monkeypatch.setattr(image, "URL_SECONDS", 0.5)  # a byte comes every 0.1 s, so that no single read is late
     begin = time.monotonic()
     refused(server.url + path, server.url + path, "not within 0.5 s")
     assert time.monotonic() - begin < 2
@@ -491,8 +491,8 @@ def test_the_command_line_takes_addresses_and_dicom(server, tmp_path, capsys):
     out = capsys.readouterr().out
     assert run(str(GOLDEN / "images" / "0.png"), str(chest)) == 0
     assert out.strip() and capsys.readouterr().out == out
-    for image, words in ((f"{server.url}/page", "a page"), ("file:///etc/passwd", "not http(s)")):
-        assert run(image) == 2
+    for place, words in ((f"{server.url}/page", "a page"), ("file:///etc/passwd", "not http(s)")):
+        assert run(place) == 2
         printed = capsys.readouterr()
         assert not printed.out and printed.err.startswith("sample.py: ") and words in printed.err
         assert printed.err.count("\n") == 1
