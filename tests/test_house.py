@@ -15,8 +15,8 @@ FLOORS = [
     {"attention", "checkpoint", "tokenizer", "phantom"},
     {"encoder", "tac"},
     {"model", "data"},
-    {"sample", "prepare"},
-    {"eval", "report"},
+    {"sample", "prepare", "report"},
+    {"eval"},
     {"train"},
     {"app", "bench"},
 ]
