@@ -186,16 +186,18 @@ def meteor_scorer() -> Callable[[str, str], float]:
 
 
 def bertscore(predictions: list[str], references: list[str]) -> list[float]:
-    """F1 of each pair in about [0, 1]; ValueError that says what is missing."""
-    model = "distilbert-base-uncased"
+    """F1 of each pair in about [0, 1], 0 where a side is empty; ValueError that says what is missing."""
+    model, pairs = "distilbert-base-uncased", list(zip(predictions, references, strict=True))
+    full = [pair for pair in pairs if all(pair)]  # the package fails on empty ones with transformers 5
     try:
         from bert_score import score
     except ImportError:
         raise ValueError("BERTScore needs a package: pip install bert-score") from None
     try:
-        return score(predictions, references, model_type=model)[2].tolist()
+        values = iter(score(*map(list, zip(*full, strict=True)), model_type=model)[2] if full else ())
     except OSError:
         raise ValueError(f"BERTScore needs the model {model}: download it once into the hub's cache") from None
+    return [float(next(values)) if all(pair) else 0.0 for pair in pairs]
 
 
 # ------------------------------------------------------------------------------------------ scores of many
@@ -357,11 +359,11 @@ def text_of(record: dict, fields: tuple[str, ...], path) -> str:
 
 
 def images_of(record: dict, path) -> tuple[str, ...]:
-    images = record.get("image") or ()
-    images = (images,) if isinstance(images, str) else tuple(images) if isinstance(images, list) else (None,)
-    if len(images) > 2 or not all(isinstance(image, str) for image in images):
+    images = record.get("image") or []
+    images = [images] if isinstance(images, str) else images
+    if not isinstance(images, list) or len(images) > 2 or not all(isinstance(image, str) for image in images):
         raise ValueError(f"{path}: {record['question_id']} has an image that is neither a path nor [current, prior]")
-    return images
+    return tuple(images)
 
 
 def read_pairs(references, predictions) -> list[Pair]:
