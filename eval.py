@@ -59,9 +59,10 @@ def parse(arguments=None):
     add("--html", metavar="FILE", help="write one page: scores, and every study beside its reference")
     add("--image-folder", metavar="DIR", help="where the questions' image paths begin; without it the page has none")
     add("--export", metavar="FILE", help="write references and hypotheses as the lists that RadEval takes (JSON)")
+    add("--truth", metavar="FILE", help="a phantom hospital's truth.jsonl: what is told of findings, devices, changes")
     add("--merge", nargs="+", default=[], metavar="FILE", help="take in scores that RadEval gave for the export (JSON)")
     arguments = parser.parse_args(arguments)
-    alone = ("model_name", "csv", "html", "export", "merge")
+    alone = ("model_name", "csv", "html", "export", "truth", "merge")
     if arguments.compare and (given := [name for name in alone if getattr(arguments, name)]):
         score.error(f"--{given[0].replace('_', '-')} goes with --predictions, not with --compare")
     if arguments.image_folder and not arguments.html:
@@ -235,10 +236,17 @@ def statistics(predictions: list[str], references: list[str], with_bertscore: bo
 
 
 def score_of(sums: np.ndarray, count) -> np.ndarray:
-    """Sums of statistics [..., k] over count pairs -> the score [...]: BLEU × 100 from its counts, else the mean."""
-    order = (sums.shape[-1] - 2) // 2
-    if order < 1:
+    """Sums of statistics [..., k] over count pairs -> the score [...].
+
+    k = 1: their mean; k = 2: hits of chances × 100, NaN without a chance; k = 2n + 2: BLEU-n × 100.
+    """
+    width = sums.shape[-1]
+    if width == 1:
         return sums[..., 0] / count
+    if width == 2:
+        with np.errstate(invalid="ignore"):
+            return 100 * sums[..., 0] / sums[..., 1]
+    order = width // 2 - 1
     matched, total = sums[..., :order], sums[..., order : 2 * order]
     predicted, wanted = sums[..., -2], sums[..., -1]
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -266,19 +274,21 @@ class Interval:
 
     @classmethod
     def of(cls, value, resampled) -> "Interval":
-        return cls(float(value), *map(float, np.percentile(resampled, [2.5, 97.5])))
+        return cls(float(value), *map(float, np.nanpercentile(resampled, [2.5, 97.5])))
 
     def __str__(self):
         return f"{self.value:.2f}" + ("" if self.low is None else f" [{self.low:.2f}, {self.high:.2f}]")
 
 
 def intervals(table: dict[str, np.ndarray], groups: dict[str, np.ndarray], seed: int = 0):
-    """{key: {group: Interval}}; groups are {name: [N] of bool}."""
+    """{key: {group: Interval}}; groups are {name: [N] of bool}. A group in which nothing can be scored is left out."""
     result = {key: {} for key in table}
     for group, chosen in groups.items():
         part = {key: column[chosen] for key, column in table.items()}
         for key, values in resample(part, seed).items():
-            result[key][group] = Interval.of(score_of(part[key].sum(0), chosen.sum()), values)
+            value = score_of(part[key].sum(0), chosen.sum())
+            if not np.isnan(value):
+                result[key][group] = Interval.of(value, values)
     return result
 
 
@@ -456,6 +466,84 @@ def append_csv(path, header: list[str], row: dict):
         writer.writerow(row)
 
 
+# ------------------------------------------------------------------------------------------ phantom reports
+
+FINDINGS = ("consolidation", "atelectasis", "edema", "nodule", "pleural effusion", "pneumothorax", "cardiomegaly")
+DEVICES = ("endotracheal tube", "central line", "pacemaker")
+SIDED = ("consolidation", "atelectasis", "nodule", "pleural effusion", "pneumothorax")  # whose side reports name
+SAID = {  # word -> what it says of the finding in whose clause it stands
+    "change": {"new": "new", "increased": "worse", "worsened": "worse", "unchanged": "unchanged", "stable": "unchanged",
+               "decreased": "improved", "improved": "improved", "resolved": "resolved", "removal": "removed",
+               "removed": "removed"},
+    "side": {"right": "right", "left": "left", "bilateral": "bilateral"},
+    "level": {"small": 0, "mild": 0, "moderate": 1, "large": 2, "severe": 2},
+}  # fmt: skip
+LEVELS = (0.43, 0.72)  # severities from which a finding is moderate, large
+
+
+def read_report(text: str) -> dict[str, dict]:
+    """{finding or device: {"change", "side", "level": what is said of it, or None}}; what is denied is left out.
+
+    A clause ends at . or ; or but. "no" and "without" deny what follows in it; a side or a level belongs to the next
+    name, a change to all names of its clause.
+    """
+    found = {}
+    for clause in re.split(r"[.;](?!\d)|\bbut\b", " ".join(text.lower().split())):
+        said, before = re.findall(rf"{'|'.join(FINDINGS + DEVICES)}|[a-z]+", clause), {}
+        change = next((SAID["change"][word] for word in said if word in SAID["change"]), None)
+        for word in said:
+            if word in ("no", "without"):
+                break
+            if word in FINDINGS + DEVICES:
+                found[word] = {"change": change, "side": before.pop("side", None), "level": before.pop("level", None)}
+            before |= {kind: says[word] for kind, says in SAID.items() if word in says}
+    return found
+
+
+def read_truth(path, pairs: list[Pair]) -> list[dict]:
+    """A phantom hospital's truth, one of each pair, found by the current image's name or by the id."""
+    lines = {}
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            record = json.loads(line)
+            lines |= dict.fromkeys((record["dicom_id"], str(record["study_id"])), record)
+            record["findings"], record["devices"], record["changes"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path} line {number} is no line of a phantom hospital's truth.jsonl") from None
+    keys = [next((key for key in (*(Path(image).stem for image in pair.images[:1]), pair.id) if key in lines), None)
+            for pair in pairs]  # fmt: skip
+    if lost := [pair.id for pair, key in zip(pairs, keys, strict=True) if key is None]:
+        raise ValueError(f"{path} has no line for {len(lost):,} of {len(pairs):,} studies (first: {lost[0]})")
+    return [lines[key] for key in keys]
+
+
+def truth_statistics(predictions: list[str], truths: list[dict]) -> dict[str, np.ndarray]:
+    """{score: [N, 2], hits and chances}.
+
+    Precision, recall and F1 of findings, of devices, and of each. Of findings that are there and told: side, where the
+    hospital names one, and severity in its three words. Direction: of all changes of findings, those told so.
+    """
+    groups = ("findings", "devices", *FINDINGS, *DEVICES)
+    scores = [f"{group} {kind}" for group in groups for kind in ("precision", "recall", "F1")]
+    rows = {score: np.zeros((len(truths), 2)) for score in ("side", "severity", "direction of change", *scores)}
+    for i, (text, truth) in enumerate(zip(predictions, truths, strict=True)):
+        report, there = read_report(text), truth["findings"] | truth["devices"]
+        for name in FINDINGS + DEVICES:
+            told, real = report.get(name, {}), name in there
+            said = bool(told) and told["change"] not in ("resolved", "removed")
+            for group in (name, "findings" if name in FINDINGS else "devices"):
+                rows[f"{group} precision"][i] += said and real, said
+                rows[f"{group} recall"][i] += said and real, real
+                rows[f"{group} F1"][i] += 2 * (said and real), said + real
+            if name in FINDINGS and said and real:
+                level = sum(there[name]["severity"] >= limit for limit in LEVELS)
+                rows["severity"][i] += told["level"] == level, 1
+                rows["side"][i] += name in SIDED and told["side"] == there[name]["side"], name in SIDED
+            if name in FINDINGS and name in truth["changes"]:
+                rows["direction of change"][i] += told.get("change") == truth["changes"][name], 1
+    return rows
+
+
 # ------------------------------------------------------------------------------------------ command line
 
 
@@ -470,6 +558,10 @@ def score(arguments):
     if arguments.export:
         write_export(arguments.export, pairs)
     columns, values = read_merge(arguments.merge, len(pairs))
+    notes = VARIANTS | dict.fromkeys((*columns, *values), "as RadEval gave it")
+    if arguments.truth:
+        truths = read_truth(arguments.truth, pairs)
+        columns |= truth_statistics([pair.prediction for pair in pairs], truths)
     header = ["Model Name", *METRICS, *columns, *values]
     if arguments.csv:
         check_csv(arguments.csv, header)
@@ -479,13 +571,14 @@ def score(arguments):
     groups = groups_of(pairs)
     scores = intervals(table, groups, arguments.seed) | {key: {"all": Interval(value)} for key, value in values.items()}
     sizes = {group: int(chosen.sum()) for group, chosen in groups.items()}
-    row = published({key: by_group["all"].value for key, by_group in scores.items()})
+    whole = {key: found["all"].value for key, found in scores.items() if found}
+    row = published(whole)
     if arguments.csv:
-        merged = {key: round(scores[key]["all"].value, 4) for key in (*columns, *values)}
-        append_csv(arguments.csv, header, {"Model Name": name} | row | merged)
+        more = {key: round(whole[key], 4) for key in (*columns, *values) if key in whole}
+        append_csv(arguments.csv, header, {"Model Name": name} | row | more)
     if arguments.html:
-        each = {key: score_of(column, 1) for key, column in table.items() if key != FLOOR}
-        write_page(arguments, name, pairs, sizes, scores, each)
+        each = {key: score_of(column, 1) for key, column in table.items() if key != FLOOR and column.shape[1] != 2}
+        write_page(arguments, name, pairs, sizes, scores, notes, each)
     if arguments.json:
         plain = {key: {group: vars(interval) for group, interval in found.items()} for key, found in scores.items()}
         variants = {key: VARIANTS[key] for key in scores if key in VARIANTS}
@@ -497,14 +590,14 @@ def score(arguments):
     print(f"{FLOOR}: {VARIANTS[FLOOR]}")
 
 
-def write_page(arguments, name, pairs, sizes, scores, each):
+def write_page(arguments, name, pairs, sizes, scores, notes, each):
     report.write(
         arguments.html,
         title=name,
         subtitle=f"{Path(arguments.predictions).name} against {Path(arguments.references).name}",
         groups=sizes,
         scores=[
-            {"key": key, "note": VARIANTS.get(key, "as RadEval gave it"),
+            {"key": key, "note": notes.get(key, ""),
              "values": {group: [x.value, x.low, x.high] for group, x in found.items()}}
             for key, found in scores.items()
         ],

@@ -434,3 +434,60 @@ def test_help_is_quick():
     begin = time.monotonic()
     subprocess.run([sys.executable, ROOT / "eval.py", "score", "--help"], check=True, capture_output=True)
     assert time.monotonic() - begin < 1
+
+
+# ------------------------------------------------------------------------------------------ phantom reports
+
+
+def test_reports_are_read():
+    said = evaluation.read_report(
+        "A new small right pleural effusion is seen. No pneumothorax or edema, but there is moderate cardiomegaly; "
+        "The left upper lobe\nconsolidation has resolved. 4.5 cm above the carina an endotracheal tube without nodule."
+    )
+    assert said == {
+        "pleural effusion": {"change": "new", "side": "right", "level": 0},
+        "cardiomegaly": {"change": None, "side": None, "level": 1},
+        "consolidation": {"change": "resolved", "side": "left", "level": None},
+        "endotracheal tube": {"change": None, "side": None, "level": None},
+    }
+
+
+def test_phantom_truth_is_scored(files, tmp_path, capsys):
+    base = {"subject_id": 1, "prior_study_id": 2, "devices": {"pacemaker": {"side": "left"}}, "changes": {}}
+    truths = [base | {"study_id": i, "dicom_id": f"d{i}", "findings": {"edema": {"side": "bilateral", "severity": 0.5}},
+                      "changes": {"edema": "worse", "nodule": "resolved"}} for i in range(3)]  # fmt: skip
+    truths[2] |= {"findings": {"nodule": {"side": "left", "severity": 0.1}}, "changes": {}}
+    texts = [
+        "Moderate pulmonary edema has worsened. The nodule has resolved. A pacemaker is seen.",  # all right
+        "Severe edema is unchanged.",  # wrong severity, direction; a change, a device missing
+        "There is small right nodule. New edema. No pacemaker.",  # wrong side, a finding too many, a device missing
+    ]
+    questions = write_lines(tmp_path / "q", [
+        {"question_id": i, "image": f"files/p1/d{i}.jpg", "reference": "x"} for i in range(3)
+    ])  # fmt: skip
+    answers = write_lines(tmp_path / "a", [{"question_id": i, "text": text} for i, text in enumerate(texts)])
+    truth = write_lines(tmp_path / "t", truths)
+    written = ("--csv", tmp_path / "s.csv", "--html", tmp_path / "p.html")
+    assert score(questions, answers, "--truth", truth, "--json", *written) == 0
+    scores = json.loads(capsys.readouterr().out)["scores"]
+    values = {key: round(found["all"]["value"], 2) if found else None for key, found in scores.items()}
+    assert values | {
+        "findings precision": 75, "findings recall": 100, "findings F1": 85.71, "edema precision": 66.67,
+        "edema recall": 100, "nodule F1": 100, "devices precision": 100, "devices recall": 33.33, "devices F1": 50,
+        "pneumothorax F1": None, "side": 0, "severity": 66.67, "direction of change": 50,
+    } == values  # fmt: skip
+    row = next(csv.DictReader((tmp_path / "s.csv").read_text().splitlines()))
+    assert (row["findings F1"], row["pneumothorax F1"]) == ("85.7143", "")
+    assert score(*files, "--truth", truth) == 2
+    assert "no line for 2 of 5 studies (first: 3)" in one_line(capsys)
+    assert score(questions, answers, "--truth", questions) == 2
+    assert "line 1 is no line of a phantom hospital's truth" in one_line(capsys)
+
+
+def test_the_phantom_s_own_reports_score_all():
+    phantom = pytest.importorskip("phantom")
+    assert tuple(phantom.FINDINGS) == evaluation.FINDINGS and tuple(phantom.DEVICES) == evaluation.DEVICES
+    states = [state for patient in range(60) for state in phantom.history(0, patient)]
+    texts = [re.search("FINDINGS:(.*)IMPRESSION:", phantom.report(state), re.S)[1] for state in states]
+    for key, column in evaluation.truth_statistics(texts, list(map(phantom._truth, states))).items():
+        assert evaluation.score_of(column.sum(0), len(states)) == 100, key
