@@ -39,6 +39,17 @@ WORDS_OF_CHANGE = frozenset(
 def parse(arguments=None):
     parser = Parser(prog="eval.py", description="Score written reports.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    score = add_score(commands)
+    arguments = parser.parse_args(arguments)
+    alone = ("model_name", "csv", "html", "export", "truth", "merge")
+    if arguments.compare and (given := [name for name in alone if getattr(arguments, name)]):
+        score.error(f"--{given[0].replace('_', '-')} goes with --predictions, not with --compare")
+    if arguments.image_folder and not arguments.html:
+        score.error("--image-folder is for the page: give --html as well")
+    return arguments
+
+
+def add_score(commands):
     score = commands.add_parser(
         "score",
         help="scores of an answer file, with intervals",
@@ -61,13 +72,7 @@ def parse(arguments=None):
     add("--export", metavar="FILE", help="write references and hypotheses as the lists that RadEval takes (JSON)")
     add("--truth", metavar="FILE", help="a phantom hospital's truth.jsonl: what is told of findings, devices, changes")
     add("--merge", nargs="+", default=[], metavar="FILE", help="take in scores that RadEval gave for the export (JSON)")
-    arguments = parser.parse_args(arguments)
-    alone = ("model_name", "csv", "html", "export", "truth", "merge")
-    if arguments.compare and (given := [name for name in alone if getattr(arguments, name)]):
-        score.error(f"--{given[0].replace('_', '-')} goes with --predictions, not with --compare")
-    if arguments.image_folder and not arguments.html:
-        score.error("--image-folder is for the page: give --html as well")
-    return arguments
+    return score
 
 
 if __name__ == "__main__":  # before numpy is imported, so that --help and mistakes answer at once
@@ -554,6 +559,8 @@ def print_table(rows: list[list[str]]):
 
 
 def score(arguments):
+    if arguments.compare:
+        return compare(arguments)
     pairs = read_pairs(arguments.references, arguments.predictions)
     if arguments.export:
         write_export(arguments.export, pairs)
@@ -582,8 +589,8 @@ def score(arguments):
     if arguments.json:
         plain = {key: {group: vars(interval) for group, interval in found.items()} for key, found in scores.items()}
         variants = {key: VARIANTS[key] for key in scores if key in VARIANTS}
-        print(json.dumps({"model": name, "studies": sizes, "published": row, "scores": plain, "variants": variants}))
-        return
+        result = {"model": name, "studies": sizes, "published": row, "scores": plain, "variants": variants}
+        return print(json.dumps(result))
     print(f"{name}: mean or corpus score × 100 [95 % interval]")
     head = ["", *(f"{group} ({size:,})" for group, size in sizes.items())]
     print_table([head, *([key, *(str(found.get(group, "")) for group in sizes)] for key, found in scores.items())])
@@ -610,6 +617,7 @@ def write_page(arguments, name, pairs, sizes, scores, notes, each):
         metrics=list(each),
         words=sorted(WORDS_OF_CHANGE),
         folder=arguments.image_folder,
+        show=progress("thumbnails"),
     )  # fmt: skip
 
 
@@ -628,8 +636,8 @@ def compare(arguments):
             for key, found in result.items()
         }
         sizes = {group: int(chosen.sum()) for group, chosen in groups.items()}
-        print(json.dumps({"a": arguments.compare[0], "b": arguments.compare[1], "studies": sizes, "scores": plain}))
-        return
+        names = dict(zip("ab", arguments.compare, strict=True))
+        return print(json.dumps(names | {"studies": sizes, "scores": plain}))
     print(f"A: {arguments.compare[0]}\nB: {arguments.compare[1]}")
     for group, chosen in groups.items():
         print(f"\n{group} ({chosen.sum():,})")
@@ -640,7 +648,7 @@ def compare(arguments):
 
 def run(arguments):
     warnings.showwarning = lambda message, *_, **__: print(f"eval.py: warning: {message}", file=sys.stderr)
-    (compare if arguments.compare else score)(arguments)
+    {"score": score}[arguments.command](arguments)
 
 
 def main(arguments) -> int:

@@ -273,9 +273,9 @@ def write_lines(path: Path, records) -> str:
 
 @pytest.fixture
 def files(tmp_path, no_meteor):
-    """Five studies, three with a prior; the answers in another order."""
+    """Five studies, three with a prior, one with the current image in its place; the answers in another order."""
     references = ["Stable heart.", "New edema.", "Clear lungs.", "No change.", "Effusion."]
-    images = [["a.png", "b.png"], ["c.png", "d.png"], ["e.png"], "f.png", ["g.png", "h.png"]]
+    images = [["a.png", "b.png"], ["c.png", "d.png"], ["e.png", "e.png"], "f.png", ["g.png", "h.png"]]
     questions = [{"question_id": i, "image": image, "text": "Findings?", "reference": text}
                  for i, (image, text) in enumerate(zip(images, references, strict=True))]  # fmt: skip
     answers = [{"question_id": i, "prompt": "", "text": text.replace("New", "Old"), "model_id": "tiny"}

@@ -116,7 +116,7 @@ DRAWN ? setTimeout(run, 100, true) : run(false);
 
 
 def browse(page, code: str, drawn: bool = True) -> dict:
-    """What `code` puts into `result`: run once the first cards are drawn, on a virtual clock, or at once on a real one."""
+    """What `code` puts into `result`, run when cards are drawn (on a virtual clock) or at once (on a real one)."""
     if not BROWSER:
         pytest.skip("no Chromium: apt-get install chromium")
     probe = page.with_name("probe.html")
