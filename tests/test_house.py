@@ -16,8 +16,8 @@ FLOORS = [
     {"attention", "checkpoint", "tokenizer", "image", "phantom"},
     {"encoder", "tac", "decoder"},
     {"model", "data"},
-    {"sample", "prepare"},
-    {"eval", "report"},
+    {"sample", "prepare", "report"},
+    {"eval"},
     {"train"},
     {"app", "bench"},
 ]
