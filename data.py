@@ -441,7 +441,7 @@ def shared_rows(groups: np.ndarray, most: int) -> list[np.ndarray]:
 
 
 class Batch(NamedTuple):
-    """B rows, padded on the right to T positions, of which an image has as many as it has patches."""
+    """B rows, padded on the right to T positions, of which an image has `image_positions`."""
 
     ids: torch.Tensor  # [B, T]; IMAGE in all positions of an image, 0 in padding
     labels: torch.Tensor  # [B, T]; IGNORED where nothing is learnt
@@ -452,13 +452,13 @@ class Batch(NamedTuple):
     skipped: int
 
 
-def collate(items: list[Item], num_patches: int) -> Batch:
+def collate(items: list[Item], image_positions: int) -> Batch:
     """Rows -> a batch. A row without labels takes no place in it; there may be none left."""
     kept = [item for item in items if item.ids]
     columns = []
     for item in kept:
         ids, labels, segments = (np.array(values) for values in (item.ids, item.labels, item.segments))
-        repeats = np.where(ids == IMAGE, num_patches, 1)
+        repeats = np.where(ids == IMAGE, image_positions, 1)
         ids, labels, segments = (values.repeat(repeats) for values in (ids, labels, segments))
         places = np.arange(len(ids))
         begins = np.maximum.accumulate(np.where(np.diff(segments, prepend=0) != 0, places, 0))

@@ -108,7 +108,7 @@ def test_the_loss_of_a_batch_is_the_published_one(name):
     family = name.rsplit("-", 1)[0]
     libra, items = load(family), dataset(family)
     batch = collate([items[number] for number in ([0, 2] if family == "libra-3b" else [0, 1, 2])],
-                    libra.encoder.config.num_patches)  # fmt: skip
+                    libra.image_positions)  # fmt: skip
     with torch.inference_mode():
         loss = loss_of(libra, batch, libra.embed_images) / (batch.labels != IGNORED).sum()
     assert relative(loss, golden(name)["loss"]) < 1e-5
@@ -192,7 +192,7 @@ def test_rows_that_share_a_prefix_have_the_loss_and_gradients_of_separate_rows(t
     assert [len(row) for row in joined.rows] == {2: [2, 1, 2, 1], 9: [3, 3]}[most]
     results = []
     for items in (separate, joined):
-        batch = collate([items[number] for number in range(len(items))], libra.encoder.config.num_patches)
+        batch = collate([items[number] for number in range(len(items))], libra.image_positions)
         images = {}
 
         def embed(pixels, images=images):
@@ -439,7 +439,7 @@ def test_worker_processes_give_the_same_batches():
     items = dataset("libra-7b")
     steps = [numbers.tolist() for numbers in batches(order(3, 0, 0), 2)]
     loader = torch.utils.data.DataLoader(
-        items, batch_sampler=steps, collate_fn=functools.partial(collate, num_patches=4), num_workers=1
+        items, batch_sampler=steps, collate_fn=functools.partial(collate, image_positions=4), num_workers=1
     )
     for numbers, batch in zip(steps, loader, strict=True):
         expected = collate([items[number] for number in numbers], 4)
