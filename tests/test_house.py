@@ -15,7 +15,7 @@ FLOORS = [
     {"cli"},
     {"attention", "checkpoint", "tokenizer", "image", "phantom"},
     {"encoder", "tac", "decoder"},
-    {"model", "data"},
+    {"model", "data", "parts"},
     {"sample", "prepare", "report"},
     {"eval"},
     {"train"},
