@@ -34,7 +34,7 @@ def parse(arguments=None):
     add("--size", type=int, default=128, metavar="PX", help="side of the images, pixels")
     add("--workers", type=int, metavar="N", help="processes; without it one per core")
     add("--dicom", action="store_true", help="write DICOM files, too")
-    add("--preview", action="store_true", help="write a contact sheet of some patients over time, too")
+    add("--preview", action="store_true", help="draw some patients over time in OUT/preview.png, too")
 
     add = command("mimic-cxr", "reports and metadata -> findings and impressions beside current and prior image")
     folders(add)
@@ -163,14 +163,11 @@ def section_name(header: str) -> str:
 def split_report(text: str) -> list[Part]:
     """A report, line ends translated -> its parts in order, as the official MIMIC-CXR preparation cuts it.
 
-    The first part is the preamble, or the full report where there is no header. A header is not looked for in the line
-    that another one opens, empty findings and impressions are dropped, and where neither is left the last part is cut
-    at its first blank line.
+    The first part is the preamble, or the full report where there is no header. A header right below an empty one is
+    text (the upper one has used up the line break), empty findings and impressions are dropped, and where neither is
+    left the last part is cut at its first blank line.
     """
-    headers, found = [], HEADER.search(text)
-    while found:
-        headers.append(found)
-        found = HEADER.search(text, max(found.end(), text.find("\n", found.end())))
+    headers = list(HEADER.finditer(text))
     if not headers:
         parts = [Part("full report", 0, text)]
     else:
@@ -481,11 +478,11 @@ def writer(files):
 TABLE = ("file", "patients", "studies", "records", "with prior", "questions per image pair", "words per answer")
 
 
-def describe(path: Path) -> tuple:
-    """A row of TABLE for a file of records or questions; patients and studies by MIMIC-CXR's folders."""
+def describe(path: Path, found) -> tuple:
+    """A row of TABLE for the records or questions found in a file; patients and studies by MIMIC-CXR's folders."""
     distinct = {name: array("q") for name in ("patient", "study", "pair")}  # hashes: 8 bytes a record
     records = questions = answers = words = with_prior = 0
-    for _, record in read_json(path):
+    for record in found:
         turns = [turn["value"] for turn in record.get("conversations", [])]
         texts = turns[1::2] or [record[name] for name in REFERENCES if name in record][:1]
         images = images_of(record)
@@ -538,7 +535,7 @@ def finish(files, skipped: Counter, kinds: dict[str, Counter] | None = None):
     if not made:
         reasons = "; ".join(f"{count} {reason}" for count, reason in reversed(rows))
         raise ValueError(f"no record came of it: {reasons or 'the input is empty'}")
-    print(table([TABLE, *map(describe, made)]))
+    print(table([TABLE, *(describe(path, (record for _, record in read_json(path))) for path in made)]))
     for name, counts in (kinds or {}).items():
         print(f"\n{name}: " + ", ".join(f"{kind} {count}" for kind, count in sorted(counts.items())))
     print("\nleft out or special in this run:" if rows else "\nnothing was left out in this run")
@@ -555,7 +552,8 @@ def make_phantom(arguments):
     settings = {name: getattr(arguments, name) for name in ("seed", "size", "workers", "dicom")}
     phantom.write(arguments.out, arguments.patients, progress=show, **settings)
     if arguments.preview:
-        phantom.preview(arguments.out)
+        with atomic(Path(arguments.out) / "preview.png", "wb") as file:
+            phantom.preview(arguments.seed).save(file, "PNG")
 
 
 def mimic_cxr(arguments):
@@ -760,26 +758,39 @@ def save_image(out: Path, image: dict | None, source: str) -> str | None:
 
 
 def check(arguments):
-    path, folder = Path(arguments.file), arguments.image_folder and directory(arguments.image_folder)
-    seen, records, problems, repeated = set(), 0, 0, 0
+    path, counts = Path(arguments.file), Counter()
+    folder = arguments.image_folder and directory(arguments.image_folder)
+    row = describe(path, sound_records(path, folder, counts))
+    if not counts["records"]:
+        raise ValueError(f"{path} is empty: it has no record")
+    if counts["faults"]:
+        above = "above" if counts["faults"] <= SHOWN else f"the first {SHOWN} above"
+        raise ValueError(f"{path}: {counts['faults']} faults in {counts['records']} records, {above}")
+    print(table([TABLE, row]))
+    repeated = f"; {counts['repeated']} ids are those of earlier records" if counts["repeated"] else ""
+    print(f"\n{counts['records']} records, no fault{repeated}")
+
+
+SHOWN = 50  # faults that are printed
+
+
+def sound_records(path: Path, folder: Path | None, counts: Counter):
+    """The records of a file that have no fault; prints the faults of the others."""
+    seen = set()  # of hashes: some 70 bytes a record
     for number, record in read_json(path):
-        records, found = records + 1, faults(record, folder)
+        found = faults(record, folder)
         if not found:
             name = hash(str(record.get("id", record.get("question_id"))))
+            counts["repeated"] += name in seen
             if name in seen and "question_id" in record:
                 found = ["question_id stands in an earlier record, too"]
-            repeated += name in seen
             seen.add(name)
-        for fault in found:
-            problems += 1
-            if problems <= 50:
-                print(f"line {number}: {fault}")
-    if not records:
-        raise ValueError(f"{path} is empty: it has no record")
-    if problems:
-        raise ValueError(f"{path} has {problems} problems in {records} records, the first {min(problems, 50)} above")
-    print(table([TABLE, describe(path)]))
-    print(f"\n{records} records, no problem" + (f"; {repeated} ids are those of earlier records" if repeated else ""))
+        counts["records"] += 1
+        counts["faults"] += len(found)
+        if counts["faults"] <= SHOWN:
+            print("".join(f"line {number}: {fault}\n" for fault in found), end="")
+        if not found:
+            yield record
 
 
 def faults(record, folder: Path | None) -> list[str]:
