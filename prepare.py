@@ -308,7 +308,7 @@ def only_one(folder: Path, pattern: str) -> Path:
     found = sorted(directory(folder).glob(pattern))
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
-        raise ValueError(f"{folder} must hold one {pattern}, found {names}: check --root")
+        raise ValueError(f"{folder} must hold one {pattern}, found {names}: check the folder")
     return found[0]
 
 
@@ -537,7 +537,8 @@ def finish(files, skipped: Counter, kinds: dict[str, Counter] | None = None):
         raise ValueError(f"no record came of it: {reasons or 'the input is empty'}")
     print(table([TABLE, *(describe(path, (record for _, record in read_json(path))) for path in made)]))
     for name, counts in (kinds or {}).items():
-        print(f"\n{name}: " + ", ".join(f"{kind} {count}" for kind, count in sorted(counts.items())))
+        if counts:
+            print(f"\n{name}: " + ", ".join(f"{kind} {count}" for kind, count in sorted(counts.items())))
     print("\nleft out or special in this run:" if rows else "\nnothing was left out in this run")
     print("".join(f"{count:>9}  {reason}\n" for count, reason in reversed(rows)), end="")
 
@@ -674,13 +675,14 @@ def cxr_vqa(arguments):
     kinds = {"semantic_type": Counter(), "content_type": Counter()}
     images, folder = directory(Path(arguments.root) / "files"), directory(arguments.questions)
     announce(files)
-    for split, name in {"train": "train.json", "validate": "valid.json", "test": "test.json"}.items():
-        if not (folder / name).exists():
+    for split, name in {"train": "*train.json", "validate": "*valid.json", "test": "*test.json"}.items():
+        if not any(folder.glob(name)):
             skipped[f"file {name}, which is not there"] += 1
         elif missing(files, split):
+            file = only_one(folder, name)
             with writer(files) as write:
-                for place, (number, row) in enumerate(read_json(folder / name)):
-                    require(CXR_VQA, row if isinstance(row, dict) else [], f"{folder / name} line {number}")
+                for place, (number, row) in enumerate(read_json(file)):
+                    require(CXR_VQA, row if isinstance(row, dict) else [], f"{file} line {number}")
                     answers = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
                     answer = line(", ".join(map(str, answers)))
                     stem = re.search(r"p\d\d/p\d+/s\d+/[\w-]+(?=\.\w+$|$)", str(row["image_path"]))

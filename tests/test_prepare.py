@@ -3,7 +3,6 @@ import gzip
 import hashlib
 import io
 import json
-import os
 import random
 import re
 import resource
@@ -501,7 +500,7 @@ def test_questions_about_one_image_have_no_prior(odd, tmp_path, capsys):
     assert question == {"question_id": "cxr_vqa_validate_1", "image": [there], "text": "so?", "reference": "yes"}
     out = capsys.readouterr().out
     assert "2  questions whose image is missing on disk" in out and "1  questions with an empty answer" in out
-    assert "1  file test.json, which is not there" in out and "semantic_type: choose 2" in out
+    assert "1  file *test.json, which is not there" in out and "semantic_type: choose 2" in out
     (tmp_path / "train.json").write_text("not read again")
     (tmp_path / "test.json").write_text('[\n{"question": "what?"}\n]')
     refused(capsys, *command, words=["test.json line 2 has no column subject_id", "it has question"])
@@ -666,10 +665,19 @@ def test_help_answers_at_once_and_a_wrong_command_is_one_line():
     assert process.returncode == 2 and error.count("\n") == 1 and "did you mean --reports?" in error
 
 
-def test_the_drawn_hospital_is_prepared_whole(tmp_path):
+def test_the_drawn_hospital_is_prepared_whole(tmp_path, capsys):
     pytest.importorskip("phantom")
-    assert run("phantom", "--out", tmp_path / "hospital", "--patients", 12, "--size", 64, "--workers", 1) == 0
-    assert run("mimic-cxr", "--root", tmp_path / "hospital", "--out", tmp_path / "data") == 0
-    found = lines(tmp_path / "data" / "findings_train.jsonl")
-    assert any(len(record["image"]) == 2 for record in found) and any(len(record["image"]) == 1 for record in found)
-    assert os.path.exists(tmp_path / "hospital" / "files" / found[0]["image"][0])
+    root, out = tmp_path / "hospital", tmp_path / "data"
+    assert run("phantom", "--out", root, "--patients", 12, "--size", 64, "--workers", 1) == 0
+    assert run("mimic-cxr", "--root", root, "--out", out) == 0
+    assert run("diff-vqa", "--root", root, "--questions", root / "mimic_pair_questions.csv", "--out", out) == 0
+    assert run("cxr-vqa", "--root", root, "--questions", root, "--out", out) == 0
+    capsys.readouterr()
+    made = sorted(out.iterdir())
+    assert {"findings_train.jsonl", "impression_train.jsonl", "diff_vqa_train.jsonl", "cxr_vqa_train.jsonl"} <= {
+        path.name for path in made
+    }
+    for path in made:
+        assert run("check", path, "--image-folder", root / "files") == 0
+        assert "no fault\n" in capsys.readouterr().out
+    assert {len(record["image"]) for record in lines(out / "findings_train.jsonl")} == {1, 2}
