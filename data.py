@@ -274,7 +274,8 @@ def check(
 class ImageFolder:
     """Images by their names inside a folder, as frames: uint8 [S, S, 3], what the encoder sees before normalising."""
 
-    def __init__(self, folder, config: PixelConfig):
+    def __init__(self, folder, config: PixelConfig | None):
+        """config: None where images are only looked for, and no frame is asked for."""
         if not os.path.isdir(folder):
             raise NotADirectoryError(f"no image folder {folder}: check the path")
         self.root, self.config = os.path.realpath(folder), config

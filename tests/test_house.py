@@ -13,8 +13,8 @@ import sample
 
 FLOORS = [
     {"cli"},
-    {"attention", "checkpoint", "tokenizer", "image", "phantom"},
-    {"encoder", "tac", "decoder"},
+    {"attention", "checkpoint", "tokenizer", "image", "radiograph", "mimic"},
+    {"encoder", "tac", "decoder", "phantom"},
     {"model", "data"},
     {"sample", "prepare", "report"},
     {"eval"},
