@@ -338,8 +338,9 @@ class ImageCache:
 
 def cache_settings(config: PixelConfig) -> dict:
     """What frames depend on."""
-    colour = {"mean": list(config.mean)} if config.pad == "mean" else {}
-    return {"format": 1, "size": config.size, "crop": config.crop, "pad": config.pad} | colour
+    special = {"mean": list(config.mean)} if config.pad == "mean" else {}
+    special |= {name: True for name in ("squash", "rounds") if getattr(config, name)}
+    return {"format": 1, "size": config.size, "crop": config.crop, "pad": config.pad} | special
 
 
 def parse_index(data: bytes, config: PixelConfig, path: Path) -> list[dict]:

@@ -9,7 +9,6 @@ import gzip
 import hashlib
 import io
 import json
-import os
 import re
 import shutil
 import textwrap
@@ -48,6 +47,13 @@ class State:
     present: dict[str, Finding]
     changes: dict[str, str]  # empty without a prior
     gone: dict[str, Finding]  # what has resolved or been removed, as it was
+
+    def generator(self, purpose: str) -> np.random.Generator:
+        return generator(self.seed, self.patient, self.number, purpose)
+
+    @property
+    def anatomy(self) -> Anatomy:
+        return anatomy(self.seed, self.patient)
 
 
 # name -> (sides, places); what is named in reports and drawn
@@ -172,11 +178,9 @@ def anatomy(seed: int, patient: int) -> Anatomy:
 
 def picture(state: State, view: str, size: int) -> np.ndarray:
     """One image of a study, uint8 [size, size]; view "AP", "PA" or "LATERAL"."""
-    key = state.seed, state.patient, state.number
-    shot = Acquisition.draw(view, generator(*key, view))
+    shot = Acquisition.draw(view, state.generator(view))
     draw, noise = (lateral, "lateral noise") if view == "LATERAL" else (frontal, "frontal noise")
-    film = draw(anatomy(state.seed, state.patient), state.present, shot, size)
-    return expose(film, shot, generator(*key, noise))
+    return expose(draw(state.anatomy, state.present, shot, size), shot, state.generator(noise))
 
 
 # ----------------------------------------------------------------------------------------------------------- reports
@@ -223,9 +227,9 @@ PAST = ("Hypertension.", "Diabetes.", "Coronary artery disease.", "COPD.", "Rena
 
 def report(state: State) -> str:
     """The report as the hospital stores it: every line begins with a space, "___" stands for what was taken out."""
-    rng = generator(state.seed, state.patient, state.number, "report")
+    rng = state.generator("report")
     pick = lambda options: options[rng.integers(len(options))]
-    sex = anatomy(state.seed, state.patient).sex
+    sex = state.anatomy.sex
     age = pick(("___ year old", "___-year-old", "___F" if sex == "woman" else "___M"))
     who = age if len(age) == 4 else f"{age} {sex}"
     reason = f"{who} with {pick(SYMPTOMS)}{pick(('.', '  // ___', '  // evaluate for interval process'))}"
@@ -352,7 +356,7 @@ def pair_questions(state: State) -> list[tuple[str, str, str]]:
     """(type, question, answer) about a study and its prior, in the manner of Diff-VQA; none without a prior."""
     if state.prior_study_id is None:
         return []
-    rng = generator(state.seed, state.patient, state.number, "pair questions")
+    rng = state.generator("pair questions")
     found = {name: finding for name, finding in state.present.items() if name in FINDINGS}
     told = [DIFFERENCES[change].format(name=name) for name, change in state.changes.items() if change != "unchanged"]
     asked = {*list(found)[:1], list(FINDINGS)[rng.integers(len(FINDINGS))]}
@@ -378,10 +382,10 @@ def pair_questions(state: State) -> list[tuple[str, str, str]]:
 
 def image_questions(state: State) -> list[tuple[str, str, str, list[str]]]:
     """(semantic type, content type, question, answers) about one image, in the manner of CXR-VQA."""
-    rng = generator(state.seed, state.patient, state.number, "image questions")
+    rng = state.generator("image questions")
     name = [*FINDINGS, *DEVICES][rng.integers(len(FINDINGS) + len(DEVICES))]
     found, devices = ([name for name in state.present if name in group] for group in (FINDINGS, DEVICES))
-    sex = {"woman": "female", "man": "male"}[anatomy(state.seed, state.patient).sex]
+    sex = {"woman": "female", "man": "male"}[state.anatomy.sex]
     large = "cardiomegaly" in found
     rows = [
         ("verify", "presence", f"is {name} present in this image?", ["yes" if name in state.present else "no"]),
@@ -451,24 +455,19 @@ def _write_patient(out: Path, seed: int, size: int, dicom: bool, patient: int):
         for state in history(seed, patient):
             study = unfinished / f"s{state.study_id}"
             study.mkdir(parents=True)
-            _save(study.with_suffix(".txt"), report(state).encode())
+            with atomic(study.with_suffix(".txt")) as file:
+                file.write(report(state))
             for dicom_id, view in _views(state):
-                pixels, file = picture(state, view, size), io.BytesIO()
-                Image.fromarray(pixels).save(file, "JPEG", quality=95)
-                _save(study / f"{dicom_id}.jpg", file.getvalue())
+                pixels = picture(state, view, size)
+                with atomic(study / f"{dicom_id}.jpg", "wb") as file:
+                    Image.fromarray(pixels).save(file, "JPEG", quality=95)
                 if dicom:
-                    _save(study / f"{dicom_id}.dcm", _dicom(pixels, state, dicom_id, view))
+                    with atomic(study / f"{dicom_id}.dcm", "wb") as file:
+                        file.write(_dicom(pixels, state, dicom_id, view))
         unfinished.rename(folder)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
-
-
-def _save(path: Path, data: bytes):
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _dicom(pixels: np.ndarray, state: State, dicom_id: str, view: str) -> bytes:
@@ -601,10 +600,9 @@ def preview(seed: int = 0, patients: int = 3, studies: int = 4, size: int = 320)
     sheet = Image.new("RGB", (gap + studies * (size + gap), sum(heights) + gap), PAPER)
     draw, top = ImageDraw.Draw(sheet), gap
     for states, row, height in zip(rows, cells, heights, strict=True):
-        sex = anatomy(seed, states[0].patient).sex
         draw.text((gap, top), f"Patient {states[0].subject_id}", INK, text)
         left = gap + text.getlength(f"Patient {states[0].subject_id}") + unit / 2
-        draw.text((left, top), f"a {sex}, {len(states)} studies", FAINT, text)
+        draw.text((left, top), f"a {states[0].anatomy.sex}, {len(states)} studies", FAINT, text)
         for column, (state, lines) in enumerate(zip(states, row, strict=True)):
             x, y = gap + column * (size + gap), top + 1.6 * line
             days = (state.date - states[column - 1].date).days if column else 0

@@ -113,7 +113,7 @@ from data import (
     parse_index,
 )
 from data import check as check_records
-from encoder import pixel_config
+from encoder import PixelConfig, open_clip_pixels, pixel_config
 from mimic import directory, on_disk, only_one, read_csv, require
 from tokenizer import IMAGE_TEXT
 
@@ -446,14 +446,7 @@ def cache(arguments):
     the disk, in a file that takes the index's place at the end: whenever this is killed, the next run goes on behind
     the last such line, to the same bytes. Images that a finished cache lacks are appended in the same way.
     """
-    source = checkpoint.locate(arguments.model)
-    if not (source.folder / "preprocessor_config.json").exists():
-        tower = checkpoint.read_json(source.folder / "config.json").get("mm_vision_tower")
-        if not tower:
-            raise ValueError(f"{source.folder} has no preprocessor_config.json and names no encoder: give the encoder")
-        source = checkpoint.locate(tower, source.folder)
-    settings = checkpoint.read_json(source.folder / "preprocessor_config.json")
-    config = pixel_config(settings, source.folder, arguments.pad)
+    config = pixels_of(checkpoint.locate(arguments.model), arguments.pad)
     images = ImageFolder(arguments.image_folder, config)
     wanted = set()
     for records in map(Records, arguments.records):
@@ -505,6 +498,21 @@ def cache(arguments):
         "bytes": (out / FRAMES).stat().st_size,
         "seconds": round(time.monotonic() - begin),
     }.items())  # fmt: skip
+
+
+def pixels_of(source: checkpoint.Source, pad: str) -> PixelConfig:
+    """How an encoder, or the encoder of a checkpoint, is shown images; no weights are looked for."""
+    folder = source.folder
+    if not (folder / "preprocessor_config.json").exists():
+        config = checkpoint.read_json(folder / "config.json")
+        if config.get("mm_vision_tower_config"):  # open_clip's, at this path or beside the checkpoint's own
+            file = Path(folder, config["mm_vision_tower_config"])
+            settings = checkpoint.read_json(file if file.is_file() else folder / file.name)
+            return open_clip_pixels(settings["vision_cfg"]["image_size"], pad)
+        if not config.get("mm_vision_tower"):
+            raise ValueError(f"{folder} has no preprocessor_config.json and names no encoder: give the encoder")
+        folder = checkpoint.locate(config["mm_vision_tower"], folder).folder
+    return pixel_config(checkpoint.read_json(folder / "preprocessor_config.json"), folder, pad)
 
 
 def append(names: list[str], images: ImageFolder, frames, index, workers: int) -> dict[str, str]:

@@ -1,9 +1,11 @@
-"""Time and peak memory of prepare.py on made-up inputs of the size of MIMIC-CXR and larger; a command of its own.
+"""Time and peak memory on made-up inputs of the size of MIMIC-CXR and larger; a command of its own.
 
     python tests/large_prepare.py [ROWS …]          (377,110 images and 1,200,000 by default; needs 3 GB in TMPDIR)
 
-Every number of rows is measured in a process of its own: the metadata's data base, a CSV of as many difference
-questions (whose studies all stand for one image on disk), and a JSON list and a JSONL of as many records checked.
+First the cache: an image of 2,544 × 3,056 decoded, as a frame of 518 px from its file, and the same frame from the
+cache. Then every number of rows, each in a process of its own: the metadata's data base, a CSV of as many difference
+questions (whose studies all stand for one image on disk), and a JSON list and a JSONL of as many records, opened as
+training opens them and checked.
 """
 
 import gzip
@@ -49,9 +51,39 @@ def inputs(folder: Path, rows: int):
         whole.write("]")
 
 
-def measured(label: str, arguments):
+CACHE = """
+import dataclasses, json, pathlib, sys, time, PIL.Image, data, encoder, phantom, prepare
+folder, images = pathlib.Path(sys.argv[1]), 24
+settings = {"size": {"shortest_edge": 518}, "crop_size": {"height": 518, "width": 518}}
+settings |= {"do_center_crop": True, "image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+(folder / "preprocessor_config.json").write_text(json.dumps(settings))
+for number in range(images):
+    state = phantom.history(0, number)[0]
+    drawn = PIL.Image.fromarray(phantom.picture(state, state.view, 1024))
+    drawn.resize((2544, 3056), PIL.Image.BICUBIC).save(folder / f"{number}.jpg", quality=95)
+names = [f"{number}.jpg" for number in range(images)]
+(folder / "records.jsonl").write_text("".join(json.dumps({"image": name}) + "\\n" for name in names))
+flags = ["--records", folder / "records.jsonl", "--image-folder", folder, "--model", folder, "--out", folder / "cache"]
+assert prepare.main(prepare.parse(["cache", *map(str, flags)])) == 0
+config = encoder.pixel_config(settings, folder, "black")
+files, cache = data.ImageFolder(folder, config), data.ImageCache(folder / "cache", config)
+ways = {"decoded": lambda name: data.load_image(folder / name), "frame, file": files.frame, "frame, cache": cache.frame}
+for way, read in ways.items():
+    rounds = 20 if read == cache.frame else 1
     begin = time.monotonic()
-    code = "import resource, sys, prepare; status = prepare.main(prepare.parse(sys.argv[1:])); sys.stdout.flush();"
+    for name in names * rounds:
+        read(name)
+    print(f"{way:<34}{(time.monotonic() - begin) / images / rounds * 1000:7.2f} ms an image")
+"""
+
+OPEN = "import sys, data, time; b = time.monotonic(); n = len(data.Records(sys.argv[1])); status = 0;"
+OPEN += "print(f'{n:,} records in {time.monotonic() - b:.1f} s');"
+RUN = "import sys, prepare; status = prepare.main(prepare.parse(sys.argv[1:]));"
+
+
+def measured(label: str, arguments, code: str = RUN):
+    begin = time.monotonic()
+    code += "import resource; sys.stdout.flush();"
     code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.stderr); sys.exit(status)"
     done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True)
     *_, peak = done.stderr.split()
@@ -62,6 +94,8 @@ def measured(label: str, arguments):
 
 
 if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as name:
+        subprocess.run([sys.executable, "-c", CACHE, name], cwd=ROOT, check=True)
     for rows in [int(number) for number in sys.argv[1:]] or [377_110, 1_200_000]:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
@@ -71,4 +105,5 @@ if __name__ == "__main__":
             measured("metadata, difference questions", vqa)
             measured("metadata, one report", ("mimic-cxr", "--root", folder, "--out", folder))
             for file in ("list.json", "lines.jsonl"):
+                measured(f"open {file}", [folder / file], OPEN)
                 measured(f"check {file}", ("check", folder / file))

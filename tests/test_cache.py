@@ -15,9 +15,10 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, load
+from conftest import FAMILIES, GOLDEN, ROOT, load
 from PIL import Image
 
+import checkpoint
 import prepare
 from data import ImageCache, ImageFolder
 from encoder import normalise, preprocess
@@ -259,6 +260,19 @@ def test_the_mean_colour_counts_where_it_is_seen(pictures, tmp_path):
     ImageCache(tmp_path, config("mean"))
     with pytest.raises(ValueError, match=r"'mean': \[0\.5, 0\.5, 0\.5\]}: use another"):
         ImageCache(tmp_path, dataclasses.replace(config("mean"), mean=(0.5, 0.5, 0.5)))
+
+
+@pytest.mark.parametrize("name", ["squash", "rounds"])
+def test_ways_to_crop_are_settings_too(made, name):
+    with pytest.raises(ValueError, match=f"'{name}': True}}: use another"):
+        ImageCache(made, dataclasses.replace(config(), **{name: True}))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_cache_s_settings_are_those_of_the_loaded_model(family):
+    libra = load(family)
+    found = prepare.pixels_of(checkpoint.locate(GOLDEN / family / "model"), libra.pixels.pad)
+    assert found == libra.pixels
 
 
 def test_damage_is_found_when_a_frame_is_read(made):
