@@ -256,6 +256,8 @@ def check(
                         find(name)
                     except (ValueError, OSError) as error:
                         problems.append((index, str(error)))
+    images = len(seen)
+    del seen  # tens of MB of a million images, which the sorting can have
     first, group = (np.unique(keys, return_index=True, return_inverse=True)[1:] for keys in (ids, groups))
     again = np.setdiff1d(np.arange(len(records)), first[0])
     if kind.unique:
@@ -265,7 +267,7 @@ def check(
         listed = "; ".join(f"{records.unit} {records.numbers[index]}: {text}" for index, text in problems[:20])
         more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise ValueError(f"{records.path} has problems, {len(problems)} in all: {listed}{more}")
-    return Checked(len(again), len(seen), alone, group[0][group[1]])
+    return Checked(len(again), images, alone, group[0][group[1]])
 
 
 # ---------------------------------------------------------------------------------------- where images are

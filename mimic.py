@@ -263,6 +263,11 @@ def directory(path) -> Path:
     return Path(path)
 
 
+def root_of(path) -> Path:
+    """The folder, if it holds files/."""
+    return directory(Path(path) / "files").parent
+
+
 def read_csv(path: Path, columns, skipped: Counter):
     """The named columns of every row of a CSV file, plain or gzip. ValueError where one is missing, or it is cut."""
     try:

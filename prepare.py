@@ -114,7 +114,7 @@ from data import (
 )
 from data import check as check_records
 from encoder import PixelConfig, open_clip_pixels, pixel_config
-from mimic import directory, on_disk, only_one, read_csv, require
+from mimic import directory, on_disk, only_one, read_csv, require, root_of
 from tokenizer import IMAGE_TEXT
 
 PROMPTS = {"findings": FINDINGS_PROMPT, "impression": FINDINGS_PROMPT.replace("findings", "impression")}
@@ -251,9 +251,7 @@ def make_phantom(arguments):
 
 
 def mimic_cxr(arguments):
-    root, reports, skipped = Path(arguments.root), Path(arguments.reports or arguments.root), Counter()
-    for folder in (root, reports):
-        directory(folder / "files")
+    root, reports, skipped = root_of(arguments.root), root_of(arguments.reports or arguments.root), Counter()
     names = SECTIONS if arguments.section == "both" else (arguments.section,)
     files = plan(arguments.out, names)
     announce(files)
@@ -312,7 +310,7 @@ def section_records(db, split, names, root: Path, reports: Path, skipped: Counte
 
 def diff_vqa(arguments):
     files, skipped, kinds = plan(arguments.out, ["diff_vqa"]), Counter(), Counter()
-    root = Path(arguments.root)
+    root = root_of(arguments.root)
     announce(files)
     if missing(files):
         with mimic.index(root, skipped) as db, writer(files) as write:
@@ -337,8 +335,7 @@ def diff_vqa(arguments):
 def cxr_vqa(arguments):
     files, skipped = plan(arguments.out, ["cxr_vqa"]), Counter()
     kinds = {"semantic_type": Counter(), "content_type": Counter()}
-    root, folder = Path(arguments.root), directory(arguments.questions)
-    directory(root / "files")
+    root, folder = root_of(arguments.root), directory(arguments.questions)
     announce(files)
     for split, name in {"train": "*train.json", "validate": "*valid.json", "test": "*test.json"}.items():
         if not any(folder.glob(name)):
