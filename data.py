@@ -10,7 +10,7 @@ import os
 import re
 import zlib
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -391,26 +391,23 @@ def encode(record: Record, template: Template, tokenizer: Tokenizer, max_length:
 
 @dataclass
 class Dataset:
-    """Item i is record i; with `rows` (see `shared_rows`) the records rows[i], which have the same images."""
+    """Item i is record i, item (i, j, …) is one row of several records with the same images (see `shared_rows`)."""
 
     records: Records
     images: ImageFolder | ImageCache
     tokenizer: Tokenizer
     template: Template
     max_length: int
-    rows: list[np.ndarray] | None = None
-
-    def __post_init__(self):
-        if self.rows is not None and self.template.drops_question:
-            # the first id behind the image is learnt there, and one position cannot be compared with several
-            raise ValueError("a template without questions has no prefix to share")
 
     def __len__(self):
-        return len(self.records if self.rows is None else self.rows)
+        return len(self.records)
 
-    def __getitem__(self, index: int) -> Item:
+    def __getitem__(self, numbers: int | Sequence[int]) -> Item:
         """ValueError that names the record where it or an image of it cannot be read."""
-        numbers = [index] if self.rows is None else self.rows[index]
+        numbers = np.atleast_1d(numbers)
+        if len(numbers) > 1 and self.template.drops_question:
+            # the first id behind the image is learnt there, and one position cannot be compared with several
+            raise ValueError("a template without questions has no prefix to share")
         raw = [self.records[number] for number in numbers]
         try:
             records = [Record.parse(record) for record in raw]

@@ -7,10 +7,12 @@ parameter names. The cache is passed in, never stored in modules: a layer hands 
 
 import math
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from attention import attention, shared_prefix_attention
 from checkpoint import Names
@@ -264,6 +266,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config)
+        self.gradient_checkpointing = False  # in training, compute each layer again in the backward pass: less memory
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
@@ -280,7 +283,8 @@ class Decoder(nn.Module):
         if config.scaled_embeddings:
             x = x * torch.tensor(config.hidden_size**0.5, dtype=x.dtype)
         for index, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, lambda q, k, v, index=index: attend(index, q, k, v))
+            run = partial(checkpoint, layer, use_reentrant=False) if self.gradient_checkpointing else layer
+            x = run(x, cos, sin, partial(attend, index))
         return self.norm(x)
 
     def head(self, hidden, vocabulary: int):

@@ -4,6 +4,7 @@ What a folder holds (a whole checkpoint, a PEFT adapter, a connector) is read fr
 what is written here has the same layouts, so that others read it.
 """
 
+import itertools
 import os
 import re
 import shutil
@@ -218,6 +219,8 @@ class Libra(nn.Module):
         encoder,
         connector: str = "TAC",
         *,
+        connector_weights=None,
+        select_layer: int = -2,
         template: str | None = None,
         pad: str = "black",
         device: str = "auto",
@@ -227,8 +230,9 @@ class Libra(nn.Module):
         """A new model from a stock language model and a stock encoder, with a fresh connector: where stage 1 begins.
 
         decoder, encoder: folders or hub ids. connector: TAC (reads every layer of the encoder), linear, mlp2x_gelu, …
-        (the last but one, LLaVA's choice). template: conversation template; without it the family's. pad: how images
-        become square, in training and after. The connector's first weights are drawn from torch's random state.
+        (reads select_layer; LLaVA's choice is the last but one). connector_weights: an `mm_*projector*` file to start
+        it from, instead of torch's random state. template: conversation template; without it the family's. pad: how
+        images become square, in training and after.
         """
         source, tower = checkpoint.locate(decoder), checkpoint.locate(encoder)
         config = checkpoint.read_json(source.folder / "config.json")
@@ -237,13 +241,15 @@ class Libra(nn.Module):
         config |= dict(
             model_type="libra" if family == "llama" else f"libra_{family}",
             mm_vision_tower=tower.repository or str(tower.folder.resolve()),
-            mm_projector_type=connector, mm_vision_select_layer="all" if connector == "TAC" else -2,
+            mm_projector_type=connector, mm_vision_select_layer="all" if connector == "TAC" else select_layer,
             mm_vision_select_feature="patch", mm_use_im_start_end=False, mm_use_im_patch_token=False, use_mm_proj=True,
             image_aspect_ratio="pad", mm_image_pad=pad,
         )  # fmt: skip
         if template:
             config["mm_conversation_template"] = template
-        libra = cls._read(Parts(source, config, source), None, device, dtype, progress, fresh=True)
+        overlays = (Path(connector_weights),) if connector_weights else ()
+        parts = Parts(source, config, source, overlays)
+        libra = cls._read(parts, None, device, dtype, progress, fresh=not overlays)
         config |= dict(mm_hidden_size=libra.encoder.config.hidden_size, mm_conversation_template=libra.template)
         return libra.eval().requires_grad_(False)
 
@@ -327,8 +333,30 @@ class Libra(nn.Module):
             for name in TOKENIZER_FILES:
                 if (self.parts.weights.folder / name).exists():
                     shutil.copy(self.parts.weights.folder / name, partial)
-            tensors = ((name, tensor.to(dtype or tensor.dtype)) for name, tensor in self._published_tensors())
+            connector = ((f"model.mm_projector.{name}", p) for name, p in self.connector.named_parameters())
+            tower = self._encoder_tensors() if self.config.unfreeze_mm_vision_tower else ()
+            if self.encoder.config.model_type == "open_clip":  # published loading ignores one inside a checkpoint
+                tower = ()
+            tower = ((f"model.vision_tower.vision_tower.{name}", tensor) for name, tensor in tower)
+            tensors = itertools.chain(self._decoder_tensors(), connector, tower)
+            tensors = ((name, tensor.to(dtype or tensor.dtype)) for name, tensor in tensors)
             checkpoint.write_tensors(partial, tensors, shard_size)
+
+    def save_parts(self, folder):
+        """Write encoder and language model as stock parts, in folders of their own below this one."""
+        folder, config = Path(folder), self.parts.config
+        decoder = {name: value for name, value in config.items() if not name.startswith("mm_")}
+        decoder["model_type"] = family_of(config)
+        for part in ("encoder", "decoder"):
+            source = (self.tower if part == "encoder" else self.parts.weights).folder
+            with checkpoint.atomic_folder(folder / part) as partial:
+                for name in ("config.json", "preprocessor_config.json", *TOKENIZER_FILES):
+                    if (source / name).exists():
+                        shutil.copy(source / name, partial)
+                if part == "decoder":
+                    checkpoint.write_json(partial / "config.json", decoder)
+                tensors = self._encoder_tensors() if part == "encoder" else self._decoder_tensors()
+                checkpoint.write_tensors(partial, tensors)
 
     def save_connector(self, folder):
         """Write the connector alone, under the published names, and a config.json that records the model below it."""
@@ -369,8 +397,8 @@ class Libra(nn.Module):
     def _base(self, folder: Path) -> dict:
         return {"base_model_name_or_path": _place(self.base, folder)}
 
-    def _published_tensors(self):
-        """(published name, tensor) of the decoder, LoRA merged, of the connector, and of a trained encoder."""
+    def _decoder_tensors(self):
+        """(published name, tensor) of the decoder, LoRA merged."""
         weights: dict[str, Callable[[], torch.Tensor]] = {}
         for name, parameter in self.decoder.named_parameters():
             if name.endswith(".base_layer.weight"):
@@ -384,13 +412,12 @@ class Libra(nn.Module):
                 weights[name.replace(f".{first}.", f".{whole}.")] = lambda parts=parts: torch.cat([p() for p in parts])
         for name, tensor in weights.items():
             yield name if name == "lm_head.weight" else f"model.{name}", tensor()
-        for name, parameter in self.connector.named_parameters():
-            yield f"model.mm_projector.{name}", parameter
-        if self.config.unfreeze_mm_vision_tower and self.encoder.config.model_type != "open_clip":
-            prefix = "model.vision_tower.vision_tower."
-            for name, parameter in self.encoder.named_parameters():
-                stored = self.encoder_stored[name]
-                yield prefix + stored.name.removeprefix(prefix), parameter.view(stored.shape)
+
+    def _encoder_tensors(self):
+        """(name in its own repository, tensor) of the encoder."""
+        for name, parameter in self.encoder.named_parameters():
+            stored = self.encoder_stored[name]
+            yield stored.name.removeprefix("model.vision_tower.vision_tower."), parameter.view(stored.shape)
 
     # ---------------------------------------------------------------------------------------- computing
 

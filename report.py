@@ -7,6 +7,7 @@ import base64
 import html
 import io
 import json
+import math
 import warnings
 from pathlib import Path
 
@@ -339,3 +340,36 @@ arrange();
 </body>
 </html>
 """
+
+
+COLOURS = ("#0b7285", "#e8590c", "#5f3dc4", "#2b8a3e")
+
+
+def curves(title: str, unit: str, lines: dict[str, list[tuple[float, float]]]) -> str:
+    """Lines by their names, each a list of points (x, y), as an SVG picture; y on a logarithmic axis."""
+    points = [point for line in lines.values() for point in line]
+    (left, right), (low, high) = ((min(values), max(values)) for values in zip(*points, strict=True))
+    low, high = math.log(max(low, 1e-9)), math.log(max(high, 2e-9))
+    place = lambda x, y: (
+        60 + 640 * (x - left) / max(right - left, 1e-9),
+        340 - 300 * (math.log(max(y, 1e-9)) - low) / max(high - low, 1e-9),
+    )
+    drawn = []
+    for tick in range(5):
+        value = math.exp(low + (high - low) * tick / 4)
+        y = place(left, value)[1]
+        drawn.append(f'<path d="M60 {y:.1f}H700" stroke="#8886"/>')
+        drawn.append(f'<text x="52" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>')
+    for tick in range(5):
+        value = left + (right - left) * tick / 4
+        drawn.append(f'<text x="{place(value, 1)[0]:.1f}" y="360" text-anchor="middle">{value:,.0f}</text>')
+    for number, (name, line) in enumerate(lines.items()):
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in line))
+        colour = COLOURS[number % len(COLOURS)]
+        drawn.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+        label = f'<text x="690" y="{30 + 18 * number}" text-anchor="end" fill="{colour}">'
+        drawn.append(f"{label}{html.escape(name)}</text>")
+    drawn.append(f'<text x="60" y="22">{html.escape(title)}</text>')
+    drawn.append(f'<text x="700" y="380" text-anchor="end">{html.escape(unit)}</text>')
+    look = 'font-family="sans-serif" font-size="13" fill="#888"'
+    return "\n".join((f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 390" {look}>', *drawn, "</svg>\n"))

@@ -22,7 +22,7 @@ FLOORS = [
     {"cli"},
     {"attention", "checkpoint", "tokenizer", "image", "radiograph", "mimic"},
     {"encoder", "tac", "decoder", "phantom"},
-    {"model", "data"},
+    {"model", "data", "parts"},
     {"sample", "prepare", "report"},
     {"eval"},
     {"train"},
