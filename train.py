@@ -34,7 +34,7 @@ class TrainConfig:
     pad: str = "black"  # how images become square, in training and after: black, mean, none
     train: tuple[str, ...] = ("connector",)  # what learns: connector, lora, decoder, encoder
     lora_r: int = 128  # LoRA's rank
-    lora_alpha: float = 256  # LoRA's scale is lora_alpha / lora_r
+    lora_alpha: float = 256.0  # LoRA's scale is lora_alpha / lora_r
     lora_dropout: float = 0.05  # before LoRA's first matrix
     lora_targets: tuple[str, ...] = ()  # projections that LoRA stands beside; without it all of them
 
@@ -231,7 +231,7 @@ def build(config: TrainConfig, show=lambda done, total: None) -> Libra:
 
 
 def new_parts(config: TrainConfig) -> tuple[Path, Path]:
-    """A language model and an image encoder with fresh weights, in out_dir/new; the tokenizer learns from the records."""
+    """A language model and an image encoder with fresh weights, in out_dir/new; the records teach the tokenizer."""
     folder = Path(config.out_dir, "new")
     if not (folder / "decoder").exists():
         records = itertools.chain(*map(Records, config.records))
@@ -665,22 +665,21 @@ class Log:
             self.trackers = [TRACKERS[name](config) for name in config.report_to]
 
     def begin(self, libra: Libra, rows: Rows, steps: Steps):
+        self.learning = sum(parameter.numel() for parameter in trained(libra).values())
+        self.frozen = sum(parameter.numel() for parameter in libra.parameters()) - self.learning
+        self.steps, self.last, self.since = steps.count, time.monotonic(), 0
         if self.processes.rank:
             return
         plain = asdict(TrainConfig())
         changed = [f"{name}={value!r}" for name, value in asdict(self.config).items() if value != plain[name]]
-        count = sum(parameter.numel() for parameter in trained(libra).values())
-        every = sum(parameter.numel() for parameter in libra.parameters())
-        held = sum(parameter.nbytes for parameter in libra.parameters()) + 12 * count
+        held = sum(parameter.nbytes for parameter in libra.parameters()) + 12 * self.learning
         duplicates = sum(checked.duplicates for checked in rows.checked)
         print(*changed)
         print(
-            f"{'+'.join(self.config.train)} learns: {count / 1e6:.2f} of {every / 1e6:.2f} M parameters; weights, "
-            f"gradients and optimizer {held / 2**30:.2f} GiB; {len(rows):,} records ({duplicates:,} with the id of an "
-            f"earlier one) in {len(steps.rows):,} rows; {steps.count:,} steps"
+            f"{'+'.join(self.config.train)} learns: {self.learning / 1e6:.2f} M parameters, {self.frozen / 1e6:.2f} M "
+            f"are frozen; weights, gradients and optimizer {held / 2**30:.2f} GiB; {len(rows):,} records "
+            f"({duplicates:,} with the id of an earlier one) in {len(steps.rows):,} rows; {steps.count:,} steps"
         )
-        self.frozen, self.learning, self.steps = every - count, count, steps.count
-        self.last, self.since = time.monotonic(), 0
 
     def step(self, done: int, values: dict, batches):
         self.positions += sum(int((batch.segments >= 0).sum()) for _, batch in batches)
