@@ -5,10 +5,18 @@ Nothing heavy is imported, so that `--help` and mistakes answer at once.
 
 import argparse
 import difflib
+import multiprocessing
 import os
+import signal
 import sys
+import threading
 import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing.connection import wait
 from pathlib import Path
 
 
@@ -99,6 +107,49 @@ def atomic(path, mode: str = "w"):
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # a full disk does not say where
+            error.filename = str(path)
         raise
+
+
+def parallel(function: Callable, items: Iterable, workers: int) -> Iterator:
+    """function(item) of every item, in their order, from worker processes that run a little ahead.
+
+    The workers end with this process, even where it is killed. OSError where one of them dies.
+    """
+    # forked where that is safe, which is at once; elsewhere each worker imports everything anew
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    pool = ProcessPoolExecutor(workers, context, _follow_parent)
+    pending = deque()
+    try:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > 4 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool:
+        raise ChildProcessError(
+            "a worker process was killed (out of memory?): run again with fewer --workers, what is done is kept"
+        ) from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _follow_parent():
+    def end_with(parent):
+        wait([parent.sentinel])
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and ends in order
+    threading.Thread(target=end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+
+def print_table(rows: Iterable[Iterable]):
+    """Print rows of cells in columns: the first is flush left, the others flush right; counts with commas."""
+    rows = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *rest in rows:
+        print("  ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]).rstrip())

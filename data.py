@@ -256,6 +256,8 @@ def check(
                         find(name)
                     except (ValueError, OSError) as error:
                         problems.append((index, str(error)))
+    images = len(seen)
+    del seen  # tens of MB of a million images, which the sorting can have
     first, group = (np.unique(keys, return_index=True, return_inverse=True)[1:] for keys in (ids, groups))
     again = np.setdiff1d(np.arange(len(records)), first[0])
     if kind.unique:
@@ -265,7 +267,7 @@ def check(
         listed = "; ".join(f"{records.unit} {records.numbers[index]}: {text}" for index, text in problems[:20])
         more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise ValueError(f"{records.path} has problems, {len(problems)} in all: {listed}{more}")
-    return Checked(len(again), len(seen), alone, group[0][group[1]])
+    return Checked(len(again), images, alone, group[0][group[1]])
 
 
 # ---------------------------------------------------------------------------------------- where images are
@@ -274,7 +276,8 @@ def check(
 class ImageFolder:
     """Images by their names inside a folder, as frames: uint8 [S, S, 3], what the encoder sees before normalising."""
 
-    def __init__(self, folder, config: PixelConfig):
+    def __init__(self, folder, config: PixelConfig | None):
+        """config: None where images are only looked for, and no frame is asked for."""
         if not os.path.isdir(folder):
             raise NotADirectoryError(f"no image folder {folder}: check the path")
         self.root, self.config = os.path.realpath(folder), config
@@ -337,8 +340,9 @@ class ImageCache:
 
 def cache_settings(config: PixelConfig) -> dict:
     """What frames depend on."""
-    colour = {"mean": list(config.mean)} if config.pad == "mean" else {}
-    return {"format": 1, "size": config.size, "crop": config.crop, "pad": config.pad} | colour
+    special = {"mean": list(config.mean)} if config.pad == "mean" else {}
+    special |= {name: True for name in ("squash", "rounds") if getattr(config, name)}
+    return {"format": 1, "size": config.size, "crop": config.crop, "pad": config.pad} | special
 
 
 def parse_index(data: bytes, config: PixelConfig, path: Path) -> list[dict]:

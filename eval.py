@@ -5,7 +5,7 @@
 
 import sys
 
-from cli import Parser, atomic, guard, progress
+from cli import Parser, atomic, guard, print_table, progress
 
 RESAMPLES = 1000  # of the bootstrap
 
@@ -92,6 +92,7 @@ from pathlib import Path
 import numpy as np
 
 import report
+from phantom import DEVICES, FINDINGS, SIDED, level, read_report
 
 # ------------------------------------------------------------------------------------------ text
 
@@ -473,38 +474,6 @@ def append_csv(path, header: list[str], row: dict):
 
 # ------------------------------------------------------------------------------------------ phantom reports
 
-FINDINGS = ("consolidation", "atelectasis", "edema", "nodule", "pleural effusion", "pneumothorax", "cardiomegaly")
-DEVICES = ("endotracheal tube", "central line", "pacemaker")
-SIDED = ("consolidation", "atelectasis", "nodule", "pleural effusion", "pneumothorax")  # whose side reports name
-SAID = {  # word -> what it says of the finding in whose clause it stands
-    "change": {"new": "new", "increased": "worse", "worsened": "worse", "unchanged": "unchanged", "stable": "unchanged",
-               "decreased": "improved", "improved": "improved", "resolved": "resolved", "removal": "removed",
-               "removed": "removed"},
-    "side": {"right": "right", "left": "left", "bilateral": "bilateral"},
-    "level": {"small": 0, "mild": 0, "moderate": 1, "large": 2, "severe": 2},
-}  # fmt: skip
-LEVELS = (0.43, 0.72)  # severities from which a finding is moderate, large
-
-
-def read_report(text: str) -> dict[str, dict]:
-    """{finding or device: {"change", "side", "level": what is said of it, or None}}; what is denied is left out.
-
-    A clause ends at . or ; or but. "no" and "without" deny what follows in it; a side or a level belongs to the next
-    name, a change to all names of its clause.
-    """
-    found = {}
-    for clause in re.split(r"[.;](?!\d)|\bbut\b", " ".join(text.lower().split())):
-        said, before = re.findall(rf"{'|'.join(FINDINGS + DEVICES)}|[a-z]+", clause), {}
-        change = next((SAID["change"][word] for word in said if word in SAID["change"]), None)
-        for word in said:
-            if word in ("no", "without"):
-                break
-            if word in FINDINGS + DEVICES:
-                found[word] = {"change": change, "side": before.pop("side", None), "level": before.pop("level", None)}
-            before |= {kind: says[word] for kind, says in SAID.items() if word in says}
-    return found
-
-
 def read_truth(path, pairs: list[Pair]) -> list[dict]:
     """A phantom hospital's truth, one of each pair, found by the current image's name or by the id."""
     lines = {}
@@ -533,7 +502,7 @@ def truth_statistics(predictions: list[str], truths: list[dict]) -> dict[str, np
     rows = {score: np.zeros((len(truths), 2)) for score in ("side", "severity", "direction of change", *scores)}
     for i, (text, truth) in enumerate(zip(predictions, truths, strict=True)):
         report, there = read_report(text), truth["findings"] | truth["devices"]
-        for name in FINDINGS + DEVICES:
+        for name in FINDINGS | DEVICES:
             told, real = report.get(name, {}), name in there
             said = bool(told) and told["change"] not in ("resolved", "removed")
             for group in (name, "findings" if name in FINDINGS else "devices"):
@@ -541,8 +510,7 @@ def truth_statistics(predictions: list[str], truths: list[dict]) -> dict[str, np
                 rows[f"{group} recall"][i] += said and real, real
                 rows[f"{group} F1"][i] += 2 * (said and real), said + real
             if name in FINDINGS and said and real:
-                level = sum(there[name]["severity"] >= limit for limit in LEVELS)
-                rows["severity"][i] += told["level"] == level, 1
+                rows["severity"][i] += told["level"] == level(there[name]["severity"]), 1
                 rows["side"][i] += name in SIDED and told["side"] == there[name]["side"], name in SIDED
             if name in FINDINGS and name in truth["changes"]:
                 rows["direction of change"][i] += told.get("change") == truth["changes"][name], 1
@@ -550,12 +518,6 @@ def truth_statistics(predictions: list[str], truths: list[dict]) -> dict[str, np
 
 
 # ------------------------------------------------------------------------------------------ command line
-
-
-def print_table(rows: list[list[str]]):
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
 
 
 def score(arguments):

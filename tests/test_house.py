@@ -5,16 +5,23 @@ import re
 import shlex
 import subprocess
 import sys
+from glob import glob
 
+import numpy as np
+import pyarrow
 import pytest
 from conftest import GOLDEN, ROOT
+from PIL import Image
+from pyarrow import parquet
+from test_prepare import picture
 
+import prepare
 import sample
 
 FLOORS = [
     {"cli"},
-    {"attention", "checkpoint", "tokenizer", "image", "phantom"},
-    {"encoder", "tac", "decoder"},
+    {"attention", "checkpoint", "tokenizer", "image", "radiograph", "mimic"},
+    {"encoder", "tac", "decoder", "phantom"},
     {"model", "data", "parts"},
     {"sample", "prepare", "report"},
     {"eval"},
@@ -75,6 +82,8 @@ STAND_INS = {  # what the README downloads or leaves to its reader -> what a tes
     "current.jpg": str(GOLDEN / "images" / "0.png"),
     "prior.jpg": str(GOLDEN / "images" / "1.png"),
     '"cuda"': '"cpu"',
+    "--patients 200": "--patients 12",
+    "rrg --out": "rrg --source set --out",
 }
 
 
@@ -108,6 +117,24 @@ def test_the_readme_s_conversions_run(command, tmp_path):
     arguments = [sys.executable, str(ROOT / "model.py"), *shlex.split(command, comments=True)]
     subprocess.run(arguments, cwd=tmp_path, check=True, capture_output=True)
     assert list(tmp_path.glob("*/config.json"))
+
+
+def test_the_readme_s_preparations_run_in_order_in_an_empty_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = {"main_image": [picture(1)], "prior_image": [picture(2)], "default_prompt": ["What?"]}
+    (tmp_path / "set").mkdir()
+    parquet.write_table(pyarrow.table(rows), tmp_path / "set" / "test.parquet")
+    used = set()
+    for command in commands("prepare.py"):
+        words = shlex.split(command, comments=True)
+        arguments = [name for word in words for name in sorted(glob(word)) or [word]]  # as a shell would
+        assert prepare.main(prepare.parse(arguments)) == 0, capsys.readouterr().err
+        assert capsys.readouterr().out
+        used.add(words[0])
+    assert used == prepare.COMMANDS.keys()
+    made, shown = (np.asarray(Image.open(path).convert("RGB"), dtype=float)
+                   for path in ("hospital/preview.png", ROOT / "assets" / "phantom.png"))  # fmt: skip
+    assert made.shape == shown.shape and abs(made - shown).mean() < 1  # of 255
 
 
 def test_the_readme_s_python_runs(capsys, tmp_path, monkeypatch):
