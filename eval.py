@@ -1,11 +1,14 @@
-"""Scores of reports: which variant, how sure, with and without a prior image; and a page to read the reports on.
+"""Answers to a question file; scores of them, which variant, how sure, with and without a prior; what the prior does.
 
+    python eval.py answer --model ID_OR_DIR --questions questions.jsonl --image-folder images --answers answers.jsonl
     python eval.py score --references questions.jsonl --predictions answers.jsonl --html page.html
+    python eval.py prior --model ID_OR_DIR --questions questions.jsonl --image-folder images --out priors
 """
 
+import argparse
 import sys
 
-from cli import Parser, atomic, guard, progress
+from cli import Parser, add_decoding_flags, add_model_flags, atomic, guard, progress
 
 RESAMPLES = 1000  # of the bootstrap
 
@@ -34,19 +37,99 @@ WORDS_OF_CHANGE = frozenset(
     persistent persisting progression progressive reduced removal resolution resolved resolving smaller stability
     stable stably unaltered unchanged unfolded worse worsen worsened worsening""".split()  # noqa: SIM905 - to be read
 )
+WORSE = frozenset(  # the words of change that say so by themselves, whatever they are said of
+    """bigger enlarging growing increase increased increasing larger new progression progressive worse worsen worsened
+    worsening""".split()  # noqa: SIM905
+)
+BETTER = frozenset(
+    """cleared decrease decreased decreasing improved improvement improving reduced removal resolution resolved
+    resolving smaller""".split()  # noqa: SIM905
+)
+
+CONDITIONS = {  # --prior: what the model sees beside the current image
+    "true": "the patient's prior",
+    "dummy": "the current image again",
+    "shuffled": "another patient's prior",
+    "reversed": "current and prior swapped",
+    "blank": "a black image",
+}
+MOST = 16  # studies in a batch that --batch-size does not name
 
 
 def parse(arguments=None):
-    parser = Parser(prog="eval.py", description="Score written reports.")
+    parser = Parser(prog="eval.py", description="Answer a question file; score written reports; ask what a prior does.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    score = add_score(commands)
+    answer, score, prior = add_answer(commands), add_score(commands), add_prior(commands)
     arguments = parser.parse_args(arguments)
-    alone = ("model_name", "csv", "html", "export", "truth", "merge")
-    if arguments.compare and (given := [name for name in alone if getattr(arguments, name)]):
-        score.error(f"--{given[0].replace('_', '-')} goes with --predictions, not with --compare")
-    if arguments.image_folder and not arguments.html:
-        score.error("--image-folder is for the page: give --html as well")
+    if arguments.command == "score":
+        alone = ("model_name", "csv", "html", "export", "truth", "merge")
+        if arguments.compare and (given := [name for name in alone if getattr(arguments, name)]):
+            score.error(f"--{given[0].replace('_', '-')} goes with --predictions, not with --compare")
+        if arguments.image_folder and not arguments.html:
+            score.error("--image-folder is for the page: give --html as well")
+        return arguments
+    command = {"answer": answer, "prior": prior}[arguments.command]
+    for name in ("batch_size", "limit"):
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            command.error(f"--{name.replace('_', '-')} {value} is not at least 1")
+    if arguments.command == "prior":
+        if arguments.model and not arguments.image_folder:
+            prior.error("--model answers, and needs --image-folder")
+        names = arguments.conditions.split(",")
+        if unknown := [name for name in names if name not in CONDITIONS]:
+            prior.error(f"--conditions knows {', '.join(CONDITIONS)}, not {unknown[0]!r}")
+        arguments.conditions = list(dict.fromkeys(["true", *names]))  # the others are compared with it
     return arguments
+
+
+def add_answer(commands):
+    answer = commands.add_parser(
+        "answer",
+        help="answer a question file",
+        description="Answer every question of a file. What is done is kept: the same command goes on where it was "
+        "stopped, to the same bytes. torchrun shares the work.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = answer.add_argument
+    add("--model", required=True, metavar="ID_OR_DIR", help="checkpoint: a folder or a hub id")
+    add("--image-folder", required=True, metavar="DIR", help="where the questions' image paths begin")
+    add("--answers", required=True, metavar="FILE", help="answer file to write (JSONL), in the questions' order")
+    add("--prior", default="true", choices=CONDITIONS, help="what is seen as the prior, where a question has one: "
+        + "; ".join(f"{name}, {what}" for name, what in CONDITIONS.items()))  # fmt: skip
+    add_questions(add)
+    return answer
+
+
+def add_questions(add):
+    add("--questions", required=True, metavar="FILE",
+        help="question file (JSONL; prepare.py rrg writes one too), or training records (JSON or JSONL), of which the "
+        "first question is asked and the first answer is the reference")  # fmt: skip
+    add("--ids", metavar="IDS", help="answer these question ids only: a file, one on each line, or a list with commas")
+    add("--limit", type=int, metavar="N", help="answer the first N questions only")
+    add("--batch-size", type=int, metavar="N", help=f"studies decoded together; without it what fits, up to {MOST}")
+    add_model_flags(add)
+    add_decoding_flags(add)
+
+
+def add_prior(commands):
+    prior = commands.add_parser(
+        "prior",
+        help="whether a model uses the prior: answers under several priors, compared",
+        description="Answer the questions that have a prior under several priors, one answer file each, and print one "
+        "table: every score with its interval, and its paired difference to the true prior. Goes on where it was "
+        "stopped.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = prior.add_argument
+    add("--model", metavar="ID_OR_DIR", help="checkpoint; without it the answer files in --out are taken as they are")
+    add("--image-folder", metavar="DIR", help="where the questions' image paths begin")
+    add("--out", required=True, metavar="DIR", help="folder of the answer files, CONDITION.jsonl each")
+    add("--conditions", default=",".join(CONDITIONS), metavar="LIST", help="priors to compare, with commas")
+    add("--truth", metavar="FILE", help="a phantom hospital's truth.jsonl: what is told of findings and changes, too")
+    add("--csv", metavar="FILE", help="write one row for each score and condition")
+    add("--json", action="store_true", help="print one JSON object instead of the table")
+    add_questions(add)
+    return prior
 
 
 def add_score(commands):
@@ -80,18 +163,36 @@ if __name__ == "__main__":  # before numpy is imported, so that --help and mista
 
 # ruff: noqa: E402
 import csv
+import errno
+import fcntl
+import functools
+import hashlib
+import itertools
 import json
 import math
+import os
+import random
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image
 
+import checkpoint
 import report
+import sample
+from data import ImageFolder, Question, Records, Study, check, image_names, load_image
+from model import ADAPTER_FILES, Libra, Parts, find_device, find_dtype, find_parts
+from sample import Options
 
 # ------------------------------------------------------------------------------------------ text
 
@@ -282,7 +383,12 @@ class Interval:
         return cls(float(value), *map(float, np.nanpercentile(resampled, [2.5, 97.5])))
 
     def __str__(self):
-        return f"{self.value:.2f}" + ("" if self.low is None else f" [{self.low:.2f}, {self.high:.2f}]")
+        return format(self)
+
+    def __format__(self, sign):
+        """f"{interval:+}" gives every number its sign."""
+        show = lambda number: format(round(number, 2) + 0.0, f"{sign}.2f")  # never -0.00
+        return show(self.value) + ("" if self.low is None else f" [{show(self.low)}, {show(self.high)}]")
 
 
 def intervals(table: dict[str, np.ndarray], groups: dict[str, np.ndarray], seed: int = 0):
@@ -346,22 +452,19 @@ class Pair:
 
 
 def read_lines(path) -> list[dict]:
-    """A JSONL file's objects; ValueError that names the line."""
-    records = []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except ValueError as error:  # JSON or UTF-8
-                raise ValueError(f"{path} line {number} is not JSON ({error}): give one object on each line") from None
-            if not isinstance(record, dict) or not isinstance(record.get("question_id"), str | int):
-                raise ValueError(f"{path} line {number} has no question_id: give one object with it on each line")
-            records.append(record)
-    if not records:
+    """The objects of a question or answer file; a training record as a question. ValueError that names the line."""
+    records, found = Records(path), []
+    for number, raw in enumerate(records):
+        if "conversations" in raw:
+            question = Question.parse(raw)
+            raw = {"question_id": question.id, "image": question.images, "text": question.text,
+                   "reference": question.reference}  # fmt: skip
+        if not isinstance(raw.get("question_id"), str | int):
+            raise ValueError(f"{records.place(number)} has no question_id: give one object with it on each line")
+        found.append(raw)
+    if not found:
         raise ValueError(f"{path} is empty: give one JSON object on each line")
-    return records
+    return found
 
 
 def text_of(record: dict, fields: tuple[str, ...], path) -> str:
@@ -381,8 +484,8 @@ def images_of(record: dict, path) -> tuple[str, ...]:
     return tuple(images)
 
 
-def read_pairs(references, predictions) -> list[Pair]:
-    """Question file + answer file -> pairs in the questions' order.
+def read_pairs(references, predictions, chosen: Iterable[str] | None = None) -> list[Pair]:
+    """Question file + answer file -> pairs in the questions' order; chosen: ids of the only ones that are wanted.
 
     ValueError with counts where an id is missing, comes twice, or is in the answers alone. A reference is the first of
     reference, findings, impression; a prediction the first of findings, impression, text, as published.
@@ -394,6 +497,9 @@ def read_pairs(references, predictions) -> list[Pair]:
         counts = Counter(str(record["question_id"]) for record in records)
         problems.append((f"come twice in {path}", [id for id, count in counts.items() if count > 1]))
     questions, answers = files[references], files[predictions]
+    if chosen is not None:
+        questions, unwanted = {id: questions[id] for id in chosen}, questions.keys() - set(chosen)
+        answers = {id: answer for id, answer in answers.items() if id not in unwanted}
     problems.append((f"of {references} are missing in {predictions}", [id for id in questions if id not in answers]))
     problems.append((f"of {predictions} are not in {references}", [id for id in answers if id not in questions]))
     if found := [f"{len(ids):,} ids {what} (first: {ids[0]})" for what, ids in problems if ids]:
@@ -549,6 +655,446 @@ def truth_statistics(predictions: list[str], truths: list[dict]) -> dict[str, np
     return rows
 
 
+# ------------------------------------------------------------------------------------------ answers
+
+
+def choose(records: Records, ids: str | None, limit: int | None, only_priors: bool = False) -> dict[str, int]:
+    """{id: row} of the questions to answer, in the file's order: those with a prior, of these --ids, of these --limit.
+
+    ids: a file with one on each line, or a list with commas. ValueError where the file or an id is wrong.
+    """
+    check(records, Question)
+    questions = enumerate(map(Question.parse, records))
+    rows = {str(question.id): row for row, question in questions if len(question.images) == 2 or not only_priors}
+    kind = " with a prior" * only_priors
+    if not rows:
+        raise ValueError(f"{records.path} has no question{kind}")
+    if ids is not None:
+        text = Path(ids).read_text(encoding="utf-8") if os.path.isfile(ids) else ids.replace(",", "\n")
+        wanted = set(filter(None, map(str.strip, text.splitlines())))
+        if unknown := sorted(wanted - rows.keys()):
+            more = f" (and {len(unknown) - 1:,} more of --ids)" if unknown[1:] else ""
+            raise ValueError(f"{records.path} has no question {unknown[0]}{kind}{more}")
+        rows = {id: row for id, row in rows.items() if id in wanted}
+    return dict(itertools.islice(rows.items(), limit))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Questions {id: row of the file}, and what a model sees of them under one of the CONDITIONS."""
+
+    records: Records
+    rows: dict[str, int]
+    condition: str
+    folder: ImageFolder
+    shuffled: Callable[[Question], str]  # question -> another patient's prior
+
+    BLACK = ""  # the name of a black image
+
+    def questions(self, ids: Iterable[str]) -> Iterator[Question]:
+        return (Question.parse(self.records[self.rows[id]]) for id in ids)
+
+    def names(self, question: Question) -> list[str]:
+        """Of the images that are seen, current first; those of the question where it has no prior."""
+        if len(question.images) < 2 or self.condition == "true":
+            return question.images
+        current, prior = question.images
+        if self.condition == "shuffled":
+            return [current, self.shuffled(question)]
+        return {"dummy": [current], "reversed": [prior, current], "blank": [current, self.BLACK]}[self.condition]
+
+    def study(self, question: Question) -> Study:
+        names = self.names(question)
+        images = [self.folder.find(name) for name in names if name != self.BLACK]
+        if self.BLACK in names:
+            images.append(Image.new("L", load_image(images[0]).size))
+        return Study(*images, query=question.text, id=str(question.id))
+
+    def find_images(self):
+        """ValueError that names the question where an image is missing."""
+        for question in self.questions(self.rows):
+            with naming(question):
+                for name in filter(None, self.names(question)):
+                    self.folder.find(name)
+
+    def lengths(self, libra: Libra, template: str | None, options: Options) -> dict[str, int]:
+        """{id: positions of the prompt}; ValueError that names the question where it is too long."""
+        found = {}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of reports that may grow too long `prefill` warns
+            for id, question in zip(self.rows, self.questions(self.rows), strict=True):
+                with naming(question):
+                    found[id] = sample.check_length(libra, sample.prompt_of(libra, question.text, template), options)
+        return found
+
+    def prepare(self, libra: Libra, batch: list[str]) -> list[tuple[Question, Study, torch.Tensor]]:
+        """Question, study and pixels of each; ValueError that names the question where an image cannot be read."""
+        prepared = []
+        for question in self.questions(batch):
+            with naming(question):
+                study = self.study(question)
+                prepared.append((question, study, libra.preprocess(study.images())))
+        return prepared
+
+
+@contextmanager
+def naming(question: Question):
+    """What goes wrong with a question names it."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise ValueError(f"question {question.id}: {error}") from None
+
+
+def shuffle_priors(records: Records, seed: int) -> Callable[[Question], str]:
+    """A function: question -> another patient's prior, drawn by (seed, question id) from all priors of the file.
+
+    A patient is the folder pNNNNNNNN in an image's path; where there is none, every prior is a patient of its own.
+    """
+    patient = lambda name: next((part for part in Path(name).parts if re.fullmatch(r"p\d{8}", part)), name)
+    priors = [names[1] for names in map(image_names, records) if len(names) == 2]
+    patients = list(map(patient, priors))
+    if len(set(patients)) == 1:
+        raise ValueError(f"{records.path} has priors of one patient only: there is no other's to show")
+
+    def draw(question: Question) -> str:
+        dice, own = random.Random(f"{seed}/{question.id}"), patient(question.images[1])
+        while patients[place := dice.randrange(len(priors))] == own:
+            pass
+        return priors[place]
+
+    return draw
+
+
+def fitting(libra: Libra, positions: int, options: Options, ranks: int) -> int:
+    """Studies in a batch, 1 to MOST: as many as have room for cache and logits in half of the free memory.
+
+    The other half is for what does not grow with them, or little: a prefill, and copies while suffixes grow and move.
+    positions: of the longest prompt.
+    """
+    config = libra.decoder.config
+    position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * libra.dtype.itemsize
+    suffixes = options.num_beams * (options.max_new_tokens * position + 4 * 4 * libra.vocabulary)  # float32, 4 copies
+    free = checkpoint.free_memory(libra.device) // (ranks if libra.device.type == "cpu" else 1)
+    size = torch.tensor(max(1, min(MOST, free // 2 // (positions * position + suffixes))))
+    if ranks > 1:
+        dist.all_reduce(size, dist.ReduceOp.MIN)  # all cut the same batches
+    return int(size)
+
+
+def fingerprint(parts: Parts) -> str:
+    """Tells a model from others and from itself after more training: its config, 64 samples of each file of weights."""
+    digest = hashlib.sha256(json.dumps(parts.config, sort_keys=True).encode())
+    adapters = [checkpoint.find_file(source, ADAPTER_FILES) for source in parts.adapters]
+    for path in (*checkpoint.weight_files(parts.weights), *parts.overlays, *filter(None, adapters)):
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            for place in range(0, size, size // 64 + 1):
+                file.seek(place)
+                digest.update(file.read(4096))
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def processes() -> Iterator[tuple[int, int]]:
+    """(this process's rank, how many torchrun has started); (0, 1) without it."""
+    count = int(os.environ.get("WORLD_SIZE", 1))
+    if count == 1:
+        yield 0, 1
+        return
+    dist.init_process_group("gloo", timeout=timedelta(days=30))  # the first to be done waits for the last
+    try:
+        yield dist.get_rank(), count
+    finally:
+        dist.destroy_process_group()
+
+
+def meet():
+    """Wait until every process is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def load_model(arguments) -> Libra:
+    """On a machine with several GPUs each of torchrun's processes takes its own."""
+    if find_device(arguments.device) == torch.device("cuda") and dist.is_initialized():
+        arguments.device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
+    return sample.load(arguments)
+
+
+def work_files(answers: Path) -> list[Path]:
+    """The answers of each rank, in the order in which they were finished; they go when the answer file is whole."""
+    name = re.compile(rf"\.{re.escape(answers.name)}\.\d+")
+    return sorted(path for path in answers.parent.iterdir() if name.fullmatch(path.name))
+
+
+def whole_lines(path) -> Iterator[tuple[int, bytes]]:
+    """(first byte, line) of every line of a work file; a last one without its break is torn, and left out."""
+    place = 0
+    with open(path, "rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                yield place, line
+            place += len(line)
+
+
+def find_answers(answers: Path) -> dict[str, tuple[Path, int]]:
+    """{question id: (work file, first byte of its line)}."""
+    lines = ((path, *line) for path in work_files(answers) for line in whole_lines(path))
+    return {str(json.loads(line)["question_id"]): (path, place) for path, place, line in lines}
+
+
+@contextmanager
+def own_work_file(answers: Path, rank: int):
+    """A rank's work file, to append whole lines to; ValueError where another process has it."""
+    path = answers.with_name(f".{answers.name}.{rank}")
+    with open(path, "ab", buffering=0) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with this process, however it ends
+        except OSError:
+            raise ValueError(f"{answers} is being written by another process: wait for it") from None
+        try:
+            file.truncate(sum(len(line) for _, line in whole_lines(path)))
+            yield file
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+                raise
+            raise OSError(f"{answers}: {error.strerror}: make room and run this again, what is done is kept") from None
+        finally:
+            if path.exists() and not path.stat().st_size:
+                path.unlink()
+
+
+def sidecar_of(answers: Path) -> Path:
+    return answers.with_name(f"{answers.name}.settings.json")
+
+
+def settings_of(arguments, asked: Asked) -> dict:
+    """All that an answer file depends on."""
+    parts, device = find_parts(arguments.model, arguments.base), find_device(arguments.device)
+    questions = hashlib.sha256()
+    with open(asked.records.path, "rb") as file:
+        while block := file.read(1 << 20):
+            questions.update(block)
+    ids = hashlib.sha256("\n".join(asked.rows).encode())
+    return {
+        "model": arguments.model, "base": arguments.base, "encoder": arguments.encoder, "weights": fingerprint(parts),
+        "dtype": str(find_dtype(arguments.dtype, device, parts.config)).removeprefix("torch."), "device": device.type,
+        "template": arguments.template, "questions": questions.hexdigest()[:16],
+        "asked": f"{len(asked.rows)} ids ({ids.hexdigest()[:16]})", "prior": asked.condition,
+        "image_folder": asked.folder.root, "batch_size": arguments.batch_size,
+    } | asdict(sample.options_of(arguments))  # fmt: skip
+
+
+def begun_with(answers: Path, settings: dict) -> dict | None:
+    """The settings that an answer file, or what is done of it, was made with; None where nothing is.
+
+    ValueError or OSError where they are not `settings`; where these leave the batch size open it may be any.
+    """
+    there, sidecar = [path for path in (answers, *work_files(answers)) if path.exists()], sidecar_of(answers)
+    if not (answers.exists() or find_answers(answers)):
+        return None
+    if not sidecar.exists():
+        raise FileExistsError(f"{there[0]} is there, and no {sidecar.name} says how it was made: give another file")
+    begun = checkpoint.read_json(sidecar)
+    settings = settings | {"batch_size": settings["batch_size"] or begun.get("batch_size")}
+    changed = [f"{name} {begun.get(name)}, not {value}" for name, value in settings.items() if begun.get(name) != value]
+    if changed:
+        delete = ", ".join(map(str, (*there, sidecar)))
+        raise ValueError(f"{answers} was made with {'; '.join(changed)}: give another file, or delete {delete}")
+    return begun
+
+
+def write_answers(arguments, asked: Asked, answers: Path, load: Callable[[], Libra], rank: int, ranks: int):
+    """Write an answer file, or what is missing of it.
+
+    Batches are cut from all the questions before it is looked what is answered, so that a rerun, or more processes,
+    decode the same batches. A finished batch goes to a work file beside the answers; at the end these are merged, in
+    the questions' order. FILE.settings.json says what it was made with. load() gives the model when it is needed.
+    """
+    if not answers.parent.is_dir():
+        raise FileNotFoundError(f"no folder {answers.parent} for {answers.name}: make it, or check the path")
+    settings = settings_of(arguments, asked)
+    with own_work_file(answers, rank) as work:
+        begun = begun_with(answers, settings)
+        whole = answers.exists()
+        meet()
+        if not whole:
+            asked.find_images()  # before the model is read
+            libra = load()
+            options, template = sample.options_of(arguments), arguments.template
+            lengths = asked.lengths(libra, template, options)
+            size = arguments.batch_size or (begun and begun["batch_size"])
+            size = size or fitting(libra, max(lengths.values()), options, ranks)
+            order = sorted(asked.rows, key=lengths.get, reverse=True)  # what does not fit shows at once
+            batches = [order[i : i + size] for i in range(0, len(order), size)]
+            done = find_answers(answers).keys()
+            mine = [batch for batch in batches if not done >= set(batch)][rank::ranks]
+            meet()
+            if rank == 0 and not begun:
+                with atomic(sidecar_of(answers)) as file:
+                    file.write(json.dumps(settings | {"batch_size": size}, indent=1) + "\n")
+            meet()
+            show = progress(f"answering {answers.name}" + f" (process 1 of {ranks})" * (ranks > 1), "studies")
+            finished, total = 0, sum(map(len, mine))
+            for lines in decode_batches(libra, asked, mine, template, options, arguments.model):
+                data = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
+                while data:
+                    data = data[work.write(data) :]
+                os.fsync(work.fileno())
+                finished += len(lines)
+                if rank == 0:
+                    show(finished, total)
+            meet()
+            if rank == 0:
+                merge(answers, asked.rows)
+        if rank == 0:
+            for path in work_files(answers):
+                path.unlink()
+            there = ", all there before" if whole else ""
+            print(f"{answers}: {len(asked.rows):,} answers{there}", file=sys.stderr)
+        meet()
+
+
+def decode_batches(libra: Libra, asked: Asked, batches: list[list[str]], template, options: Options, model: str):
+    """The lines of each batch; the images of the next one are read while it is decoded."""
+    with ThreadPoolExecutor(1) as pool:
+        ahead = [pool.submit(asked.prepare, libra, batch) for batch in batches[:1]]
+        for number in range(len(batches)):
+            questions, studies, pixels = zip(*ahead.pop().result(), strict=True)
+            ahead = [pool.submit(asked.prepare, libra, batch) for batch in batches[number + 1 : number + 2]]
+            try:
+                prefix = sample.prefill(libra, list(studies), template, options, pixels)
+                outputs = sample.decode(libra, prefix, options)
+            except torch.OutOfMemoryError:
+                raise MemoryError(
+                    f"{len(studies)} studies together do not fit on {libra.device}: give a smaller --batch-size"
+                ) from None
+            yield [
+                {"question_id": question.id, "prompt": question.text, "text": best.text, "model_id": model}
+                for question, (best, *_) in zip(questions, outputs, strict=True)
+            ]
+
+
+def merge(answers: Path, ids: Iterable[str]):
+    """All work files -> the answer file, its lines in the order of the ids."""
+    places = find_answers(answers)
+    with ExitStack() as stack, atomic(answers, "wb") as file:
+        opened = {path: stack.enter_context(open(path, "rb")) for path in work_files(answers)}
+        for id in ids:
+            path, place = places[id]
+            opened[path].seek(place)
+            file.write(opened[path].readline())
+
+
+# ------------------------------------------------------------------------------------------ what a prior does
+
+CHANGED, FLIPPED = "reports changed", "directions flipped"
+
+
+def flips(true: str, other: str) -> tuple[int, int]:
+    """Of the words of direction (WORSE, BETTER) in a report, each once, how many flip in another one; how many it has.
+
+    A word flips where the other report lacks it and has, in its stead, a word of the opposite direction that this one
+    lacks.
+    """
+    before, after = words_of_change(true), words_of_change(other)
+    gone, come = before - after, after - before
+    flipped = len(gone & WORSE) * bool(come & BETTER) + len(gone & BETTER) * bool(come & WORSE)
+    return flipped, len(before & (WORSE | BETTER))
+
+
+def prior_scores(texts: dict[str, list[str]], references: list[str], truths: list[dict] | None, seed: int) -> dict:
+    """{score: {condition: (its Interval, the Interval of its difference to "true", if it has one)}}.
+
+    texts: {condition: [N]}, "true" first; references: [N]. All intervals are over the same resamples of the N studies.
+    Beside the scores stand, of the other conditions, the share of reports that differ from those under "true" and the
+    share of words of direction that flip (`flips`).
+    """
+    groups, tables, result = {"": np.ones(len(references), bool)}, {}, {}
+    for condition, predictions in texts.items():
+        table = statistics(predictions, references, show=progress(f"scoring {condition}"))
+        if truths:
+            told = truth_statistics(predictions, truths)
+            table |= {key: told[key] for key in ("findings F1", "devices F1", "direction of change")}
+        if condition != "true":
+            del table[FLOOR]
+            pairs = list(zip(texts["true"], predictions, strict=True))
+            table[CHANGED] = np.array([[100.0 * (one != two)] for one, two in pairs])
+            table[FLIPPED] = np.array([flips(*pair) for pair in pairs], dtype=float)
+        found = {key: values[""] for key, values in intervals(table, groups, seed).items() if values}
+        tables[condition] = {key: table[key] for key in found}
+        gaps = differences(tables["true"], tables[condition], groups, seed) if condition != "true" else {}
+        for key, interval in found.items():
+            result.setdefault(key, {})[condition] = (interval, gaps[key][""][2] if key in gaps else None)
+    return result
+
+
+def prior(arguments):
+    records, out = Records(arguments.questions), Path(arguments.out)
+    rows = choose(records, arguments.ids, arguments.limit, only_priors=True)
+    files = {condition: out / f"{condition}.jsonl" for condition in arguments.conditions}
+    with processes() as (rank, ranks):
+        load = functools.cache(lambda: load_model(arguments))
+        for condition, path in files.items():
+            if arguments.model:
+                out.mkdir(parents=True, exist_ok=True)
+                write_answers(arguments, ask(arguments, records, rows, condition), path, load, rank, ranks)
+    if rank:
+        return
+    pairs = {condition: read_pairs(arguments.questions, path, rows) for condition, path in files.items()}
+    texts = {condition: [pair.prediction for pair in found] for condition, found in pairs.items()}
+    truths = read_truth(arguments.truth, pairs["true"]) if arguments.truth else None
+    scores = prior_scores(texts, [pair.reference for pair in pairs["true"]], truths, arguments.seed)
+    name = arguments.model or pairs["true"][0].model or out.name
+    if arguments.csv:
+        write_prior_csv(arguments.csv, name, scores)
+    if arguments.json:
+        cell = lambda value, gap: vars(value) | {"difference": gap and vars(gap)}
+        plain = {key: {name: cell(*pair) for name, pair in found.items()} for key, found in scores.items()}
+        return print(json.dumps({"model": name, "studies": len(rows), "scores": plain}))
+    print(f"{name}, {len(rows):,} studies with a prior: score × 100 [95 % interval], and its paired difference to true")
+    lines = [["", *texts]]
+    for key, found in scores.items():
+        lines.append([key, *(str(found[condition][0]) if condition in found else "" for condition in texts)])
+        if any(gap for _, gap in found.values()):
+            gaps = (found[condition][1] if condition in found else None for condition in texts)
+            lines.append(["  minus true", *(f"{gap:+}" if gap else "" for gap in gaps)])
+    print_table(lines)
+    print("; ".join(f"{condition}: {CONDITIONS[condition]}" for condition in texts))
+    count = sum(flips(text, text)[1] for text in texts["true"])
+    print(
+        f"{FLIPPED}: of {count:,} words of direction in the reports under true, the share that the other report lacks "
+        "while it has\n  a word of the opposite direction that the first lacks "
+        f"(worse: {' '.join(sorted(WORSE))};\n  better: {' '.join(sorted(BETTER))})"
+    )
+
+
+def write_prior_csv(path, name: str, scores: dict):
+    """One row for each score and condition."""
+    ends = ("value", "low", "high")
+    with atomic(path) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["Model Name", "score", "prior", *ends, *(f"difference {end}" for end in ends)])
+        for key, found in scores.items():
+            for condition, cells in found.items():
+                numbers = [getattr(interval, end) if interval else "" for interval in cells for end in ends]
+                writer.writerow([name, key, condition, *numbers])
+
+
+def ask(arguments, records: Records, rows: dict[str, int], condition: str) -> Asked:
+    shuffled = shuffle_priors(records, arguments.seed) if condition == "shuffled" else None
+    return Asked(records, rows, condition, ImageFolder(arguments.image_folder, None), shuffled)
+
+
+def answer(arguments):
+    records = Records(arguments.questions)
+    rows = choose(records, arguments.ids, arguments.limit)
+    with processes() as (rank, ranks):
+        asked = ask(arguments, records, rows, arguments.prior)
+        write_answers(arguments, asked, Path(arguments.answers), lambda: load_model(arguments), rank, ranks)
+
+
 # ------------------------------------------------------------------------------------------ command line
 
 
@@ -648,7 +1194,7 @@ def compare(arguments):
 
 def run(arguments):
     warnings.showwarning = lambda message, *_, **__: print(f"eval.py: warning: {message}", file=sys.stderr)
-    {"score": score}[arguments.command](arguments)
+    {"answer": answer, "score": score, "prior": prior}[arguments.command](arguments)
 
 
 def main(arguments) -> int:
