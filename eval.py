@@ -173,6 +173,7 @@ import math
 import os
 import random
 import re
+import textwrap
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -1063,11 +1064,12 @@ def prior(arguments):
     print_table(lines)
     print("; ".join(f"{condition}: {CONDITIONS[condition]}" for condition in texts))
     count = sum(flips(text, text)[1] for text in texts["true"])
-    print(
+    note = (
         f"{FLIPPED}: of {count:,} words of direction in the reports under true, the share that the other report lacks "
-        "while it has\n  a word of the opposite direction that the first lacks "
-        f"(worse: {' '.join(sorted(WORSE))};\n  better: {' '.join(sorted(BETTER))})"
+        "while it has a word of the opposite direction that the first lacks (worse: "
+        f"{', '.join(sorted(WORSE))}; better: {', '.join(sorted(BETTER))})"
     )
+    print(textwrap.fill(note, 120))
 
 
 def write_prior_csv(path, name: str, scores: dict):
