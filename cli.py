@@ -102,7 +102,7 @@ def progress(label: str, unit: str = "", scale: int = 1):
             return
         last, rate = now, done / max(now - begin, 1e-9)
         line = f"{label}: {done / max(total, 1):4.0%} of {total / scale:.{digits}f} {unit}".rstrip()
-        line += f", {rate / scale:.{digits + 1}f}/s"
+        line += f", {rate / scale:.{digits + 1 + 2 * (rate < 0.1 * scale)}f}/s"
         line += f", {_duration((total - done) / rate)} left" if rate and not finished else ""
         end = "\n" if finished or not terminal else ""
         print(f"\r{line:<78}" if terminal else line, end=end, file=sys.stderr, flush=True)

@@ -141,7 +141,8 @@ def add_score(commands):
     )
     add = score.add_argument
     add("--references", required=True, metavar="FILE",
-        help="question file (JSONL): question_id, image, and reference, findings or impression")  # fmt: skip
+        help="question file (JSONL): question_id, image, and reference, findings or impression; or training records"
+        )  # fmt: skip
     what = score.add_mutually_exclusive_group(required=True)
     what.add_argument("--predictions", metavar="FILE", help="answer file (JSONL): question_id and text")
     what.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two answer files: differences B - A, paired")
@@ -457,7 +458,10 @@ def read_lines(path) -> list[dict]:
     records, found = Records(path), []
     for number, raw in enumerate(records):
         if "conversations" in raw:
-            question = Question.parse(raw)
+            try:
+                question = Question.parse(raw)
+            except ValueError as error:
+                raise ValueError(f"{records.place(number)}: {error}") from None
             raw = {"question_id": question.id, "image": question.images, "text": question.text,
                    "reference": question.reference}  # fmt: skip
         if not isinstance(raw.get("question_id"), str | int):
@@ -771,7 +775,7 @@ def fitting(libra: Libra, positions: int, options: Options, ranks: int) -> int:
     """Studies in a batch, 1 to MOST: as many as have room for cache and logits in half of the free memory.
 
     The other half is for what does not grow with them, or little: a prefill, and copies while suffixes grow and move.
-    positions: of the longest prompt.
+    positions: of the longest prompt. Of several processes all take the least, so that they cut the same batches.
     """
     config = libra.decoder.config
     position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * libra.dtype.itemsize
@@ -779,7 +783,7 @@ def fitting(libra: Libra, positions: int, options: Options, ranks: int) -> int:
     free = checkpoint.free_memory(libra.device) // (ranks if libra.device.type == "cpu" else 1)
     size = torch.tensor(max(1, min(MOST, free // 2 // (positions * position + suffixes))))
     if ranks > 1:
-        dist.all_reduce(size, dist.ReduceOp.MIN)  # all cut the same batches
+        dist.all_reduce(size, dist.ReduceOp.MIN)
     return int(size)
 
 
@@ -896,7 +900,7 @@ def begun_with(answers: Path, settings: dict) -> dict | None:
     if not (answers.exists() or find_answers(answers)):
         return None
     if not sidecar.exists():
-        raise FileExistsError(f"{there[0]} is there, and no {sidecar.name} says how it was made: give another file")
+        raise FileExistsError(f"{there[0]} is there, and no {sidecar.name} says how it was made: delete it, or move it")
     begun = checkpoint.read_json(sidecar)
     settings = settings | {"batch_size": settings["batch_size"] or begun.get("batch_size")}
     changed = [f"{name} {begun.get(name)}, not {value}" for name, value in settings.items() if begun.get(name) != value]
