@@ -402,7 +402,7 @@ def test_wrong_files_are_told_in_one_line(files, tmp_path, capsys):
         q, a = write_lines(tmp_path / "bad_q", references), write_lines(tmp_path / "bad_a", predictions)
         assert score(q, a) == 2
         assert re.search(message, one_line(capsys)), message
-    for content in (b"{\n", b'{"question_id": "\xff"}\n', b"12\n"):
+    for content in (b'{"\n', b'{"question_id": "\xff"}\n', b"12\n"):
         (tmp_path / "bad_a").write_bytes(content)
         assert score(files[0], str(tmp_path / "bad_a")) == 2
         assert "line 1" in one_line(capsys)
