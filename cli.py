@@ -44,6 +44,34 @@ class Parser(argparse.ArgumentParser):
                     yield from parser._flags()
 
 
+def add_model_flags(add):
+    """Beside --model, what every program that reads one takes; add is a parser's add_argument."""
+    add("--base", metavar="ID_OR_DIR", help="model under an adapter or a connector, instead of the one it records")
+    add("--encoder", metavar="ID_OR_DIR", help="image encoder, instead of the one that the checkpoint names")
+    add("--template", metavar="NAME", help="conversation template; without it the checkpoint's own")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
+        help="type of the weights; auto: float32 on the CPU, else the checkpoint's 16-bit type")  # fmt: skip
+    add("--device", default="auto", help="auto, cpu, cuda or mps")
+
+
+def add_decoding_flags(add):
+    """How a report is decoded: the fields of `sample.Options` that make one report."""
+    add("--max-new-tokens", type=int, default=512, metavar="N", help="length limit in tokens")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0: greedy or beam search; above: sampling")
+    add("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens that reach P together")
+    add("--top-k", type=int, default=50, metavar="K", help="sample from the K likeliest tokens; 0: from all")
+    add("--num-beams", type=int, default=1, metavar="B", help="beams of beam search; 1: none")
+    add("--length-penalty", type=float, default=1.0, metavar="L",
+        help="beams are scored by their log-probability / length^L")  # fmt: skip
+    add("--no-repeat-ngram", type=_auto_int, default="auto", metavar="N",
+        help="no N tokens in a row come twice, the prompt's too; 0: off; auto: 3 with beams, else off")  # fmt: skip
+    add("--seed", type=int, default=0, metavar="S", help="seed of all that is drawn")
+
+
+def _auto_int(text: str):
+    return text if text == "auto" else int(text)
+
+
 def fail(program: str, message) -> int:
     """Print a mistake as one line; the exit status that goes with it."""
     print(f"{program}: {' '.join(str(message).split())}", file=sys.stderr)
@@ -82,7 +110,7 @@ def progress(label: str, unit: str = "", scale: int = 1):
             return
         last, rate = now, done / max(now - begin, 1e-9)
         line = f"{label}: {done / max(total, 1):4.0%} of {total / scale:.{digits}f} {unit}".rstrip()
-        line += f", {rate / scale:.{digits + 1}f}/s"
+        line += f", {rate / scale:.{digits + 1 + 2 * (rate < 0.1 * scale)}f}/s"
         line += f", {_duration((total - done) / rate)} left" if rate and not finished else ""
         end = "\n" if finished or not terminal else ""
         print(f"\r{line:<78}" if terminal else line, end=end, file=sys.stderr, flush=True)

@@ -191,7 +191,10 @@ class Record:
 
 @dataclass(frozen=True)
 class Question:
-    """A line of a question file. reference: the report that an answer is compared with, if there is one."""
+    """A line of a question file. reference: the report that an answer is compared with, if there is one.
+
+    A training record is a question too: its first one, with the first answer as the reference.
+    """
 
     id: str | int
     images: list[str]
@@ -206,6 +209,10 @@ class Question:
         images, text = image_names(raw), raw.get("text")
         if not images:
             raise ValueError("there is no image")
+        if "conversations" in raw:
+            record = Record.parse(raw)
+            text, reference = record.turns[0]
+            return cls(record.id, images, text.removeprefix(IMAGE_TEXT).strip(), reference)
         if not isinstance(text, str) or IMAGE_TEXT in text:
             raise ValueError(f"text is not the question's text without {IMAGE_TEXT}, which is put before it")
         names = [name for name in ("reference", "findings", "impression") if raw.get(name) is not None]

@@ -1,52 +1,98 @@
-"""Scores of reports: which variant, how sure, with and without a prior image; and a page to read the reports on.
+"""Answers to a question file; scores of them, which variant, how sure, with and without a prior; what the prior does.
 
+    python eval.py answer --model ID_OR_DIR --questions questions.jsonl --image-folder images --answers answers.jsonl
     python eval.py score --references questions.jsonl --predictions answers.jsonl --html page.html
+    python eval.py prior --model ID_OR_DIR --questions questions.jsonl --image-folder images --out priors
 """
 
+import argparse
 import sys
 
-from cli import Parser, atomic, guard, print_table, progress
+from cli import Parser, add_decoding_flags, add_model_flags, atomic, guard, print_table, progress
 
-RESAMPLES = 1000  # of the bootstrap
-
-METRICS = {  # the published keys, in the published order -> what stands behind each, × 100
-    **{
-        f"BLEU{n}": f"corpus BLEU, n-grams up to {n}, mteval-13a tokens, one reference, no smoothing; not a mean over "
-        "reports, not COCO's tokens"
-        for n in (1, 2, 3, 4)
-    },
-    "METEOR": "mean of NLTK's METEOR (exact, stem, WordNet 3.0; α 0.9, β 3, γ 0.5) on its word tokens; "
-    "not METEOR 1.5 (Java), which weighs and paraphrases",
-    "ROUGE-L": "mean F1 of the longest common subsequence of [a-z0-9]+ words, no stemming; not ROUGE-Lsum, not COCO's "
-    "(β 1.2); the published code prints the middle of an unseeded bootstrap of it",
-    "Bert_score": "mean F1 of BERTScore, distilbert-base-uncased layer 5, no idf, no rescaling",
-    "Temporal_entity_score": "mean F1 of the sets of words of change (44 keywords); two empty sets count as 1; no "
-    "negation, no clinical meaning; not RadEval's, which also tags entities",
+CONDITIONS = {  # --prior: what the model sees beside the current image
+    "true": "the patient's prior",
+    "dummy": "the current image again",
+    "shuffled": "another patient's prior",
+    "reversed": "current and prior swapped",
+    "blank": "a black image",
 }
-FLOOR = "Temporal_floor"
-VARIANTS = METRICS | {
-    FLOOR: "share of references without a word of change: the temporal score of a model that never mentions change"
-}
-
-WORDS_OF_CHANGE = frozenset(
-    """bigger change cleared constant decrease decreased decreasing elevated elevation enlarged enlargement enlarging
-    expanded greater growing improved improvement improving increase increased increasing larger new persistence
-    persistent persisting progression progressive reduced removal resolution resolved resolving smaller stability
-    stable stably unaltered unchanged unfolded worse worsen worsened worsening""".split()  # noqa: SIM905 - to be read
-)
 
 
 def parse(arguments=None):
-    parser = Parser(prog="eval.py", description="Score written reports.")
+    parser = Parser(prog="eval.py", description="Answer a question file; score written reports; ask what a prior does.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    score = add_score(commands)
+    answer, score, prior = add_answer(commands), add_score(commands), add_prior(commands)
     arguments = parser.parse_args(arguments)
-    alone = ("model_name", "csv", "html", "export", "truth", "merge")
-    if arguments.compare and (given := [name for name in alone if getattr(arguments, name)]):
-        score.error(f"--{given[0].replace('_', '-')} goes with --predictions, not with --compare")
-    if arguments.image_folder and not arguments.html:
-        score.error("--image-folder is for the page: give --html as well")
+    if arguments.command == "score":
+        alone = ("model_name", "csv", "html", "export", "truth", "merge")
+        if arguments.compare and (given := [name for name in alone if getattr(arguments, name)]):
+            score.error(f"--{given[0].replace('_', '-')} goes with --predictions, not with --compare")
+        if arguments.image_folder and not arguments.html:
+            score.error("--image-folder is for the page: give --html as well")
+        return arguments
+    command = {"answer": answer, "prior": prior}[arguments.command]
+    for name in ("batch_size", "limit"):
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            command.error(f"--{name.replace('_', '-')} {value} is not at least 1")
+    if arguments.command == "prior":
+        if arguments.model and not arguments.image_folder:
+            prior.error("--model answers, and needs --image-folder")
+        names = arguments.conditions.split(",")
+        if unknown := [name for name in names if name not in CONDITIONS]:
+            prior.error(f"--conditions knows {', '.join(CONDITIONS)}, not {unknown[0]!r}")
+        arguments.conditions = list(dict.fromkeys(["true", *names]))  # the others are compared with it
     return arguments
+
+
+def add_answer(commands):
+    answer = commands.add_parser(
+        "answer",
+        help="answer a question file",
+        description="Answer every question of a file. What is done is kept: the same command goes on where it was "
+        "stopped, to the same bytes. torchrun shares the work.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = answer.add_argument
+    add("--model", required=True, metavar="ID_OR_DIR", help="checkpoint: a folder or a hub id")
+    add("--image-folder", required=True, metavar="DIR", help="where the questions' image paths begin")
+    add("--answers", required=True, metavar="FILE", help="answer file to write (JSONL), in the questions' order")
+    add("--prior", default="true", choices=CONDITIONS, help="what is seen as the prior, where a question has one: "
+        + "; ".join(f"{name}, {what}" for name, what in CONDITIONS.items()))  # fmt: skip
+    add_questions(add)
+    return answer
+
+
+def add_questions(add):
+    add("--questions", required=True, metavar="FILE",
+        help="question file (JSONL; prepare.py rrg writes one too), or training records (JSON or JSONL), of which the "
+        "first question is asked and the first answer is the reference")  # fmt: skip
+    add("--ids", metavar="IDS", help="answer these question ids only: a file, one on each line, or a list with commas")
+    add("--limit", type=int, metavar="N", help="answer the first N questions only")
+    add("--batch-size", type=int, metavar="N", help="studies decoded together; without it what fits, up to 16")
+    add_model_flags(add)
+    add_decoding_flags(add)
+
+
+def add_prior(commands):
+    prior = commands.add_parser(
+        "prior",
+        help="whether a model uses the prior: answers under several priors, compared",
+        description="Answer the questions that have a prior under several priors, one answer file each, and print one "
+        "table: every score with its interval, and its paired difference to the true prior. Goes on where it was "
+        "stopped.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = prior.add_argument
+    add("--model", metavar="ID_OR_DIR", help="checkpoint; without it the answer files in --out are taken as they are")
+    add("--image-folder", metavar="DIR", help="where the questions' image paths begin")
+    add("--out", required=True, metavar="DIR", help="folder of the answer files, CONDITION.jsonl each")
+    add("--conditions", default=",".join(CONDITIONS), metavar="LIST", help="priors to compare, with commas")
+    add("--truth", metavar="FILE", help="a phantom hospital's truth.jsonl: what is told of findings and changes, too")
+    add("--csv", metavar="FILE", help="write one row for each score and condition")
+    add("--json", action="store_true", help="print one JSON object instead of the table")
+    add_questions(add)
+    return prior
 
 
 def add_score(commands):
@@ -54,11 +100,12 @@ def add_score(commands):
         "score",
         help="scores of an answer file, with intervals",
         description="Score an answer file, or compare two: overall, with and without a prior image, each score with a "
-        f"95 % interval ({RESAMPLES:,} bootstrap resamples of the studies).",
+        "95 % interval (1,000 bootstrap resamples of the studies).",
     )
     add = score.add_argument
     add("--references", required=True, metavar="FILE",
-        help="question file (JSONL): question_id, image, and reference, findings or impression")  # fmt: skip
+        help="question file (JSONL): question_id, image, and reference, findings or impression; or training records"
+        )  # fmt: skip
     what = score.add_mutually_exclusive_group(required=True)
     what.add_argument("--predictions", metavar="FILE", help="answer file (JSONL): question_id and text")
     what.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two answer files: differences B - A, paired")
@@ -80,239 +127,40 @@ if __name__ == "__main__":  # before numpy is imported, so that --help and mista
 
 # ruff: noqa: E402
 import csv
+import functools
 import json
 import math
-import re
+import textwrap
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 import report
-from phantom import DEVICES, FINDINGS, SIDED, level, read_report
+from answer import Asked, choose, load_model, processes, shuffle_priors, write_answers
+from data import ImageFolder, Question, Records
+from metrics import (
+    BETTER,
+    FLOOR,
+    METRICS,
+    VARIANTS,
+    WORDS_OF_CHANGE,
+    WORSE,
+    Interval,
+    differences,
+    flips,
+    intervals,
+    published,
+    score_of,
+    statistics,
+    temporal_f1_score,
+    truth_statistics,
+)
 
-# ------------------------------------------------------------------------------------------ text
-
-
-def clean(text: str) -> str:
-    """The published cleaning: breaks, dashes and underscores are blanks; of signs only . , : ; ( ) stay."""
-    text = re.sub(r"[^\w\s.,:;()]", "", re.sub(r"[\n_-]+", " ", text))
-    return re.sub(r"\s{2,}", " ", text).strip()
-
-
-def words(text: str) -> list[str]:
-    """ROUGE's tokens: runs of a-z and 0-9, nothing else."""
-    return re.findall(r"[a-z0-9]+", text.lower())
-
-
-def tokens_13a(text: str) -> list[str]:
-    """The tokens of NIST's mteval-v13a: signs apart, but . and , inside numbers stay."""
-    text = text.replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
-    for entity, sign in {"&quot;": '"', "&amp;": "&", "&lt;": "<", "&gt;": ">"}.items():
-        text = text.replace(entity, sign)
-    text = re.sub(r"[!-&(-+/:-@\[-`{-~]", r" \g<0> ", f" {text} ")  # all of ASCII's but ' , - .
-    text = re.sub(r"([^0-9])([.,])", r"\1 \2 ", text)
-    text = re.sub(r"([.,])([^0-9])", r" \1 \2", text)
-    return re.sub(r"([0-9])-", r"\1 - ", text).split()
-
-
-# ------------------------------------------------------------------------------------------ scores of one pair
-
-
-def bleu_counts(prediction: str, reference: str, order: int = 4) -> list[int]:
-    """What corpus BLEU sums up: matched n-grams [order], predicted n-grams [order], tokens predicted, tokens of the
-    reference."""
-    predicted, wanted = tokens_13a(prediction), tokens_13a(reference)
-    matched, total = [], []
-    for n in range(1, order + 1):
-        grams = [Counter(zip(*(tokens[i:] for i in range(n)), strict=False)) for tokens in (predicted, wanted)]
-        matched.append((grams[0] & grams[1]).total())
-        total.append(grams[0].total())
-    return [*matched, *total, len(predicted), len(wanted)]
-
-
-def rouge_l(prediction: str, reference: str) -> float:
-    """F1 of the longest common subsequence of the two texts' words, in [0, 1]."""
-    predicted, wanted = words(prediction), words(reference)
-    places = {}  # word -> its positions in the reference, as bits
-    for i, word in enumerate(wanted):
-        places[word] = places.get(word, 0) | 1 << i
-    row = full = (1 << len(wanted)) - 1  # bit i is 0 where the subsequence grows at position i (Hyyrö 2004)
-    for word in predicted:
-        hits = row & places.get(word, 0)
-        row = (row + hits | row - hits) & full
-    common = len(wanted) - row.bit_count()
-    return 2 * common / (len(predicted) + len(wanted)) if common else 0.0
-
-
-def words_of_change(text: str) -> set[str]:
-    return WORDS_OF_CHANGE.intersection(re.findall(r"\w+", clean(text).lower()))
-
-
-def temporal_f1(predicted: set[str], wanted: set[str]) -> float:
-    """F1 of two sets with the published epsilons: both empty 1, only the reference empty 1e-10."""
-    tiny = 1e-10
-    if not wanted:
-        return tiny if predicted else 1.0
-    common = len(predicted & wanted)
-    precision, recall = (common + tiny) / (len(predicted) + tiny), (common + tiny) / (len(wanted) + tiny)
-    return 2 * precision * recall / (precision + recall + tiny)
-
-
-def temporal_f1_score(predictions: list[str], references: list[str] | list[list[str]]) -> dict:
-    """{"f1": mean F1 of the words of change, "prediction_entities", "reference_entities": a set for each pair}.
-
-    Of several references to a prediction the words are united. ValueError: lists empty or of two lengths.
-    """
-    if not predictions or len(predictions) != len(references):
-        raise ValueError(f"{len(predictions)} predictions and {len(references)} references: give as many of each")
-    predicted = [words_of_change(text) for text in predictions]
-    several = [[texts] if isinstance(texts, str) else texts for texts in references]
-    wanted = [set().union(*map(words_of_change, texts)) for texts in several]
-    f1 = sum(map(temporal_f1, predicted, wanted)) / len(predicted)
-    return {"f1": f1, "prediction_entities": predicted, "reference_entities": wanted}
-
-
-def meteor_scorer() -> Callable[[str, str], float]:
-    """(prediction, reference) -> METEOR in [0, 1]; ValueError that says what to install."""
-    try:
-        from nltk import word_tokenize
-        from nltk.corpus import wordnet
-        from nltk.translate.meteor_score import single_meteor_score
-
-        wordnet.ensure_loaded()
-        word_tokenize("")
-    except ImportError:
-        raise ValueError("METEOR needs a package: pip install nltk") from None
-    except LookupError:
-        raise ValueError("METEOR needs NLTK's data: python -m nltk.downloader wordnet punkt_tab") from None
-    return lambda prediction, reference: single_meteor_score(word_tokenize(reference), word_tokenize(prediction))
-
-
-def bertscore(predictions: list[str], references: list[str]) -> list[float]:
-    """F1 of each pair in about [0, 1], 0 where a side is empty; ValueError that says what is missing."""
-    model, pairs = "distilbert-base-uncased", list(zip(predictions, references, strict=True))
-    full = [pair for pair in pairs if all(pair)]  # the package fails on empty ones with transformers 5
-    try:
-        from bert_score import score
-    except ImportError:
-        raise ValueError("BERTScore needs a package: pip install bert-score") from None
-    try:
-        values = iter(score(*map(list, zip(*full, strict=True)), model_type=model)[2] if full else ())
-    except OSError:
-        raise ValueError(f"BERTScore needs the model {model}: download it once into the hub's cache") from None
-    return [float(next(values)) if all(pair) else 0.0 for pair in pairs]
-
-
-# ------------------------------------------------------------------------------------------ scores of many
-
-
-def statistics(predictions: list[str], references: list[str], with_bertscore: bool = False, show=lambda *_: None):
-    """{key: [N, k]}: what each score needs of each pair so that sums give the score (`score_of`).
-
-    Texts are lowered and cleaned first, as published. Without NLTK or its data METEOR is left out, with a warning.
-    """
-    predictions, references = ([clean(text.lower()) for text in texts] for texts in (predictions, references))
-    pairs = list(zip(predictions, references, strict=True))
-    rows = {key: [] for key in METRICS}
-    try:
-        meteor = meteor_scorer()
-    except ValueError as error:
-        warnings.warn(f"METEOR is left out. {error}", stacklevel=2)
-        meteor = None
-    if with_bertscore:
-        rows["Bert_score"] = [100 * value for value in bertscore(predictions, references)]
-    floor = []
-    for i, (prediction, reference) in enumerate(pairs):
-        counts = bleu_counts(prediction, reference)
-        for n in (1, 2, 3, 4):
-            rows[f"BLEU{n}"].append([*counts[:n], *counts[4 : 4 + n], *counts[8:]])
-        rows["ROUGE-L"].append(100 * rouge_l(prediction, reference))
-        wanted = words_of_change(reference)
-        rows["Temporal_entity_score"].append(100 * temporal_f1(words_of_change(prediction), wanted))
-        floor.append(100 * (not wanted))
-        if meteor:
-            rows["METEOR"].append(100 * meteor(prediction, reference))
-        show(i + 1, len(pairs))
-    rows[FLOOR] = floor
-    return {key: np.array(row, dtype=float).reshape(len(pairs), -1) for key, row in rows.items() if row}
-
-
-def score_of(sums: np.ndarray, count) -> np.ndarray:
-    """Sums of statistics [..., k] over count pairs -> the score [...].
-
-    k = 1: their mean; k = 2: hits of chances × 100, NaN without a chance; k = 2n + 2: BLEU-n × 100.
-    """
-    width = sums.shape[-1]
-    if width == 1:
-        return sums[..., 0] / count
-    if width == 2:
-        with np.errstate(invalid="ignore"):
-            return 100 * sums[..., 0] / sums[..., 1]
-    order = width // 2 - 1
-    matched, total = sums[..., :order], sums[..., order : 2 * order]
-    predicted, wanted = sums[..., -2], sums[..., -1]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        log_bleu = np.log(matched / total).mean(-1) + np.minimum(0, 1 - wanted / predicted)
-    return np.where((matched > 0).all(-1), 100 * np.exp(log_bleu), 0.0)
-
-
-def resample(table: dict[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
-    """{key: [N, k]} -> {key: [RESAMPLES]}: every score on the same seeded resamples of the N studies."""
-    rows = np.concatenate(list(table.values()), axis=1)
-    count, generator = len(rows), np.random.default_rng(seed)
-    draw = lambda: np.bincount(generator.integers(count, size=count), minlength=count)
-    sums = np.stack([draw() @ rows for _ in range(RESAMPLES)])  # [RESAMPLES, all k]
-    ends = np.cumsum([column.shape[1] for column in table.values()])
-    return {key: score_of(part, count) for key, part in zip(table, np.split(sums, ends[:-1], axis=1), strict=True)}
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A value and its 95 % interval (percentiles of the bootstrap); None, None where only the value is known."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-
-    @classmethod
-    def of(cls, value, resampled) -> "Interval":
-        return cls(float(value), *map(float, np.nanpercentile(resampled, [2.5, 97.5])))
-
-    def __str__(self):
-        return f"{self.value:.2f}" + ("" if self.low is None else f" [{self.low:.2f}, {self.high:.2f}]")
-
-
-def intervals(table: dict[str, np.ndarray], groups: dict[str, np.ndarray], seed: int = 0):
-    """{key: {group: Interval}}; groups are {name: [N] of bool}. A group in which nothing can be scored is left out."""
-    result = {key: {} for key in table}
-    for group, chosen in groups.items():
-        part = {key: column[chosen] for key, column in table.items()}
-        for key, values in resample(part, seed).items():
-            value = score_of(part[key].sum(0), chosen.sum())
-            if not np.isnan(value):
-                result[key][group] = Interval.of(value, values)
-    return result
-
-
-def differences(a: dict[str, np.ndarray], b: dict[str, np.ndarray], groups: dict[str, np.ndarray], seed: int = 0):
-    """{key: {group: (score of A, score of B, Interval of B - A)}}, both on the same resamples of the studies."""
-    result = {key: {} for key in a if key in b and key != FLOOR}
-    for group, chosen in groups.items():
-        part = {(key, side): table[key][chosen] for key in result for side, table in enumerate((a, b))}
-        values = resample(part, seed)
-        for key in result:
-            one, two = (float(score_of(part[key, side].sum(0), chosen.sum())) for side in (0, 1))
-            result[key][group] = (one, two, Interval.of(two - one, values[key, 1] - values[key, 0]))
-    return result
-
-
-def published(scores: dict[str, float]) -> dict[str, float]:
-    """The published dict: its keys in its order, two digits."""
-    return {key: round(float(scores[key]), 2) for key in METRICS if key in scores}
+__all__ = ["evaluate_report", "temporal_f1_score"]  # what others import, beside the command line
 
 
 def evaluate_report(references, predictions, bertscore: bool = False) -> dict[str, float]:
@@ -347,22 +195,22 @@ class Pair:
 
 
 def read_lines(path) -> list[dict]:
-    """A JSONL file's objects; ValueError that names the line."""
-    records = []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
+    """The objects of a question or answer file; a training record as a question. ValueError that names the line."""
+    records, found = Records(path), []
+    for number, raw in enumerate(records):
+        if "conversations" in raw:
             try:
-                record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except ValueError as error:  # JSON or UTF-8
-                raise ValueError(f"{path} line {number} is not JSON ({error}): give one object on each line") from None
-            if not isinstance(record, dict) or not isinstance(record.get("question_id"), str | int):
-                raise ValueError(f"{path} line {number} has no question_id: give one object with it on each line")
-            records.append(record)
-    if not records:
+                question = Question.parse(raw)
+            except ValueError as error:
+                raise ValueError(f"{records.place(number)}: {error}") from None
+            raw = {"question_id": question.id, "image": question.images, "text": question.text,
+                   "reference": question.reference}  # fmt: skip
+        if not isinstance(raw.get("question_id"), str | int):
+            raise ValueError(f"{records.place(number)} has no question_id: give one object with it on each line")
+        found.append(raw)
+    if not found:
         raise ValueError(f"{path} is empty: give one JSON object on each line")
-    return records
+    return found
 
 
 def text_of(record: dict, fields: tuple[str, ...], path) -> str:
@@ -382,8 +230,8 @@ def images_of(record: dict, path) -> tuple[str, ...]:
     return tuple(images)
 
 
-def read_pairs(references, predictions) -> list[Pair]:
-    """Question file + answer file -> pairs in the questions' order.
+def read_pairs(references, predictions, chosen: Iterable[str] | None = None) -> list[Pair]:
+    """Question file + answer file -> pairs in the questions' order; chosen: ids of the only ones that are wanted.
 
     ValueError with counts where an id is missing, comes twice, or is in the answers alone. A reference is the first of
     reference, findings, impression; a prediction the first of findings, impression, text, as published.
@@ -395,6 +243,9 @@ def read_pairs(references, predictions) -> list[Pair]:
         counts = Counter(str(record["question_id"]) for record in records)
         problems.append((f"come twice in {path}", [id for id, count in counts.items() if count > 1]))
     questions, answers = files[references], files[predictions]
+    if chosen is not None:
+        questions, unwanted = {id: questions[id] for id in chosen}, questions.keys() - set(chosen)
+        answers = {id: answer for id, answer in answers.items() if id not in unwanted}
     problems.append((f"of {references} are missing in {predictions}", [id for id in questions if id not in answers]))
     problems.append((f"of {predictions} are not in {references}", [id for id in answers if id not in questions]))
     if found := [f"{len(ids):,} ids {what} (first: {ids[0]})" for what, ids in problems if ids]:
@@ -491,30 +342,101 @@ def read_truth(path, pairs: list[Pair]) -> list[dict]:
     return [lines[key] for key in keys]
 
 
-def truth_statistics(predictions: list[str], truths: list[dict]) -> dict[str, np.ndarray]:
-    """{score: [N, 2], hits and chances}.
+# ------------------------------------------------------------------------------------------ what a prior does
 
-    Precision, recall and F1 of findings, of devices, and of each. Of findings that are there and told: side, where the
-    hospital names one, and severity in its three words. Direction: of all changes of findings, those told so.
+CHANGED, FLIPPED = "reports changed", "directions flipped"
+
+
+def prior_scores(texts: dict[str, list[str]], references: list[str], truths: list[dict] | None, seed: int) -> dict:
+    """{score: {condition: (its Interval, the Interval of its difference to "true", if it has one)}}.
+
+    texts: {condition: [N]}, "true" first; references: [N]. All intervals are over the same resamples of the N studies.
+    Beside the scores stand, of the other conditions, the share of reports that differ from those under "true" and the
+    share of words of direction that flip (`flips`).
     """
-    groups = ("findings", "devices", *FINDINGS, *DEVICES)
-    scores = [f"{group} {kind}" for group in groups for kind in ("precision", "recall", "F1")]
-    rows = {score: np.zeros((len(truths), 2)) for score in ("side", "severity", "direction of change", *scores)}
-    for i, (text, truth) in enumerate(zip(predictions, truths, strict=True)):
-        report, there = read_report(text), truth["findings"] | truth["devices"]
-        for name in FINDINGS | DEVICES:
-            told, real = report.get(name, {}), name in there
-            said = bool(told) and told["change"] not in ("resolved", "removed")
-            for group in (name, "findings" if name in FINDINGS else "devices"):
-                rows[f"{group} precision"][i] += said and real, said
-                rows[f"{group} recall"][i] += said and real, real
-                rows[f"{group} F1"][i] += 2 * (said and real), said + real
-            if name in FINDINGS and said and real:
-                rows["severity"][i] += told["level"] == level(there[name]["severity"]), 1
-                rows["side"][i] += name in SIDED and told["side"] == there[name]["side"], name in SIDED
-            if name in FINDINGS and name in truth["changes"]:
-                rows["direction of change"][i] += told.get("change") == truth["changes"][name], 1
-    return rows
+    groups, tables, result = {"": np.ones(len(references), bool)}, {}, {}
+    for condition, predictions in texts.items():
+        table = statistics(predictions, references, show=progress(f"scoring {condition}"))
+        if truths:
+            told = truth_statistics(predictions, truths)
+            table |= {key: told[key] for key in ("findings F1", "devices F1", "direction of change")}
+        if condition != "true":
+            del table[FLOOR]
+            pairs = list(zip(texts["true"], predictions, strict=True))
+            table[CHANGED] = np.array([[100.0 * (one != two)] for one, two in pairs])
+            table[FLIPPED] = np.array([flips(*pair) for pair in pairs], dtype=float)
+        found = {key: values[""] for key, values in intervals(table, groups, seed).items() if values}
+        tables[condition] = {key: table[key] for key in found}
+        gaps = differences(tables["true"], tables[condition], groups, seed) if condition != "true" else {}
+        for key, interval in found.items():
+            result.setdefault(key, {})[condition] = (interval, gaps[key][""][2] if key in gaps else None)
+    return result
+
+
+def prior(arguments):
+    records, out = Records(arguments.questions), Path(arguments.out)
+    rows = choose(records, arguments.ids, arguments.limit, only_priors=True)
+    files = {condition: out / f"{condition}.jsonl" for condition in arguments.conditions}
+    with processes() as (rank, ranks):
+        load = functools.cache(lambda: load_model(arguments))
+        for condition, path in files.items():
+            if arguments.model:
+                out.mkdir(parents=True, exist_ok=True)
+                write_answers(arguments, ask(arguments, records, rows, condition), path, load, rank, ranks)
+    if rank:
+        return
+    pairs = {condition: read_pairs(arguments.questions, path, rows) for condition, path in files.items()}
+    texts = {condition: [pair.prediction for pair in found] for condition, found in pairs.items()}
+    truths = read_truth(arguments.truth, pairs["true"]) if arguments.truth else None
+    scores = prior_scores(texts, [pair.reference for pair in pairs["true"]], truths, arguments.seed)
+    name = arguments.model or pairs["true"][0].model or out.name
+    if arguments.csv:
+        write_prior_csv(arguments.csv, name, scores)
+    if arguments.json:
+        cell = lambda value, gap: vars(value) | {"difference": gap and vars(gap)}
+        plain = {key: {name: cell(*pair) for name, pair in found.items()} for key, found in scores.items()}
+        return print(json.dumps({"model": name, "studies": len(rows), "scores": plain}))
+    print(f"{name}, {len(rows):,} studies with a prior: score × 100 [95 % interval], and its paired difference to true")
+    lines = [["", *texts]]
+    for key, found in scores.items():
+        lines.append([key, *(str(found[condition][0]) if condition in found else "" for condition in texts)])
+        if any(gap for _, gap in found.values()):
+            gaps = (found[condition][1] if condition in found else None for condition in texts)
+            lines.append(["  minus true", *(f"{gap:+}" if gap else "" for gap in gaps)])
+    print_table(lines)
+    print("; ".join(f"{condition}: {CONDITIONS[condition]}" for condition in texts))
+    count = sum(flips(text, text)[1] for text in texts["true"])
+    note = (
+        f"{FLIPPED}: of {count:,} words of direction in the reports under true, the share that the other report lacks "
+        "while it has a word of the opposite direction that the first lacks (worse: "
+        f"{', '.join(sorted(WORSE))}; better: {', '.join(sorted(BETTER))})"
+    )
+    print(textwrap.fill(note, 120))
+
+
+def write_prior_csv(path, name: str, scores: dict):
+    """One row for each score and condition."""
+    ends = ("value", "low", "high")
+    with atomic(path) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["Model Name", "score", "prior", *ends, *(f"difference {end}" for end in ends)])
+        for key, found in scores.items():
+            for condition, cells in found.items():
+                numbers = [getattr(interval, end) if interval else "" for interval in cells for end in ends]
+                writer.writerow([name, key, condition, *numbers])
+
+
+def ask(arguments, records: Records, rows: dict[str, int], condition: str) -> Asked:
+    shuffled = shuffle_priors(records, arguments.seed) if condition == "shuffled" else None
+    return Asked(records, rows, condition, ImageFolder(arguments.image_folder, None), shuffled)
+
+
+def answer(arguments):
+    records = Records(arguments.questions)
+    rows = choose(records, arguments.ids, arguments.limit)
+    with processes() as (rank, ranks):
+        asked = ask(arguments, records, rows, arguments.prior)
+        write_answers(arguments, asked, Path(arguments.answers), lambda: load_model(arguments), rank, ranks)
 
 
 # ------------------------------------------------------------------------------------------ command line
@@ -610,7 +532,7 @@ def compare(arguments):
 
 def run(arguments):
     warnings.showwarning = lambda message, *_, **__: print(f"eval.py: warning: {message}", file=sys.stderr)
-    {"score": score}[arguments.command](arguments)
+    {"answer": answer, "score": score, "prior": prior}[arguments.command](arguments)
 
 
 def main(arguments) -> int:

@@ -8,7 +8,7 @@ A study's prompt and images are computed once (`prefill`); every beam and sample
 import argparse
 import sys
 
-from cli import Parser, fail, guard, progress
+from cli import Parser, add_decoding_flags, add_model_flags, fail, guard, progress
 
 DEFAULT_MODEL = "X-iZhang/libra-v1.0-7b"
 
@@ -23,24 +23,10 @@ def parse(arguments=None):
     add("--images", nargs="+", required=True, metavar="IMAGE",
         help="the current image, then the prior, if any: JPEG, PNG, TIFF, DICOM; a file or http(s) URL")  # fmt: skip
     add("--model", default=DEFAULT_MODEL, metavar="ID_OR_DIR", help="checkpoint: a folder or a hub id")
-    add("--base", metavar="ID_OR_DIR", help="model under an adapter or a connector, instead of the one it records")
-    add("--encoder", metavar="ID_OR_DIR", help="image encoder, instead of the one that the checkpoint names")
+    add_model_flags(add)
     add("--query", metavar="TEXT", help="the question; without it the published prompt for findings is asked")
-    add("--template", metavar="NAME", help="conversation template; without it the checkpoint's own")
-    add("--max-new-tokens", type=int, default=512, metavar="N", help="length limit in tokens")
-    add("--temperature", type=float, default=0.0, metavar="T", help="0: greedy or beam search; above: sampling")
-    add("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens that reach P together")
-    add("--top-k", type=int, default=50, metavar="K", help="sample from the K likeliest tokens; 0: from all")
-    add("--num-beams", type=int, default=1, metavar="B", help="beams of beam search; 1: none")
-    add("--length-penalty", type=float, default=1.0, metavar="L",
-        help="beams are scored by their log-probability / length^L")  # fmt: skip
-    add("--no-repeat-ngram", type=_auto_int, default="auto", metavar="N",
-        help="no N tokens in a row come twice, the prompt's too; 0: off; auto: 3 with beams, else off")  # fmt: skip
+    add_decoding_flags(add)
     add("--num-return-sequences", type=int, default=1, metavar="R", help="reports: best beams, or samples")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"),
-        help="type of the weights; auto: float32 on the CPU, else the checkpoint's 16-bit type")  # fmt: skip
-    add("--device", default="auto", help="auto, cpu, cuda or mps")
-    add("--seed", type=int, default=0, metavar="S", help="seed of the samples")
     add("--chat", action="store_true", help="go on asking about the same images; an empty line ends")
     add("--json", action="store_true", help="print one JSON object: prompt, ids, outputs, seconds")
     arguments = parser.parse_args(arguments)
@@ -49,10 +35,6 @@ def parse(arguments=None):
     if arguments.chat and arguments.json:
         parser.error("--chat and --json exclude each other")
     return arguments
-
-
-def _auto_int(text: str):
-    return text if text == "auto" else int(text)
 
 
 if __name__ == "__main__":  # before torch is imported, so that --help and mistakes answer at once
@@ -65,7 +47,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 
 import torch
 
@@ -164,18 +146,31 @@ def generate(
 
 
 @torch.inference_mode()
-def prefill(libra: Libra, studies: list[Study], template: str | None = None, options: Options = Options()) -> Prefix:
-    """Encoder, connector and prompt of each study, once, whatever is to be decoded from them."""
-    name = template or libra.template
-    conversations = [[(f"{libra.image_text}\n{study.query}", None)] for study in studies]
-    prompts = [render(turns, find_template(name), libra.tokenizer) for turns in conversations]
+def prefill(
+    libra: Libra,
+    studies: list[Study],
+    template: str | None = None,
+    options: Options = Options(),
+    pixels: list[torch.Tensor] | None = None,
+) -> Prefix:
+    """Encoder, connector and prompt of each study, once, whatever is to be decoded from them.
+
+    pixels: of each study, as `Libra.preprocess` makes them, where that is done already.
+    """
+    prompts = [prompt_of(libra, study.query, template) for study in studies]
     lengths = [check_length(libra, prompt, options) for prompt in prompts]
     cache = Cache(libra.decoder.config, len(studies), max(lengths, default=0), libra.device, libra.dtype)
     logits = torch.empty(len(studies), libra.vocabulary, device=libra.device)
     for number, (study, prompt) in enumerate(zip(studies, prompts, strict=True)):
-        image_embeddings = libra.embed_images(libra.preprocess(study.images()))
+        image_embeddings = libra.embed_images(pixels[number] if pixels else libra.preprocess(study.images()))
         logits[number] = libra.extend(cache, number, libra.splice(prompt.ids, image_embeddings))
-    return Prefix(studies, prompts, cache, logits, stop_string(name))
+    return Prefix(studies, prompts, cache, logits, stop_string(template or libra.template))
+
+
+def prompt_of(libra: Libra, query: str, template: str | None = None) -> Prompt:
+    """A question about a study's images, in a conversation template, open for the answer."""
+    turns = [(f"{libra.image_text}\n{query}", None)]
+    return render(turns, find_template(template or libra.template), libra.tokenizer)
 
 
 def stop_string(template: str) -> str:
@@ -434,18 +429,16 @@ class Chat:
 # ------------------------------------------------------------------------------------------ command line
 
 
-def run(arguments):
-    warnings.showwarning = lambda message, *_, **__: print(f"sample.py: warning: {message}", file=sys.stderr)
-    names = ("max_new_tokens", "temperature", "top_p", "top_k", "num_beams", "length_penalty", "no_repeat_ngram",
-             "num_return_sequences", "seed")  # fmt: skip
-    settings = {name: getattr(arguments, name) for name in names}
-    options = Options(**settings)  # mistakes show before anything long begins
+def options_of(arguments) -> Options:
+    """The options that a command line gave; ValueError, also for its template, before anything long begins."""
     if arguments.template:
         find_template(arguments.template)
-    images = [load_image(image) for image in arguments.images]  # once: an address is fetched, a warning printed
-    study = Study(*images, **({"query": arguments.query} if arguments.query else {}))
-    begin = time.monotonic()
-    libra = Libra.from_pretrained(
+    return Options(**{f.name: getattr(arguments, f.name) for f in fields(Options) if hasattr(arguments, f.name)})
+
+
+def load(arguments) -> Libra:
+    """The model that a command line names."""
+    return Libra.from_pretrained(
         arguments.model,
         base=arguments.base,
         encoder=arguments.encoder,
@@ -453,9 +446,18 @@ def run(arguments):
         dtype=arguments.dtype,
         progress=progress(f"loading {arguments.model}", "GiB", 2**30),
     )
+
+
+def run(arguments):
+    warnings.showwarning = lambda message, *_, **__: print(f"sample.py: warning: {message}", file=sys.stderr)
+    options = options_of(arguments)
+    images = [load_image(image) for image in arguments.images]  # once: an address is fetched, a warning printed
+    study = Study(*images, **({"query": arguments.query} if arguments.query else {}))
+    begin = time.monotonic()
+    libra = load(arguments)
     loaded = time.monotonic()
     if arguments.chat:
-        return converse(Chat(libra, study, arguments.template), arguments.query, settings)
+        return converse(Chat(libra, study, arguments.template), arguments.query, asdict(options))
     if sys.stderr.isatty():
         print(f"reading {' and '.join(arguments.images)} …", file=sys.stderr)
     prefix = prefill(libra, [study], arguments.template, options)

@@ -178,7 +178,7 @@ from data import (
     shared_rows,
 )
 from decoder import PROJECTIONS, LoRAConfig, add_lora, names_of
-from eval import score_of, statistics
+from metrics import score_of, statistics
 from model import Libra, find_device
 from sample import generate
 from tac import MLPConnector

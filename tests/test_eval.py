@@ -17,6 +17,7 @@ import pytest
 from conftest import ROOT, read
 
 import eval as evaluation
+import metrics
 import phantom
 
 LEXICAL, TEMPORAL = read("text", "lexical.json"), read("text", "temporal_f1.json")
@@ -71,7 +72,7 @@ def build_punkt(target: Path):
 @pytest.fixture
 def no_meteor(monkeypatch):
     """For tests of other matters: METEOR's data need not be there."""
-    monkeypatch.setattr(evaluation, "meteor_scorer", lambda: lambda prediction, reference: 0.5)
+    monkeypatch.setattr(metrics, "meteor_scorer", lambda: lambda prediction, reference: 0.5)
 
 
 def random_pairs(count: int) -> list[tuple[str, str]]:
@@ -91,17 +92,17 @@ def random_pairs(count: int) -> list[tuple[str, str]]:
 
 
 def test_cleaning_is_the_published_one():
-    assert list(map(evaluation.clean, TEMPORAL["predictions"])) == TEMPORAL["clean"]
+    assert list(map(metrics.clean, TEMPORAL["predictions"])) == TEMPORAL["clean"]
     for side in ("predictions", "references"):
-        assert [evaluation.clean(text.lower()) for text in LEXICAL[side]] == LEXICAL[f"clean_{side}"]
+        assert [metrics.clean(text.lower()) for text in LEXICAL[side]] == LEXICAL[f"clean_{side}"]
 
 
 def test_temporal_f1_is_the_published_one():
-    assert sorted(evaluation.WORDS_OF_CHANGE) == TEMPORAL["keywords"]
+    assert sorted(metrics.WORDS_OF_CHANGE) == TEMPORAL["keywords"]
     result = evaluation.temporal_f1_score(TEMPORAL["predictions"], TEMPORAL["references"])
     for side in ("prediction_entities", "reference_entities"):
         assert [sorted(entities) for entities in result[side]] == TEMPORAL[side]
-    each = map(evaluation.temporal_f1, result["prediction_entities"], result["reference_entities"])
+    each = map(metrics.temporal_f1, result["prediction_entities"], result["reference_entities"])
     assert list(each) == pytest.approx(TEMPORAL["each"], abs=1e-15)
     assert result["f1"] == pytest.approx(TEMPORAL["f1"], abs=1e-12)
     several = TEMPORAL["multi"]
@@ -114,11 +115,11 @@ def test_temporal_f1_is_the_published_one():
 
 
 def test_lexical_scores_are_the_published_ones(nltk_data):
-    table = evaluation.statistics(LEXICAL["predictions"], LEXICAL["references"])
-    assert set(table) == {*GOLDEN_NAMES, evaluation.FLOOR}
+    table = metrics.statistics(LEXICAL["predictions"], LEXICAL["references"])
+    assert set(table) == {*GOLDEN_NAMES, metrics.FLOOR}
     for key, name in GOLDEN_NAMES.items():
-        each = evaluation.score_of(table[key], 1) / 100
-        whole = evaluation.score_of(table[key].sum(0), len(each)) / 100
+        each = metrics.score_of(table[key], 1) / 100
+        whole = metrics.score_of(table[key].sum(0), len(each)) / 100
         assert whole == pytest.approx(LEXICAL[name], abs=1e-9), key
         known = [value is not None for value in LEXICAL["each"][name]]  # the published BLEU divides by zero elsewhere
         assert each[known] == pytest.approx([v for v in LEXICAL["each"][name] if v is not None], abs=1e-9), key
@@ -128,7 +129,7 @@ def test_meteor_is_nltk_s(nltk_data):
     from nltk import word_tokenize
     from nltk.translate.meteor_score import meteor_score
 
-    meteor = evaluation.meteor_scorer()
+    meteor = metrics.meteor_scorer()
     for prediction, reference in random_pairs(30):
         direct = meteor_score([word_tokenize(reference)], word_tokenize(prediction))
         assert meteor(prediction, reference) == pytest.approx(direct, abs=1e-12)
@@ -139,9 +140,9 @@ def test_bleu_is_sacrebleu_s_without_smoothing(no_meteor):
     pairs = random_pairs(300)
     # lists as sacrebleu takes them: it drops nothing, and neither do we
     for chosen in [pairs, *([pair] for pair in pairs if all(pair)), pairs[-20:]]:
-        counts = np.array([evaluation.bleu_counts(*pair) for pair in chosen]).sum(0)
+        counts = np.array([metrics.bleu_counts(*pair) for pair in chosen]).sum(0)
         for n in (1, 2, 3, 4):
-            ours = evaluation.score_of(counts[[*range(n), *range(4, 4 + n), 8, 9]], len(chosen))
+            ours = metrics.score_of(counts[[*range(n), *range(4, 4 + n), 8, 9]], len(chosen))
             bleu = sacrebleu.BLEU(tokenize="13a", smooth_method="none", max_ngram_order=n)
             theirs = bleu.corpus_score([p for p, _ in chosen], [[r for _, r in chosen]]).score
             assert ours == pytest.approx(theirs, abs=1e-9)
@@ -152,7 +153,7 @@ def test_tokens_are_mteval_13a_s():
     theirs, draw = sacrebleu.Tokenizer13a(), random.Random(0)
     for _ in range(5000):
         text = "".join(draw.choices(["a", "1", ".", ",", "-", " ", "\n", *"'_/:(é%~[", "&quot;", "<skipped>"], k=12))
-        assert evaluation.tokens_13a(text) == theirs(text).split()
+        assert metrics.tokens_13a(text) == theirs(text).split()
 
 
 def test_rouge_l_is_rouge_score_s():
@@ -160,7 +161,7 @@ def test_rouge_l_is_rouge_score_s():
     scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False)
     for prediction, reference in random_pairs(300):
         theirs = scorer.score(reference, prediction)["rougeL"].fmeasure
-        assert evaluation.rouge_l(prediction, reference) == pytest.approx(theirs, abs=1e-12)
+        assert metrics.rouge_l(prediction, reference) == pytest.approx(theirs, abs=1e-12)
 
 
 def test_bertscore_is_the_cosine_of_layer_5(tmp_path, monkeypatch):
@@ -169,7 +170,7 @@ def test_bertscore_is_the_cosine_of_layer_5(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match="needs the model distilbert-base-uncased"):
-        evaluation.bertscore(["a"], ["a"])
+        metrics.bertscore(["a"], ["a"])
     folder = Path("distilbert-base-uncased")  # a folder of that name stands for the download
     folder.mkdir()
     (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdef"]))
@@ -189,7 +190,7 @@ def test_bertscore_is_the_cosine_of_layer_5(tmp_path, monkeypatch):
         p, r = (torch.nn.functional.normalize(state, dim=-1) for state in states)
         precision, recall = ((p @ r.T).amax(1 - i)[1:-1].mean() for i in (0, 1))
         expected.append(float(2 * precision * recall / (precision + recall)))
-    assert evaluation.bertscore(predictions, references) == pytest.approx([*expected, 0, 0], abs=1e-5)
+    assert metrics.bertscore(predictions, references) == pytest.approx([*expected, 0, 0], abs=1e-5)
 
 
 def test_what_metrics_need_is_said(monkeypatch):
@@ -198,29 +199,29 @@ def test_what_metrics_need_is_said(monkeypatch):
     fresh = nltk.corpus.util.LazyCorpusLoader("wordnet", nltk.corpus.WordNetCorpusReader, None)
     monkeypatch.setattr(nltk.corpus, "wordnet", fresh)  # the other tests' may be loaded
     with pytest.raises(ValueError, match=r"python -m nltk.downloader wordnet punkt_tab"):
-        evaluation.meteor_scorer()
+        metrics.meteor_scorer()
     monkeypatch.setitem(sys.modules, "nltk", None)
     with pytest.warns(UserWarning, match="METEOR is left out.*pip install nltk"):
-        assert "METEOR" not in evaluation.statistics(["a"], ["a"])
+        assert "METEOR" not in metrics.statistics(["a"], ["a"])
     monkeypatch.setitem(sys.modules, "bert_score", None)
     with pytest.raises(ValueError, match="pip install bert-score"):
-        evaluation.bertscore(["a"], ["a"])
+        metrics.bertscore(["a"], ["a"])
 
 
 # ------------------------------------------------------------------------------------------ intervals
 
 
 def test_resampling_sums_is_scoring_the_resampled_reports(no_meteor, monkeypatch):
-    monkeypatch.setattr(evaluation, "RESAMPLES", 3)
+    monkeypatch.setattr(metrics, "RESAMPLES", 3)
     pairs = random_pairs(25)[:25]
-    table = evaluation.statistics(*zip(*pairs, strict=True))
-    drawn = evaluation.resample(table, seed=4)
+    table = metrics.statistics(*zip(*pairs, strict=True))
+    drawn = metrics.resample(table, seed=4)
     generator = np.random.default_rng(4)
     for i in range(3):
         again = [pairs[j] for j in generator.integers(25, size=25)]
-        fresh = evaluation.statistics(*zip(*again, strict=True))
+        fresh = metrics.statistics(*zip(*again, strict=True))
         for key, column in fresh.items():
-            assert drawn[key][i] == pytest.approx(evaluation.score_of(column.sum(0), 25), abs=1e-9), key
+            assert drawn[key][i] == pytest.approx(metrics.score_of(column.sum(0), 25), abs=1e-9), key
 
 
 def test_intervals_cover_the_truth():
@@ -231,12 +232,12 @@ def test_intervals_cover_the_truth():
     counts = np.stack([generator.binomial(size - n, chance ** (n + 1)) for n in range(2)], axis=1)
     lengths = [size, size - 1, size, size + generator.integers(-4, 8, size.shape)]
     population = {"BLEU2": np.column_stack([counts, *lengths]), "mean": 100 * generator.beta(0.5, 0.5, (20000, 1))}
-    truth = {key: evaluation.score_of(column.sum(0), 20000) for key, column in population.items()}
+    truth = {key: metrics.score_of(column.sum(0), 20000) for key, column in population.items()}
     held = dict.fromkeys(truth, 0)
     for seed in range(200):
         chosen = generator.choice(20000, 80)
         sample = {key: column[chosen] for key, column in population.items()}
-        for key, found in evaluation.intervals(sample, {"all": np.ones(80, bool)}, seed).items():
+        for key, found in metrics.intervals(sample, {"all": np.ones(80, bool)}, seed).items():
             held[key] += found["all"].low <= truth[key] <= found["all"].high
     assert all(0.90 <= count / 200 <= 0.985 for count in held.values()), held
 
@@ -244,23 +245,23 @@ def test_intervals_cover_the_truth():
 def test_paired_differences_are_tighter_than_two_intervals(no_meteor):
     pairs = random_pairs(200)[:200]
     predictions, references = zip(*pairs, strict=True)
-    a = evaluation.statistics(predictions, references)
-    b = evaluation.statistics([re.sub(r"((\w+\W+){9})\w+", r"\1x", text) for text in predictions], references)
+    a = metrics.statistics(predictions, references)
+    b = metrics.statistics([re.sub(r"((\w+\W+){9})\w+", r"\1x", text) for text in predictions], references)
     groups = {"all": np.ones(200, bool)}
-    one, two, gap = evaluation.differences(a, b, groups)["ROUGE-L"]["all"]
-    alone = evaluation.intervals(a, groups)["ROUGE-L"]["all"]
+    one, two, gap = metrics.differences(a, b, groups)["ROUGE-L"]["all"]
+    alone = metrics.intervals(a, groups)["ROUGE-L"]["all"]
     assert gap.value == pytest.approx(two - one)
     assert gap.low < gap.value < gap.high < 0  # every tenth word is wrong, and it shows
     assert gap.high - gap.low < (alone.high - alone.low) / 2
-    same = evaluation.differences(a, a, groups)["BLEU4"]["all"][2]
+    same = metrics.differences(a, a, groups)["BLEU4"]["all"][2]
     assert (same.value, same.low, same.high) == (0, 0, 0)
 
 
 def test_scoring_takes_well_under_30_s_for_2461_pairs(nltk_data):
     pairs = random_pairs(246)
     begin = time.process_time()
-    table = evaluation.statistics(*zip(*pairs, strict=True))
-    evaluation.intervals(table, {"all": np.ones(len(pairs), bool)})
+    table = metrics.statistics(*zip(*pairs, strict=True))
+    metrics.intervals(table, {"all": np.ones(len(pairs), bool)})
     assert time.process_time() - begin < 30 * len(pairs) / 2461
 
 
@@ -403,7 +404,7 @@ def test_wrong_files_are_told_in_one_line(files, tmp_path, capsys):
         q, a = write_lines(tmp_path / "bad_q", references), write_lines(tmp_path / "bad_a", predictions)
         assert score(q, a) == 2
         assert re.search(message, one_line(capsys)), message
-    for content in (b"{\n", b'{"question_id": "\xff"}\n', b"[]\n"):
+    for content in (b'{"\n', b'{"question_id": "\xff"}\n', b"12\n"):
         (tmp_path / "bad_a").write_bytes(content)
         assert score(files[0], str(tmp_path / "bad_a")) == 2
         assert "line 1" in one_line(capsys)
@@ -475,5 +476,5 @@ def test_phantom_truth_is_scored(files, tmp_path, capsys):
 def test_the_phantom_s_own_reports_score_all():
     states = [state for patient in range(60) for state in phantom.history(0, patient)]
     texts = [re.search("FINDINGS:(.*)IMPRESSION:", phantom.report(state), re.S)[1] for state in states]
-    for key, column in evaluation.truth_statistics(texts, list(map(phantom.truth_of, states))).items():
-        assert evaluation.score_of(column.sum(0), len(states)) == 100, key
+    for key, column in metrics.truth_statistics(texts, list(map(phantom.truth_of, states))).items():
+        assert metrics.score_of(column.sum(0), len(states)) == 100, key

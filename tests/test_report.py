@@ -15,6 +15,7 @@ from conftest import GOLDEN, read
 from PIL import Image
 
 import eval as evaluation
+import metrics
 import report
 
 HOSTILE = [
@@ -195,10 +196,10 @@ def test_differing_words_and_words_of_change_are_marked(tmp_path):
     assert found["missed"][0] == ["The", "is ", "stable"] and found["added"][0] == ["has ", "worsened"]
     assert found["change"] == [["stable", "worsened"], [], ["new"], ["new", "Stably"]]
     for i, (reference, prediction) in enumerate(pairs):
-        lost = sum(len(evaluation.words(text)) for text in found["missed"][i])
-        common = len(evaluation.words(reference)) - lost  # the words left are ROUGE-L's common subsequence
+        lost = sum(len(metrics.words(text)) for text in found["missed"][i])
+        common = len(metrics.words(reference)) - lost  # the words left are ROUGE-L's common subsequence
         f1 = evaluation.rouge_l(prediction, reference)
-        assert 2 * common / max(1, len(evaluation.words(reference + " " + prediction))) == pytest.approx(f1)
+        assert 2 * common / max(1, len(metrics.words(reference + " " + prediction))) == pytest.approx(f1)
 
 
 def test_a_thousand_studies_stay_quick(tmp_path):
