@@ -14,7 +14,6 @@ import pytest
 from conftest import GOLDEN, read
 from PIL import Image
 
-import eval as evaluation
 import metrics
 import report
 
@@ -36,7 +35,7 @@ def write(path, studies, folder=GOLDEN / "images", title="a <b> title"):
                  "values": {"all": [50, 40, 60], "with prior": [1, None, None]}}],
         metrics=["METEOR", "ROUGE-L"],
         studies=studies,
-        words=sorted(evaluation.WORDS_OF_CHANGE),
+        words=sorted(metrics.WORDS_OF_CHANGE),
         folder=folder,
     )  # fmt: skip
     return path
@@ -198,7 +197,7 @@ def test_differing_words_and_words_of_change_are_marked(tmp_path):
     for i, (reference, prediction) in enumerate(pairs):
         lost = sum(len(metrics.words(text)) for text in found["missed"][i])
         common = len(metrics.words(reference)) - lost  # the words left are ROUGE-L's common subsequence
-        f1 = evaluation.rouge_l(prediction, reference)
+        f1 = metrics.rouge_l(prediction, reference)
         assert 2 * common / max(1, len(metrics.words(reference + " " + prediction))) == pytest.approx(f1)
 
 
