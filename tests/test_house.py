@@ -138,6 +138,21 @@ def test_the_readme_s_preparations_run_in_order_in_an_empty_folder(tmp_path, mon
     assert made.shape == shown.shape and abs(made - shown).mean() < 1  # of 255
 
 
+def test_the_readme_s_training_runs_in_order(tmp_path):
+    places = {"--records=train.jsonl": f"--records={GOLDEN / 'training' / 'records.json'}",
+              "--image_folder=images": f"--image_folder={GOLDEN / 'images'}"}  # fmt: skip
+    assert len(commands("train.py")) == 2
+    for command in commands("train.py"):
+        more = ["--device=cpu", "--workers=0", "--batch_size=2", "--max_steps=1"]
+        config, *given = shlex.split(command, comments=True)
+        if config == "configs/align.py":
+            more += [f"--{part}={STAND_INS[name]}" for part, name in
+                     (("decoder", "epfl-llm/meditron-7b"), ("encoder", "microsoft/rad-dino"))]  # fmt: skip
+        arguments = [str(ROOT / config), *(places.get(argument, argument) for argument in given), *more]
+        subprocess.run([sys.executable, ROOT / "train.py", *arguments], cwd=tmp_path, check=True, capture_output=True)
+    assert (tmp_path / "runs" / "finetune_lora" / "last" / "adapter_config.json").exists()
+
+
 def test_the_readme_s_python_runs(capsys, tmp_path, monkeypatch):
     assert len(blocks("python")) >= 2
     monkeypatch.chdir(tmp_path)
