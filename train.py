@@ -141,6 +141,7 @@ if __name__ == "__main__":  # before torch is imported, so that --help and mista
     ARGUMENTS = parse(sys.argv[1:])
 
 # ruff: noqa: E402
+import ctypes
 import functools
 import hashlib
 import importlib
@@ -567,10 +568,22 @@ def picture(images: ImageFolder | ImageCache):
 # ------------------------------------------------------------------------------------------ the run
 
 
+def return_memory_at_once():
+    """Tell glibc to give back every block of a megabyte when it is freed.
+
+    By itself it learns to keep blocks of up to 32 MB, and activations of all sizes leave holes between them: a step of
+    stage 1 on the random model of middle size takes 4.9 GiB so, and 7.9 without, in 3 % less time.
+    """
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(-3, 2**20)  # M_MMAP_THRESHOLD
+
+
 def run(arguments):
     config, resume = arguments
     processes, checkpoints = Processes(config.device), Checkpoints(config)
     main, out = processes.rank == 0, Path(config.out_dir)
+    if processes.device == "cpu":
+        return_memory_at_once()
     if checkpoints.files() and not resume:
         raise ValueError(f"{out} holds a run already: go on with --resume, or give another out_dir")
     libra = build(replace(config, device=processes.device), progress("loading", "GiB", 2**30))

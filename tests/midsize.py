@@ -8,7 +8,6 @@ the decoder and connector in three shards. The tokenizer is the golden one, fill
 """
 
 import argparse
-import json
 import re
 import shutil
 import subprocess
@@ -16,24 +15,20 @@ import sys
 import time
 from pathlib import Path
 
-import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
+import checkpoint  # noqa: E402
+import parts  # noqa: E402
 from decoder import Decoder, decoder_config  # noqa: E402
-from encoder import Encoder, encoder_config  # noqa: E402
-from tac import TAC  # noqa: E402
+from encoder import encoder_config  # noqa: E402
+from tac import make_connector  # noqa: E402
 
 ENCODER = dict(
     model_type="dinov2", image_size=518, patch_size=14, hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
     layer_norm_eps=1e-6,
-)  # fmt: skip
-PIXELS = dict(
-    size={"shortest_edge": 518}, crop_size={"height": 518, "width": 518},
-    image_mean=[0.5307] * 3, image_std=[0.2583] * 3,
 )  # fmt: skip
 DECODER = dict(
     model_type="libra", hidden_size=1024, num_hidden_layers=8, num_attention_heads=16, num_key_value_heads=16,
@@ -43,58 +38,24 @@ DECODER = dict(
 )  # fmt: skip
 
 
-def write(folder: Path, encoder: dict = ENCODER, decoder: dict = DECODER, shards: int = 3, dtype=torch.float32):
-    """folder/encoder and folder/model; returns folder/model. Weights are normal with a spread of 0.02."""
-    torch.manual_seed(0)
-    (folder / "encoder").mkdir(parents=True)
-    (folder / "model").mkdir()
-    settings, sizes = encoder_config(encoder, folder), decoder_config(decoder, folder)
-    with torch.device("meta"):
-        parts = {
-            "": Encoder(settings),
-            "model.mm_projector.": TAC(settings.num_hidden_layers, settings.hidden_size, sizes.num_attention_heads,
-                                       sizes.hidden_size),
-            "model.": Decoder(sizes),
-        }  # fmt: skip
-    fill = lambda name, parameter: (
-        torch.ones(parameter.shape, dtype=dtype)
-        if "norm" in name and name.endswith("weight")
-        else torch.randn(parameter.shape).mul_(0.02).to(dtype)
-    )
-    on_disk = {  # our parameter names -> DINOv2's on disk
-        r"^patch_embed": "embeddings.patch_embeddings.projection", r"^class_token": "embeddings.cls_token",
-        r"^position_embeddings": "embeddings.position_embeddings", r"^layers": "encoder.layer",
-        r"\.(query|key|value)\.": r".attention.attention.\1.", r"\.out\.": ".attention.output.dense.",
-        r"\.fc": ".mlp.fc", r"\.scale(.)": r".layer_scale\1.lambda1",
-    }  # fmt: skip
-    tensors = {}
-    for name, parameter in parts[""].named_parameters():
-        renamed = name
-        for pattern, replacement in on_disk.items():
-            renamed = re.sub(pattern, replacement, renamed)
-        tensors[renamed] = fill(name, parameter)
-    save_file(tensors, folder / "encoder" / "model.safetensors")
-    names = [
-        (prefix + name if name != "lm_head.weight" else name, parameter)
-        for prefix in ("model.", "model.mm_projector.")
-        for name, parameter in parts[prefix].named_parameters()
-    ]
-    weight_map, size, limit = {}, 0, sum(p.numel() for _, p in names) / shards
-    files = [f"model-{n + 1:05}-of-{shards:05}.safetensors" for n in range(shards)]
-    for name, parameter in names:
-        weight_map[name] = files[min(int(size / limit), shards - 1)]
-        size += parameter.numel()
-    for file in files:
-        held = {name: fill(name, parameter) for name, parameter in names if weight_map[name] == file}
-        save_file(held, folder / "model" / file)
-    (folder / "model" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    (folder / "model" / "config.json").write_text(json.dumps(decoder))
-    (folder / "encoder" / "config.json").write_text(json.dumps(encoder))
-    (folder / "encoder" / "preprocessor_config.json").write_text(json.dumps(PIXELS))
-    for file in ("tokenizer.model", "tokenizer_config.json"):
-        shutil.copy(HERE / "golden" / "libra-7b" / "model" / file, folder / "model")
-    extra = {f"<extra_{id}>": id for id in range(700, decoder["vocab_size"])}
-    (folder / "model" / "added_tokens.json").write_text(json.dumps(extra))
+def write(folder: Path, encoder: dict = ENCODER, decoder: dict = DECODER, shards: int = 3):
+    """folder/encoder and folder/model, in float32; returns folder/model."""
+    parts.write_encoder(folder / "encoder", encoder, mean=0.5307, std=0.2583)
+    settings, sizes = encoder_config(encoder, folder, {}), decoder_config(decoder, folder)
+    model = {"model.": Decoder(sizes), "model.mm_projector.": make_connector(
+        "TAC", settings.num_hidden_layers, settings.hidden_size, sizes.num_attention_heads, sizes.hidden_size
+    )}  # fmt: skip
+    for module in model.values():
+        parts.draw(module, seed=0)
+    names = lambda prefix, name: name if name == "lm_head.weight" else prefix + name
+    tensors = [(names(prefix, name), p) for prefix, module in model.items() for name, p in module.named_parameters()]
+    with checkpoint.atomic_folder(folder / "model") as partial:
+        checkpoint.write_json(partial / "config.json", decoder)
+        checkpoint.write_tensors(partial, tensors, round(1.1 * sum(tensor.nbytes for _, tensor in tensors) / shards))
+        for file in ("tokenizer.model", "tokenizer_config.json"):
+            shutil.copy(HERE / "golden" / "libra-7b" / "model" / file, partial)
+        extra = {f"<extra_{id}>": id for id in range(700, decoder["vocab_size"])}
+        checkpoint.write_json(partial / "added_tokens.json", extra)
     return folder / "model"
 
 
