@@ -1,9 +1,15 @@
 PYTHON ?= python3
 
-.PHONY: test
+.PHONY: test test-long
 test: .venv/installed
 	.venv/bin/ruff check .
 	.venv/bin/python -m pytest
+
+# the proofs that take long: many kills of training, of the image cache and of answering
+test-long: .venv/installed
+	KILLS=30 .venv/bin/python -m pytest tests/test_train.py -k killed
+	KILLS=20 .venv/bin/python -m pytest tests/test_cache.py -k killed
+	.venv/bin/python tests/test_answer.py 10
 
 .venv/installed: requirements.txt requirements-test.txt
 	$(PYTHON) -m venv .venv

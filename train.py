@@ -179,7 +179,7 @@ from data import (
     shared_rows,
 )
 from decoder import PROJECTIONS, LoRAConfig, add_lora, names_of
-from metrics import score_of, statistics
+from metrics import METRICS, score_of, statistics
 from model import Libra, find_device
 from sample import generate
 from tac import MLPConnector
@@ -192,7 +192,8 @@ PARTS = ("connector", "lora", "decoder", "encoder")
 
 def build(config: TrainConfig, show=lambda done, total: None) -> Libra:
     """The model of a config: what learns in float32, the rest as it is stored, frozen and in evaluation mode."""
-    if unknown := [part for part in config.train if part not in PARTS] or not config.train:
+    unknown = [part for part in config.train if part not in PARTS]
+    if unknown or not config.train:
         raise ValueError(f"train names {unknown or 'nothing'}, not some of {', '.join(PARTS)}")
     if "lora" in config.train and "decoder" in config.train:
         raise ValueError("train names lora and decoder: give one of them")
@@ -444,13 +445,20 @@ class Steps:
     def batches(self, rows: Rows, first: int):
         """(step, [(rows, Batch), …]) of every step from `first` on."""
         plan = (micro for step in range(first, self.count) for micro in self.micro_batches(step))
-        loader = iter(DataLoader(rows, batch_sampler=plan, collate_fn=rows.collate, num_workers=self.config.workers))
+        options = dict(collate_fn=rows.collate, num_workers=self.config.workers, worker_init_fn=_obey)
+        loader = iter(DataLoader(rows, batch_sampler=plan, **options))
         for step in range(first, self.count):
             found = [(micro, next(loader)) for micro in self.micro_batches(step)]
             for _, batch in found:
                 if isinstance(batch, Exception):
                     raise batch
             yield step, [(micro, batch) for micro, batch in found if len(batch.ids)]
+
+
+def _obey(worker: int):
+    """A loader's process ends when it is told to; Ctrl-C is for the training process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 # ------------------------------------------------------------------------------------------ checkpoints
@@ -548,7 +556,11 @@ def validate(libra: Libra, config: TrainConfig, rows: Rows, processes: "Processe
             outputs = generate(libra, studies[first : first + config.micro_batch], max_new_tokens=config.max_new_tokens)
             written += [output[0].text for output in outputs]
         written, answers = processes.gather(written), processes.gather(answers)
+        if not answers:
+            raise ValueError("the validation records have no image to ask about: take out metrics, or give others")
         table = statistics(written, answers)
+        if lacking := [name for name in config.metrics if ":" not in name and name not in table]:
+            raise ValueError(f"metrics names {lacking[0]}, which needs more packages: see eval.py score --help")
         for name in config.metrics:
             module, colon, function = name.partition(":")
             scores[name] = (
@@ -586,6 +598,13 @@ def run(arguments):
         return_memory_at_once()
     if checkpoints.files() and not resume:
         raise ValueError(f"{out} holds a run already: go on with --resume, or give another out_dir")
+    if unknown := [name for name in config.metrics if name not in METRICS and ":" not in name]:
+        raise ValueError(f"metrics names {unknown[0]!r}, neither module:function nor one of {', '.join(METRICS)}")
+    if config.best not in ("loss", *config.metrics):
+        raise ValueError(f"best is {config.best!r}, neither loss nor one of the metrics")
+    if main and config.new_decoder:
+        new_parts(config)
+    processes.sum(0)  # the others wait for it
     libra = build(replace(config, device=processes.device), progress("loading", "GiB", 2**30))
     weights, optimizer = trained(libra), make_optimizer(libra, config)
     rows = Rows(config, config.records, libra, progress("checking records"))

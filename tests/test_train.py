@@ -291,7 +291,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(tmp_path,
 
 
 def test_ctrl_c_saves_and_leaves_and_the_run_goes_on(tmp_path, records):
-    settings = dict(epochs=4.0, save_every=100)
+    settings = dict(epochs=4.0, save_every=100, workers=1)
     process = subprocess.Popen(command(tmp_path / "run", records, **settings), env=ENVIRONMENT, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
     for line in process.stdout:
@@ -389,6 +389,8 @@ def test_a_run_that_cannot_be_is_refused_in_one_line(tmp_path, records, capsys):
     refused(capsys, replace(good, train=("lora", "decoder")), "give one of them")
     refused(capsys, replace(good, batch_size=24), "23 records are too few for batches of 24")
     refused(capsys, replace(good, template="libra_v9"), "libra_v9")
+    refused(capsys, replace(good, metrics=("BLEU5",)), "metrics names 'BLEU5'")
+    refused(capsys, replace(good, best="BLEU4"), "best is 'BLEU4'")
     refused(capsys, good, "no checkpoint to go on from", resume=True)
     refused(capsys, replace(good, lora_targets=("qkv_proj",), train=("lora",)), "qkv_proj")
     assert train.main((good, False)) == 0
