@@ -312,7 +312,7 @@ def embed_images(libra: Libra, pictures: list[torch.Tensor]) -> torch.Tensor:
     counts = torch.tensor([len(pixels) for pixels in pictures])
     pixels = torch.cat(pictures).to(libra.device, libra.encoder.patch_embed.weight.dtype)
     config = libra.config
-    with torch.set_grad_enabled(libra.encoder.patch_embed.weight.requires_grad):
+    with torch.set_grad_enabled(torch.is_grad_enabled() and libra.encoder.patch_embed.weight.requires_grad):
         features = libra.encoder(pixels, config.mm_vision_select_layer, config.mm_vision_select_feature)
     first = counts.cumsum(0) - counts  # of each row's images: the current, and the prior or again the current
     pairs = torch.stack((first, first + counts - 1), 1).to(libra.device)
@@ -361,12 +361,12 @@ class Processes:
                 bucket = []
 
     def gather(self, values: list) -> list:
-        """The lists of all processes, dealt back in the order in which [rank::count] took them."""
+        """The lists of all processes, one behind the other."""
         if self.count == 1:
             return values
-        parts = [None] * self.count
-        dist.all_gather_object(parts, values)
-        return [parts[i % self.count][i // self.count] for i in range(sum(map(len, parts)))]
+        lists = [None] * self.count
+        dist.all_gather_object(lists, values)
+        return list(itertools.chain(*lists))
 
 
 # ------------------------------------------------------------------------------------------ data
@@ -602,6 +602,8 @@ def run(arguments):
         raise ValueError(f"metrics names {unknown[0]!r}, neither module:function nor one of {', '.join(METRICS)}")
     if config.best not in ("loss", *config.metrics):
         raise ValueError(f"best is {config.best!r}, neither loss nor one of the metrics")
+    if config.validate_every and not config.validation:
+        raise ValueError("validate_every is set, and the config names no validation records")
     if main and config.new_decoder:
         new_parts(config)
     processes.sum(0)  # the others wait for it

@@ -135,8 +135,9 @@ def command(out, records, *more, ranks=1, **settings):
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
-def finished(command, **options):
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, **options)
+def finished(command, preexec_fn=None, **changes):
+    environment = ENVIRONMENT | changes
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, preexec_fn=preexec_fn)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -198,6 +199,17 @@ def test_two_processes_do_what_one_does(tmp_path, records):
     assert status == 0, errors
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     close(weights(tmp_path / "two"), weights(tmp_path / "one"))
+
+
+def test_two_processes_validate_as_one_does(tmp_path, records):
+    settings = dict(validation=(records,), validate_every=6, validation_records=5, max_new_tokens=4, train=("lora",),
+                    lora_dropout=0.0, metrics=("BLEU1", "test_train:shorter"))  # fmt: skip
+    run(tmp_path / "one", records, **settings)
+    path = f"{ROOT / 'tests'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    status, _, errors = finished(command(tmp_path / "two", records, ranks=2, **settings), PYTHONPATH=path)
+    assert status == 0, errors
+    found = [json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[-1]) for name in ("one", "two")]
+    assert found[0] == pytest.approx(found[1], rel=1e-4) and found[0]["validation test_train:shorter"] == 5
 
 
 def test_a_lora_run_has_the_losses_of_peft_and_adamw(tmp_path, records):
