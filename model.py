@@ -146,7 +146,10 @@ def find_parts(place, base=None, relative_to: Path | None = None) -> Parts:
     if not (base or recorded):
         kind = "an adapter" if is_adapter else "a connector"
         raise ValueError(f"{connector or source} is {kind} and names no base model: give it with --base")
-    below = find_parts(base) if base else find_parts(recorded, relative_to=source.folder)
+    try:
+        below = find_parts(base) if base else find_parts(recorded, relative_to=source.folder)
+    except RecursionError:
+        raise ValueError(f"{connector or source} stands on itself: give its base with --base") from None
     overlay = checkpoint.find_file(source, TRAINED_FILES) if is_adapter else connector
     return Parts(
         below.weights,

@@ -350,6 +350,8 @@ def test_an_adapter_or_a_connector_without_its_base_is_refused(adapter):
     refused("give it with --base", adapter)
     spoil(adapter / "adapter_config.json", base_model_name_or_path="../nowhere")
     refused("no model folder ../nowhere", adapter)
+    spoil(adapter / "adapter_config.json", base_model_name_or_path=".")
+    refused("stands on itself", adapter)
 
 
 def test_a_base_under_a_whole_checkpoint_is_refused():
