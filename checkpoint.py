@@ -115,6 +115,12 @@ def stored_tensors(source: Source) -> dict[str, Stored]:
     return {name: stored for file in weight_files(source) for name, stored in index(file).items()}
 
 
+def has_weights(source: Source) -> bool:
+    """Whether a folder or a repository is a whole checkpoint; of one in shards nothing but the index is downloaded."""
+    indices = (source.folder / f"{name}.index.json" for name in WEIGHT_FILES)
+    return any(index.exists() for index in indices) or find_file(source, WEIGHT_FILES) is not None
+
+
 def find_file(source: Source, names: Iterable[str]) -> Path | None:
     """The first of some files that a checkpoint has, downloaded if need be."""
     source.fetch(names)

@@ -193,9 +193,11 @@ def rope(config: DecoderConfig, positions, lengths):
 
 def rotate(x, cos, sin):
     """Rotary embedding: x [B, H, T, D], cos and sin [B, 1, T, R]; of the first R channels, i pairs with i + R / 2."""
-    x, rest = x.split((cos.shape[-1], x.shape[-1] - cos.shape[-1]), -1)
+    R = cos.shape[-1]
+    if x.shape[-1] > R:
+        return torch.cat((rotate(x[..., :R], cos, sin), x[..., R:]), -1)
     left, right = x.chunk(2, -1)
-    return torch.cat((x * cos + torch.cat((-right, left), -1) * sin, rest), -1)
+    return x * cos + torch.cat((-right, left), -1) * sin
 
 
 class RMSNorm(nn.Module):

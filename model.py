@@ -130,13 +130,8 @@ def find_parts(place, base=None, relative_to: Path | None = None) -> Parts:
     is_adapter = connector is None and adapter_file.exists()
     needs_config = connector is None and not is_adapter
     config = checkpoint.read_json(config_file) if config_file.exists() or needs_config else {}
-    if needs_config:
-        try:
-            checkpoint.weight_files(source)
-        except FileNotFoundError:
-            connector = checkpoint.find_file(source, CONNECTOR_FILES)
-            if connector is None:
-                raise
+    if needs_config and not checkpoint.has_weights(source):
+        connector = checkpoint.find_file(source, CONNECTOR_FILES)
     if connector is None and not is_adapter:
         if base:
             raise ValueError(f"{source} is a whole checkpoint: --base goes with an adapter or a connector")
@@ -454,9 +449,24 @@ class Libra(nn.Module):
 
     def embed_images(self, pixels) -> torch.Tensor:
         """pixels of one study, as for `features` -> image embeddings [N, hidden]."""
+        return self.embed_batch([pixels])[0]
+
+    def embed_batch(self, studies: list[torch.Tensor]) -> torch.Tensor:
+        """pixels of each study, as for `features` -> image embeddings [B, N, hidden].
+
+        All images go through the encoder together, each once; gradients reach it where it learns.
+        """
         if isinstance(self.connector, MLPConnector):  # it reads the current image alone: half the encoder's work
-            pixels = pixels[:1]
-        return self.connector(self.features(pixels)[None])[0]
+            studies = [pixels[:1] for pixels in studies]
+        counts = torch.tensor([len(pixels) for pixels in studies])
+        weight, config = self.encoder.patch_embed.weight, self.config
+        pixels = torch.cat(studies).to(self.device, weight.dtype)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and weight.requires_grad):
+            features = self.encoder(pixels, config.mm_vision_select_layer, config.mm_vision_select_feature)
+        first = counts.cumsum(0) - counts  # of each study's images: the current, and the prior or again the current
+        pairs = torch.stack((first, first + counts - 1), 1).to(self.device)
+        features = features.unflatten(0, (-1, 2)) if bool((counts == 2).all()) else features[pairs]  # [B, 2, L, N, C]
+        return self.connector(features)
 
     def splice(self, ids: list[int], image_embeddings) -> torch.Tensor:
         """ids with one IMAGE, and what stands in its place [N, hidden] -> embeddings [T, hidden]."""

@@ -367,7 +367,7 @@ def curves(title: str, unit: str, lines: dict[str, list[tuple[float, float]]]) -
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in line))
         colour = COLOURS[number % len(COLOURS)]
         drawn.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
-        label = f'<text x="690" y="{30 + 18 * number}" text-anchor="end" fill="{colour}">'
+        label = f'<text x="690" y="{60 + 18 * number}" text-anchor="end" fill="{colour}">'
         drawn.append(f"{label}{html.escape(name)}</text>")
     drawn.append(f'<text x="60" y="22">{html.escape(title)}</text>')
     drawn.append(f'<text x="700" y="380" text-anchor="end">{html.escape(unit)}</text>')

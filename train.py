@@ -182,7 +182,6 @@ from decoder import PROJECTIONS, LoRAConfig, add_lora, names_of
 from metrics import METRICS, score_of, statistics
 from model import Libra, find_device
 from sample import generate
-from tac import MLPConnector
 from tokenizer import IMAGE, IMAGE_TEXT, find_template
 
 # ------------------------------------------------------------------------------------------ what learns
@@ -279,7 +278,7 @@ def loss_sum(libra: Libra, batch: Batch) -> torch.Tensor:
     embeddings = libra.decoder.embed_tokens(ids.clamp(0))  # [B, T, C]
     pictures = [pixels for pixels in batch.pixels if pixels is not None]
     if pictures:
-        images = embed_images(libra, pictures).to(embeddings.dtype)  # [rows with an image, N, C]
+        images = libra.embed_batch(pictures).to(embeddings.dtype)  # [rows with an image, N, C]
         embeddings = embeddings.masked_scatter((ids == IMAGE)[..., None], images)
     config = libra.decoder.config
     shared = bool((segments > 0).any())  # else what is right-padded needs no mask: no position sees what follows it
@@ -300,24 +299,6 @@ def loss_sum(libra: Libra, batch: Batch) -> torch.Tensor:
 
 
 CHUNK = 1024  # positions whose logits are in memory at once
-
-
-def embed_images(libra: Libra, pictures: list[torch.Tensor]) -> torch.Tensor:
-    """pixels of each row, [2, 3, S, S] or [1, 3, S, S] without a prior -> image embeddings [B, N, hidden].
-
-    All images go through the encoder together, each once.
-    """
-    if isinstance(libra.connector, MLPConnector):
-        pictures = [pixels[:1] for pixels in pictures]
-    counts = torch.tensor([len(pixels) for pixels in pictures])
-    pixels = torch.cat(pictures).to(libra.device, libra.encoder.patch_embed.weight.dtype)
-    config = libra.config
-    with torch.set_grad_enabled(torch.is_grad_enabled() and libra.encoder.patch_embed.weight.requires_grad):
-        features = libra.encoder(pixels, config.mm_vision_select_layer, config.mm_vision_select_feature)
-    first = counts.cumsum(0) - counts  # of each row's images: the current, and the prior or again the current
-    pairs = torch.stack((first, first + counts - 1), 1).to(libra.device)
-    features = features.unflatten(0, (-1, 2)) if bool((counts == 2).all()) else features[pairs]  # [B, 2, L, N, C]
-    return libra.connector(features)
 
 
 # ------------------------------------------------------------------------------------------ processes

@@ -358,6 +358,14 @@ def test_a_base_under_a_whole_checkpoint_is_refused():
     refused("is a whole checkpoint", SEVEN, base=SEVEN)
 
 
+def test_a_checkpoint_that_lacks_a_shard_is_no_connector(tmp_path):
+    shutil.copytree(SEVEN, tmp_path / "model")
+    shutil.copy(ADAPTERS / "projector" / "mm_projector.bin", tmp_path / "model" / "mm_tac_projector.bin")
+    spoil(tmp_path / "model" / "config.json", mm_vision_tower=str(GOLDEN / "libra-7b" / "encoder-dinov2"))
+    sorted((tmp_path / "model").glob("model-*.safetensors"))[1].unlink()
+    refused("one of 1 missing of the 5 shards", tmp_path / "model")
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [

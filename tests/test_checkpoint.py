@@ -372,6 +372,7 @@ def hub(tmp_path):
         command = [sys.executable, "sample.py", "--model", model, "--images", image, "--max-new-tokens=2", "--json"]
         return subprocess.run(command, cwd=ROOT, env=environment | changes, capture_output=True, text=True)
 
+    run.model = model
     yield run, server.asked
     server.shutdown()
 
@@ -398,3 +399,12 @@ def test_a_hub_that_lacks_the_repository_or_cannot_be_reached_is_one_line(hub):
         failed = run(model, **changes)
         assert failed.returncode == 2 and not failed.stdout
         assert words in failed.stderr and failed.stderr.count("\n") == 1, failed.stderr
+
+
+def test_a_config_that_we_do_not_compute_is_refused_before_weights_are_downloaded(hub):
+    run, asked = hub
+    config = json.loads((run.model / "config.json").read_text())
+    (run.model / "config.json").write_text(json.dumps(config | {"hidden_act": "relu"}))
+    failed = run("owner/model")
+    assert failed.returncode == 2 and "hidden_act" in failed.stderr
+    assert asked and not any(name.endswith((".safetensors", ".bin")) for name in asked)

@@ -237,7 +237,7 @@ def test_a_lora_run_has_the_losses_of_peft_and_adamw(tmp_path, records):
         (micro,) = steps.micro_batches(step)
         batch = rows.collate([rows[row] for row in micro])
         with torch.no_grad():
-            images = train.embed_images(libra, batch.pixels)
+            images = libra.embed_batch(batch.pixels)
             inputs = libra.decoder.embed_tokens(batch.ids.clamp(0))
             inputs = inputs.masked_scatter((batch.ids == -200)[..., None], images)
         out = theirs(inputs_embeds=inputs, attention_mask=(batch.segments >= 0).long(), labels=batch.labels)
