@@ -319,18 +319,24 @@ class Libra(nn.Module):
 
     # ---------------------------------------------------------------------------------------- saving
 
-    def save_pretrained(self, folder, dtype: torch.dtype | None = None, shard_size: int = 5 * 10**9):
+    def save_pretrained(
+        self, folder, dtype: torch.dtype | None = None, shard_size: int = 5 * 10**9, with_encoder: bool = False
+    ):
         """Write the whole model in the published layout, LoRA merged; dtype None keeps each tensor's type.
 
-        The encoder is written where it was trained (`unfreeze_mm_vision_tower`), else named. The folder appears, or
-        changes, when all of it is on the disk; OSError, and the old one as it was, where that fails.
+        The encoder is written where it was trained (`unfreeze_mm_vision_tower`), else named; with_encoder puts a copy
+        into folder/encoder and names that. The folder appears, or changes, when all of it is on the disk; OSError, and
+        the old one as it was, where that fails.
         """
+        if with_encoder and self.encoder.config.model_type == "open_clip":
+            raise ValueError("an open_clip encoder is two files of its own: it is named, not copied")
         with checkpoint.atomic_folder(folder) as partial:
             config = self._config(Path(folder)) | {"torch_dtype": str(dtype or self.dtype).removeprefix("torch.")}
+            if with_encoder:
+                config["mm_vision_tower"] = "encoder"
+                self._save_encoder(partial / "encoder")
             checkpoint.write_json(partial / "config.json", config)
-            for name in TOKENIZER_FILES:
-                if (self.parts.weights.folder / name).exists():
-                    shutil.copy(self.parts.weights.folder / name, partial)
+            _copy(self.parts.weights.folder, TOKENIZER_FILES, partial)
             connector = ((f"model.mm_projector.{name}", p) for name, p in self.connector.named_parameters())
             tower = self._encoder_tensors() if self.config.unfreeze_mm_vision_tower else ()
             if self.encoder.config.model_type == "open_clip":  # published loading ignores one inside a checkpoint
@@ -343,18 +349,17 @@ class Libra(nn.Module):
     def save_parts(self, folder):
         """Write encoder and language model as stock parts, in folders of their own below this one."""
         folder, config = Path(folder), self.parts.config
-        decoder = {name: value for name, value in config.items() if not name.startswith("mm_")}
-        decoder["model_type"] = family_of(config)
-        for part in ("encoder", "decoder"):
-            source = (self.tower if part == "encoder" else self.parts.weights).folder
-            with checkpoint.atomic_folder(folder / part) as partial:
-                for name in ("config.json", "preprocessor_config.json", *TOKENIZER_FILES):
-                    if (source / name).exists():
-                        shutil.copy(source / name, partial)
-                if part == "decoder":
-                    checkpoint.write_json(partial / "config.json", decoder)
-                tensors = self._encoder_tensors() if part == "encoder" else self._decoder_tensors()
-                checkpoint.write_tensors(partial, tensors)
+        self._save_encoder(folder / "encoder")
+        with checkpoint.atomic_folder(folder / "decoder") as partial:
+            decoder = {name: value for name, value in config.items() if not name.startswith("mm_")}
+            checkpoint.write_json(partial / "config.json", decoder | {"model_type": family_of(config)})
+            _copy(self.parts.weights.folder, TOKENIZER_FILES, partial)
+            checkpoint.write_tensors(partial, self._decoder_tensors())
+
+    def _save_encoder(self, folder):
+        with checkpoint.atomic_folder(folder) as partial:
+            _copy(self.tower.folder, ("config.json", "preprocessor_config.json"), partial)
+            checkpoint.write_tensors(partial, self._encoder_tensors())
 
     def save_connector(self, folder):
         """Write the connector alone, under the published names, and a config.json that records the model below it."""
@@ -456,7 +461,7 @@ class Libra(nn.Module):
 
         All images go through the encoder together, each once; gradients reach it where it learns.
         """
-        if isinstance(self.connector, MLPConnector):  # it reads the current image alone: half the encoder's work
+        if isinstance(self.connector, MLPConnector) and self.connector.images == 1:  # half the encoder's work
             studies = [pixels[:1] for pixels in studies]
         counts = torch.tensor([len(pixels) for pixels in studies])
         weight, config = self.encoder.patch_embed.weight, self.config
@@ -502,6 +507,12 @@ def _published(name: str) -> str:
     if "mm_projector." in name:
         return f"model.mm_projector.{name.split('mm_projector.', 1)[1]}"
     return name.removeprefix("base_model.model.")
+
+
+def _copy(source: Path, names, folder: Path):
+    for name in names:
+        if (source / name).exists():
+            shutil.copy(source / name, folder)
 
 
 def _place(source: Source, folder: Path) -> str:
@@ -606,7 +617,7 @@ def main(arguments):
         arguments.model, base=arguments.base, device="cpu", dtype=arguments.dtype,
         progress=cli.progress(f"loading {arguments.model}", "GiB", 2**30),
     )  # fmt: skip
-    libra.save_pretrained(arguments.out)
+    libra.save_pretrained(arguments.out, with_encoder=arguments.with_encoder)
     print(f"{arguments.out}: {sum(p.numel() for p in libra.parameters()) / 1e6:.1f} M parameters")
 
 
@@ -615,5 +626,6 @@ if __name__ == "__main__":
     PARSER.add_argument("--model", required=True, metavar="ID_OR_DIR", help="checkpoint, adapter or connector")
     PARSER.add_argument("--base", metavar="ID_OR_DIR", help="model under it, instead of the one that it records")
     PARSER.add_argument("--out", required=True, metavar="DIR", help="folder to write; an old checkpoint is replaced")
+    PARSER.add_argument("--with-encoder", action="store_true", help="the image encoder, too, in DIR/encoder")
     PARSER.add_argument("--dtype", default="stored", choices=("stored", *DTYPES), help="of the weights (stored)")
     sys.exit(cli.guard("model.py", main, PARSER.parse_args()))

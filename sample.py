@@ -454,7 +454,12 @@ def run(arguments):
     images = [load_image(image) for image in arguments.images]  # once: an address is fetched, a warning printed
     study = Study(*images, **({"query": arguments.query} if arguments.query else {}))
     begin = time.monotonic()
-    libra = load(arguments)
+    try:
+        libra = load(arguments)
+    except OSError as error:
+        if arguments.model != DEFAULT_MODEL:
+            raise
+        raise OSError(f"{error}; --model assets/phantom, a toy trained on drawings, needs no download") from None
     loaded = time.monotonic()
     if arguments.chat:
         return converse(Chat(libra, study, arguments.template), arguments.query, asdict(options))

@@ -2,7 +2,8 @@
 
 The Temporal Alignment Connector (TAC; Zhang et al., Libra, Findings of ACL 2025, section 3): a layerwise feature
 extractor (LFE) fuses the encoder's layers into one, a temporal fusion module (TFM) relates the current image to the
-prior one. Parameters bear the published names. The MLP connectors, LLaVA's, look at the current image alone.
+prior one. Parameters bear the published names. The MLP connectors, LLaVA's, look at the current image alone; with
+`_pair` behind their name they take each patch of both images side by side, the plainest thing that sees the prior.
 """
 
 import re
@@ -72,17 +73,18 @@ class TAC(nn.Module):
 
 
 class MLPConnector(nn.Module):
-    """features [B, 2, 1, N, C], of (current, prior) -> image embeddings [B, N, hidden] of the current image."""
+    """features [B, 2, 1, N, C], of (current, prior) -> image embeddings [B, N, hidden]; images: 1 current, 2 both."""
 
-    def __init__(self, depth: int, width: int, hidden_size: int, linear: bool):
+    def __init__(self, depth: int, width: int, hidden_size: int, linear: bool, images: int = 1):
         super().__init__()
-        layers = [nn.Linear(width, hidden_size)]
+        self.images = images
+        layers = [nn.Linear(images * width, hidden_size)]
         for _ in range(1, depth):
             layers += [nn.GELU(), nn.Linear(hidden_size, hidden_size)]
         self.projector = layers[0] if linear else nn.Sequential(*layers)  # published: no number in a linear one's names
 
     def forward(self, features):
-        return self.projector(features[:, 0, 0])
+        return self.projector(features[:, : self.images, 0].transpose(1, 2).flatten(2))  # of [B, N, images * C]
 
 
 def make_connector(kind: str, num_layers: int, width: int, heads: int, hidden_size: int) -> nn.Module:
@@ -92,12 +94,12 @@ def make_connector(kind: str, num_layers: int, width: int, heads: int, hidden_si
     """
     if kind == "TAC":
         return TAC(num_layers, width, heads, hidden_size)
-    depth = "1" if kind == "linear" else (re.fullmatch(r"mlp([1-9]\d*)x_gelu", str(kind)) or [None, None])[1]
-    if depth is None:
-        raise ValueError(f"mm_projector_type {kind!r} is not one of TAC, linear, mlp2x_gelu, mlp3x_gelu, …")
+    found = re.fullmatch(r"linear|mlp([1-9]\d*)x_gelu(_pair)?", str(kind))
+    if not found:
+        raise ValueError(f"mm_projector_type {kind!r} is not one of TAC, linear, mlp2x_gelu, …, mlp2x_gelu_pair, …")
     if num_layers != 1:
         raise ValueError(f"mm_projector_type {kind!r} reads one encoder layer: mm_vision_select_layer cannot be 'all'")
-    return MLPConnector(int(depth), width, hidden_size, kind == "linear")
+    return MLPConnector(int(found[1] or 1), width, hidden_size, kind == "linear", images=2 if found[2] else 1)
 
 
 class SqueezeExcite(nn.Module):

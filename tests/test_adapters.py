@@ -258,7 +258,7 @@ def save_stock(name, folder):
 
 
 @pytest.mark.parametrize("name", ["Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "Gemma"])
-@pytest.mark.parametrize("connector", ["TAC", "linear", "mlp3x_gelu"])
+@pytest.mark.parametrize("connector", ["TAC", "linear", "mlp3x_gelu", "mlp2x_gelu_pair"])
 def test_a_new_model_from_stock_parts_saves_and_reads_back(tmp_path, name, connector):
     save_stock(name, tmp_path / "stock")
     encoder = GOLDEN / "libra-7b" / "encoder-dinov2"
@@ -411,6 +411,14 @@ def run(*arguments, **options):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "model.py", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, **options)
+
+
+def test_a_checkpoint_can_hold_its_encoder(tmp_path):
+    done = run("--model", SEVEN, "--with-encoder", "--out", tmp_path / "a" / "whole")
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    (tmp_path / "a").rename(tmp_path / "b")  # nothing outside the folder is named
+    assert json.loads((tmp_path / "b" / "whole" / "config.json").read_text())["mm_vision_tower"] == "encoder"
+    same_weights(read_again(tmp_path / "b" / "whole"), load("libra-7b"))
 
 
 def test_the_command_line_merges_converts_and_leaves_the_old_one_whole_on_a_full_disk(tmp_path):

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import checkpoint
+import sample
 from checkpoint import Source
 
 CPU = torch.device("cpu")
@@ -395,6 +396,7 @@ def test_a_hub_that_lacks_the_repository_or_cannot_be_reached_is_one_line(hub):
         ("owner/nothing", {}, "no such repository"),
         ("owner/model", {"HF_HUB_OFFLINE": "1"}, "could not be downloaded"),
         ("owner/model", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "could not be downloaded"),
+        (sample.DEFAULT_MODEL, {"HF_HUB_OFFLINE": "1"}, "--model assets/phantom"),
     ):
         failed = run(model, **changes)
         assert failed.returncode == 2 and not failed.stdout

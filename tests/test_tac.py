@@ -5,7 +5,7 @@ from conftest import cases, load, read, relative
 from safetensors.torch import load_file
 from torch import nn
 
-from tac import TAC, BiasedAttention
+from tac import TAC, BiasedAttention, make_connector
 
 # The connector as its equations are written, in torch's own modules, under the published names.
 
@@ -147,6 +147,18 @@ def test_a_study_does_not_depend_on_its_batch():
     features = features_of(3, 2, 5, 7, 24)
     alone = torch.cat([tac(study[None]) for study in features])
     assert relative(tac(features).detach(), alone.detach()) < 1e-10
+
+
+@pytest.mark.parametrize(("kind", "images"), [("mlp2x_gelu", 1), ("mlp2x_gelu_pair", 2)])
+def test_an_mlp_takes_each_patch_alone_of_the_current_image_or_of_both(kind, images):
+    features = features_of(2, 2, 1, 7, 24).float()
+    torch.manual_seed(5)
+    connector = make_connector(kind, 1, 24, 2, 10)
+    first, _, second = connector.projector
+    for b, n in ((0, 3), (1, 6)):
+        patch = torch.cat([features[b, image, 0, n] for image in range(images)])
+        expected = second.weight @ torch.nn.functional.gelu(first.weight @ patch + first.bias) + second.bias
+        assert relative(connector(features)[b, n].detach(), expected.detach()) < 1e-5
 
 
 def test_heads_that_do_not_divide_the_width_are_refused():
