@@ -155,6 +155,7 @@ from metrics import (
     intervals,
     published,
     score_of,
+    severity_flips,
     statistics,
     temporal_f1_score,
     truth_statistics,
@@ -344,7 +345,7 @@ def read_truth(path, pairs: list[Pair]) -> list[dict]:
 
 # ------------------------------------------------------------------------------------------ what a prior does
 
-CHANGED, FLIPPED = "reports changed", "directions flipped"
+CHANGED, FLIPPED, TURNED = "reports changed", "directions flipped", "severity changes turned round"
 
 
 def prior_scores(texts: dict[str, list[str]], references: list[str], truths: list[dict] | None, seed: int) -> dict:
@@ -352,7 +353,8 @@ def prior_scores(texts: dict[str, list[str]], references: list[str], truths: lis
 
     texts: {condition: [N]}, "true" first; references: [N]. All intervals are over the same resamples of the N studies.
     Beside the scores stand, of the other conditions, the share of reports that differ from those under "true" and the
-    share of words of direction that flip (`flips`).
+    share of words of direction that flip (`flips`); with truths, the share of changed severities whose telling turns
+    round (`severity_flips`).
     """
     groups, tables, result = {"": np.ones(len(references), bool)}, {}, {}
     for condition, predictions in texts.items():
@@ -365,6 +367,9 @@ def prior_scores(texts: dict[str, list[str]], references: list[str], truths: lis
             pairs = list(zip(texts["true"], predictions, strict=True))
             table[CHANGED] = np.array([[100.0 * (one != two)] for one, two in pairs])
             table[FLIPPED] = np.array([flips(*pair) for pair in pairs], dtype=float)
+            if truths:
+                both = zip(pairs, truths, strict=True)
+                table[TURNED] = np.array([severity_flips(*pair, truth) for pair, truth in both], dtype=float)
         found = {key: values[""] for key, values in intervals(table, groups, seed).items() if values}
         tables[condition] = {key: table[key] for key in found}
         gaps = differences(tables["true"], tables[condition], groups, seed) if condition != "true" else {}

@@ -314,3 +314,10 @@ def flips(true: str, other: str) -> tuple[int, int]:
     gone, come = before - after, after - before
     flipped = len(gone & WORSE) * bool(come & BETTER) + len(gone & BETTER) * bool(come & WORSE)
     return flipped, len(before & (WORSE | BETTER))
+
+
+def severity_flips(true: str, other: str, truth: dict) -> tuple[int, int]:
+    """Of the findings whose severity has changed, those called worse in one report and improved in the other; all."""
+    changed = [name for name in FINDINGS if truth["changes"].get(name) in ("worse", "improved")]
+    one, two = ({name: said["change"] for name, said in read_report(text).items()} for text in (true, other))
+    return sum({one.get(name), two.get(name)} == {"worse", "improved"} for name in changed), len(changed)

@@ -441,6 +441,16 @@ def test_help_is_quick():
 # ------------------------------------------------------------------------------------------ phantom reports
 
 
+def test_a_change_of_severity_is_turned_round_where_two_reports_tell_opposites():
+    truth = {"changes": {"edema": "worse", "nodule": "improved", "atelectasis": "new", "consolidation": "unchanged"}}
+    edema, nodule = "Mild pulmonary edema has {}.", "The small left mid lung nodule has {}."
+    one = " ".join((edema.format("worsened"), nodule.format("decreased"), "New left basilar atelectasis is seen."))
+    other = " ".join((edema.format("improved"), nodule.format("decreased"), "Left basilar atelectasis has improved."))
+    assert metrics.severity_flips(one, other, truth) == metrics.severity_flips(other, one, truth) == (1, 2)
+    assert metrics.severity_flips(one, one, truth) == metrics.severity_flips("", other, truth) == (0, 2)
+    assert metrics.severity_flips(one, other, {"changes": {}}) == (0, 0)
+
+
 def test_phantom_truth_is_scored(files, tmp_path, capsys):
     base = {"subject_id": 1, "prior_study_id": 2, "devices": {"pacemaker": {"side": "left"}}, "changes": {}}
     truths = [base | {"study_id": i, "dicom_id": f"d{i}", "findings": {"edema": {"side": "bilateral", "severity": 0.5}},
