@@ -7,16 +7,14 @@ decoder = "runs/phantom_pretrain/last/parts/decoder"
 encoder = "runs/phantom_pretrain/last/parts/encoder"
 template = "libra_v1"
 train = ("connector",)
-records = ("hospital/data/findings_train.jsonl",)
-validation = ("hospital/data/findings_validate.jsonl",)
-image_folder = "hospital"
-batch_size = micro_batch = 32
-epochs = 3.0
+records = ("runs/hospital/data/findings_train.jsonl", "runs/hospital/data/diff_vqa_train.jsonl")
+validation = ("runs/hospital/data/findings_validate.jsonl",)
+image_folder = "runs/hospital"
+batch_size, max_shared, micro_batch = 176, 12, 64
+epochs = 1.0
 lr = 2e-3
 beta2 = 0.98
 warmup = 0.05
-validate_every = 250
-validation_records = 256
-save_every = 250
-log_every = 25
+validate_every = save_every = 250
+log_every = 50
 out_dir = "runs/phantom_align"

@@ -1,30 +1,30 @@
 """The phantom model, stage 0: encoder, tokenizer and language model from nothing.
 
 They learn whole findings from the current image alone, words of change included, as guesses: so a frozen language model
-can say them later. python train.py configs/phantom_pretrain.py
+can say them later. Short answers about the same studies teach the encoder several times faster than reports alone.
+
+python train.py configs/phantom_pretrain.py, after the hospital was drawn as `make phantom` does
 """
 
 new_encoder = dict(
-    image_size=96, patch_size=8, hidden_size=128, num_hidden_layers=4, num_attention_heads=4, mlp_ratio=3
+    image_size=96, patch_size=12, hidden_size=96, num_hidden_layers=4, num_attention_heads=4, mlp_ratio=3
 )
 new_decoder = dict(
-    vocab_size=640, hidden_size=128, intermediate_size=352, num_hidden_layers=3, num_attention_heads=4,
+    vocab_size=1024, hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True,
 )
 connector, select_layer = "mlp2x_gelu", -1  # looks at the current image alone
 template = "libra_v1"
 train = ("connector", "decoder", "encoder")
-records = ("hospital/data/findings_train.jsonl",)
-validation = ("hospital/data/findings_validate.jsonl",)
-image_folder = "hospital"
-batch_size = micro_batch = 32
-epochs = 4.0
-lr = 1e-3
+records = ("runs/hospital/data/findings_train.jsonl", "runs/hospital/data/diff_vqa_train.jsonl")
+validation = ("runs/hospital/data/findings_validate.jsonl",)
+image_folder = "runs/hospital"
+batch_size, max_shared, micro_batch = 176, 12, 64  # a batch is about 50 rows
+epochs = 5.0
+lr = 1.5e-3
 weight_decay = 0.05
 beta2 = 0.98
 warmup = 0.05
-validate_every = 250
-validation_records = 256
-save_every = 250
-log_every = 25
+validate_every = save_every = 250
+log_every = 50
 out_dir = "runs/phantom_pretrain"
