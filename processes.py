@@ -28,12 +28,16 @@ class Processes:
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
 
     def gather(self, value) -> list:
-        """The values of all processes, by rank; all come here before one leaves."""
+        """The values of all processes, by rank."""
         if self.count == 1:
             return [value]
         values = [None] * self.count
         dist.all_gather_object(values, value)
         return values
+
+    def meet(self):
+        """Wait until all processes are here."""
+        self.gather(None)
 
     def sum(self, *values) -> list[float]:
         """Of each number the sum over all processes."""
@@ -74,7 +78,8 @@ def joined() -> Iterator[Processes]:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield Processes()
         return
-    dist.init_process_group(timeout=timedelta(days=30))  # the first to be done waits for the last
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(days=30))  # the first to be done waits for the last
     try:
         yield Processes(dist.get_rank(), dist.get_world_size())
     finally:

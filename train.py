@@ -470,7 +470,7 @@ def run(config: TrainConfig, resume: bool, processes: Processes):
         return_memory_at_once()
     if main and config.new_decoder:
         new_parts(config)
-    processes.gather(None)  # the others wait for it
+    processes.meet()
     libra = build(replace(config, device=str(device)), progress("loading", "GiB", 2**30))
     if config.fsdp and processes.count > 1:
         shard(libra.decoder, libra.decoder.layers, processes)
