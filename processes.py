@@ -23,9 +23,10 @@ class Processes:
 
     def device(self, device: torch.device) -> torch.device:
         """Of several processes on a machine with several GPUs each takes its own."""
-        if self.count == 1 or device != torch.device("cuda"):
-            return device
-        return torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        if self.count > 1 and device == torch.device("cuda"):
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+            torch.cuda.set_device(device)  # NCCL and FSDP ask for it
+        return device
 
     def gather(self, value) -> list:
         """The values of all processes, by rank."""

@@ -206,7 +206,7 @@ def test_two_processes_do_what_one_does(tmp_path, records):
 def test_sharded_processes_do_what_one_does_and_their_checkpoint_goes_on_in_any_number(tmp_path, records):
     """Encoder and decoder learn: the connector's dropout would differ. Some processes have no row in some steps."""
     settings = dict(train=("decoder", "encoder"), epochs=2.0, max_steps=8, micro_batch=1, save_every=4, grad_clip=0.1,
-                    validation=(records,), validate_every=8, validation_records=5, metrics=("BLEU1",), best="BLEU1",
+                    validation=(records,), validate_every=3, validation_records=5, metrics=("BLEU1",), best="BLEU1",
                     max_new_tokens=4, weight_decay=0.1, gradient_checkpointing=True)  # fmt: skip
     run(tmp_path / "one", records, **settings)
     lines = lambda name: [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
