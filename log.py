@@ -26,6 +26,7 @@ class Log:
         if processes.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
             lines = self.file.read_text().splitlines() if self.file.exists() and first else []
+            lines = [line for line in lines if line.endswith("}")]  # a full disk may have torn the last
             with atomic(self.file) as file:  # what a killed run logged behind its checkpoint comes again
                 file.writelines(f"{line}\n" for line in lines if json.loads(line)["step"] <= first)
             with atomic(self.out / "run.json") as file:

@@ -45,7 +45,7 @@ class Processes:
         return [sum(column) for column in zip(*self.gather(tuple(map(float, values))), strict=True)]
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]):
-        """Add the gradients of all processes, in buckets; those that took no part count as 0. Sharded ones are sums."""
+        """Add the gradients of all processes, in buckets; those that took no part are 0. Sharded ones are summed."""
         if self.count == 1:
             return
         parameters = [parameter for parameter in parameters if not is_sharded(parameter)]

@@ -360,6 +360,8 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_is_used(tmp_path, records
     before = digest(tmp_path / "run" / "last")
     *_, newest = sorted((tmp_path / "run" / "checkpoints").iterdir())
     newest.write_bytes(newest.read_bytes()[:-1000])
+    with open(tmp_path / "run" / "log.jsonl", "a") as file:
+        file.write('{"step": 6, "lo')  # as a full disk leaves it
     config = replace(TrainConfig(), **SMALL | dict(records=(records,), out_dir=str(tmp_path / "run")))
     assert train.main((config, True)) == 0
     assert f"{newest} is damaged" in capsys.readouterr().err
