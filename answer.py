@@ -18,11 +18,9 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from PIL import Image
 
 import checkpoint
@@ -30,6 +28,7 @@ import sample
 from cli import atomic, progress
 from data import ImageFolder, Question, Records, Study, check, image_names, load_image
 from model import ADAPTER_FILES, Libra, Parts, find_device, find_dtype, find_parts
+from processes import Processes
 from sample import Options
 
 MOST = 16  # studies in a batch that --batch-size does not name
@@ -143,7 +142,7 @@ def shuffle_priors(records: Records, seed: int) -> Callable[[Question], str]:
     return draw
 
 
-def fitting(libra: Libra, positions: int, options: Options, ranks: int) -> int:
+def fitting(libra: Libra, positions: int, options: Options, processes: Processes) -> int:
     """Studies in a batch, 1 to MOST: as many as have room for cache and logits in half of the free memory.
 
     The other half is for what does not grow with them, or little: a prefill, and copies while suffixes grow and move.
@@ -152,11 +151,8 @@ def fitting(libra: Libra, positions: int, options: Options, ranks: int) -> int:
     config = libra.decoder.config
     position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * libra.dtype.itemsize
     suffixes = options.num_beams * (options.max_new_tokens * position + 4 * 4 * libra.vocabulary)  # float32, 4 copies
-    free = checkpoint.free_memory(libra.device) // (ranks if libra.device.type == "cpu" else 1)
-    size = torch.tensor(max(1, min(MOST, free // 2 // (positions * position + suffixes))))
-    if ranks > 1:
-        dist.all_reduce(size, dist.ReduceOp.MIN)
-    return int(size)
+    free = checkpoint.free_memory(libra.device) // (processes.count if libra.device.type == "cpu" else 1)
+    return min(processes.gather(max(1, min(MOST, free // 2 // (positions * position + suffixes)))))
 
 
 def fingerprint(parts: Parts) -> str:
@@ -172,30 +168,8 @@ def fingerprint(parts: Parts) -> str:
     return digest.hexdigest()[:16]
 
 
-@contextmanager
-def processes() -> Iterator[tuple[int, int]]:
-    """(this process's rank, how many torchrun has started); (0, 1) without it."""
-    count = int(os.environ.get("WORLD_SIZE", 1))
-    if count == 1:
-        yield 0, 1
-        return
-    dist.init_process_group("gloo", timeout=timedelta(days=30))  # the first to be done waits for the last
-    try:
-        yield dist.get_rank(), count
-    finally:
-        dist.destroy_process_group()
-
-
-def meet():
-    """Wait until every process is here."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def load_model(arguments) -> Libra:
-    """On a machine with several GPUs each of torchrun's processes takes its own."""
-    if find_device(arguments.device) == torch.device("cuda") and dist.is_initialized():
-        arguments.device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
+def load_model(arguments, processes: Processes) -> Libra:
+    arguments.device = str(processes.device(find_device(arguments.device)))
     return sample.load(arguments)
 
 
@@ -282,7 +256,7 @@ def begun_with(answers: Path, settings: dict) -> dict | None:
     return begun
 
 
-def write_answers(arguments, asked: Asked, answers: Path, load: Callable[[], Libra], rank: int, ranks: int):
+def write_answers(arguments, asked: Asked, answers: Path, load: Callable[[], Libra], processes: Processes):
     """Write an answer file, or what is missing of it.
 
     Batches are cut from all the questions before it is looked what is answered, so that a rerun, or more processes,
@@ -291,28 +265,29 @@ def write_answers(arguments, asked: Asked, answers: Path, load: Callable[[], Lib
     """
     if not answers.parent.is_dir():
         raise FileNotFoundError(f"no folder {answers.parent} for {answers.name}: make it, or check the path")
-    settings = settings_of(arguments, asked)
+    settings, rank = settings_of(arguments, asked), processes.rank
     with own_work_file(answers, rank) as work:
         begun = begun_with(answers, settings)
         whole = answers.exists()
-        meet()
+        processes.meet()
         if not whole:
             asked.find_images()  # before the model is read
             libra = load()
             options, template = sample.options_of(arguments), arguments.template
             lengths = asked.lengths(libra, template, options)
             size = arguments.batch_size or (begun and begun["batch_size"])
-            size = size or fitting(libra, max(lengths.values()), options, ranks)
+            size = size or fitting(libra, max(lengths.values()), options, processes)
             order = sorted(asked.rows, key=lengths.get, reverse=True)  # what does not fit shows at once
             batches = [order[i : i + size] for i in range(0, len(order), size)]
             done = find_answers(answers).keys()
-            mine = [batch for batch in batches if not done >= set(batch)][rank::ranks]
-            meet()
+            mine = [batch for batch in batches if not done >= set(batch)][rank :: processes.count]
+            processes.meet()
             if rank == 0 and not begun:
                 with atomic(sidecar_of(answers)) as file:
                     file.write(json.dumps(settings | {"batch_size": size}, indent=1) + "\n")
-            meet()
-            show = progress(f"answering {answers.name}" + f" (process 1 of {ranks})" * (ranks > 1), "studies")
+            processes.meet()
+            among = f" (process 1 of {processes.count})" * (processes.count > 1)
+            show = progress(f"answering {answers.name}{among}", "studies")
             finished, total = 0, sum(map(len, mine))
             for lines in decode_batches(libra, asked, mine, template, options, arguments.model):
                 data = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
@@ -322,7 +297,7 @@ def write_answers(arguments, asked: Asked, answers: Path, load: Callable[[], Lib
                 finished += len(lines)
                 if rank == 0:
                     show(finished, total)
-            meet()
+            processes.meet()
             if rank == 0:
                 merge(answers, asked.rows)
         if rank == 0:
@@ -330,7 +305,7 @@ def write_answers(arguments, asked: Asked, answers: Path, load: Callable[[], Lib
                 path.unlink()
             there = ", all there before" if whole else ""
             print(f"{answers}: {len(asked.rows):,} answers{there}", file=sys.stderr)
-        meet()
+        processes.meet()
 
 
 def decode_batches(libra: Libra, asked: Asked, batches: list[list[str]], template, options: Options, model: str):

@@ -10,7 +10,7 @@ import os
 import re
 import zlib
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -495,12 +495,3 @@ def order(count: int, seed: int, epoch: int, lengths: np.ndarray | None = None, 
     by_length = shuffled[np.lexsort((-lengths[shuffled], np.arange(count) // (50 * batch_size)))]
     batches, rest = np.split(by_length, [count - count % batch_size])
     return np.concatenate((random.permutation(batches.reshape(-1, batch_size)).ravel(), rest))
-
-
-def batches(order: np.ndarray, batch_size: int, start: int = 0, rank: int = 0, ranks: int = 1) -> Iterator[np.ndarray]:
-    """The records of each step that process `rank` of `ranks` computes, from place `start` of the order on.
-
-    batch_size is that of all processes together; the last batch may be smaller, and a process's share of it empty.
-    """
-    for first in range(start, len(order), batch_size):
-        yield order[first : first + batch_size][rank::ranks]

@@ -140,7 +140,7 @@ from pathlib import Path
 import numpy as np
 
 import report
-from answer import Asked, choose, load_model, processes, shuffle_priors, write_answers
+from answer import Asked, choose, load_model, shuffle_priors, write_answers
 from data import ImageFolder, Question, Records
 from metrics import (
     BETTER,
@@ -160,6 +160,7 @@ from metrics import (
     temporal_f1_score,
     truth_statistics,
 )
+from processes import joined
 
 __all__ = ["evaluate_report", "temporal_f1_score"]  # what others import, beside the command line
 
@@ -382,13 +383,13 @@ def prior(arguments):
     records, out = Records(arguments.questions), Path(arguments.out)
     rows = choose(records, arguments.ids, arguments.limit, only_priors=True)
     files = {condition: out / f"{condition}.jsonl" for condition in arguments.conditions}
-    with processes() as (rank, ranks):
-        load = functools.cache(lambda: load_model(arguments))
+    with joined() as processes:
+        load = functools.cache(lambda: load_model(arguments, processes))
         for condition, path in files.items():
             if arguments.model:
                 out.mkdir(parents=True, exist_ok=True)
-                write_answers(arguments, ask(arguments, records, rows, condition), path, load, rank, ranks)
-    if rank:
+                write_answers(arguments, ask(arguments, records, rows, condition), path, load, processes)
+    if processes.rank:
         return
     pairs = {condition: read_pairs(arguments.questions, path, rows) for condition, path in files.items()}
     texts = {condition: [pair.prediction for pair in found] for condition, found in pairs.items()}
@@ -439,9 +440,10 @@ def ask(arguments, records: Records, rows: dict[str, int], condition: str) -> As
 def answer(arguments):
     records = Records(arguments.questions)
     rows = choose(records, arguments.ids, arguments.limit)
-    with processes() as (rank, ranks):
+    with joined() as processes:
         asked = ask(arguments, records, rows, arguments.prior)
-        write_answers(arguments, asked, Path(arguments.answers), lambda: load_model(arguments), rank, ranks)
+        load = lambda: load_model(arguments, processes)
+        write_answers(arguments, asked, Path(arguments.answers), load, processes)
 
 
 # ------------------------------------------------------------------------------------------ command line

@@ -9,7 +9,6 @@ weights, the optimizer and the number of steps, and a run that goes on equals on
 
 import ast
 import difflib
-import json
 import re
 import sys
 from contextlib import suppress
@@ -58,6 +57,7 @@ class TrainConfig:
     beta2: float = 0.999  # AdamW's second decay rate; the first is 0.9
     grad_clip: float = 1.0  # largest norm of the gradient; 0: no limit
     gradient_checkpointing: bool = False  # compute the decoder's layers twice to save memory
+    fsdp: bool = False  # each of torchrun's processes keeps a part of the decoder's layers, which learn
 
     out_dir: str = "out"  # checkpoints, logs, and the model in the published layout (last, best)
     seed: int = 0  # of the order of the records, dropout and fresh weights
@@ -75,7 +75,7 @@ class TrainConfig:
     report_to: tuple[str, ...] = ()  # tensorboard, wandb: log there too
 
 
-RUNTIME = ("out_dir", "device", "workers", "log_every", "save_every", "keep")  # what a resumed run may change
+RUNTIME = ("fsdp", "out_dir", "device", "workers", "log_every", "save_every", "keep")  # what a resumed run may change
 
 
 def read_config(path: str, overrides: list[str]) -> TrainConfig:
@@ -141,47 +141,31 @@ if __name__ == "__main__":  # before torch is imported, so that --help and mista
     ARGUMENTS = parse(sys.argv[1:])
 
 # ruff: noqa: E402
+import copy
 import ctypes
-import functools
 import hashlib
 import importlib
 import itertools
 import math
-import os
 import pickle
 import signal
-import time
 import zipfile
 
-import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils.checkpoint import checkpoint as recompute
-from torch.utils.data import DataLoader
 
 import parts
-import report
 from attention import attention
-from data import (
-    IGNORED,
-    Batch,
-    Dataset,
-    ImageCache,
-    ImageFolder,
-    Record,
-    Records,
-    Study,
-    check,
-    collate,
-    order,
-    shared_rows,
-)
-from decoder import PROJECTIONS, LoRAConfig, add_lora, names_of
+from data import IGNORED, Batch, ImageCache, ImageFolder, Record, Records, Study
+from decoder import PROJECTIONS, Decoder, LoRAConfig, add_lora, names_of
+from log import TRACKERS, Log
 from metrics import METRICS, score_of, statistics
 from model import Libra, find_device
+from processes import Processes, assign, is_sharded, joined, local, shard, together, whole
 from sample import generate
+from steps import Rows, Steps
 from tokenizer import IMAGE, IMAGE_TEXT, find_template
 
 # ------------------------------------------------------------------------------------------ what learns
@@ -196,6 +180,8 @@ def build(config: TrainConfig, show=lambda done, total: None) -> Libra:
         raise ValueError(f"train names {unknown or 'nothing'}, not some of {', '.join(PARTS)}")
     if "lora" in config.train and "decoder" in config.train:
         raise ValueError("train names lora and decoder: give one of them")
+    if config.fsdp and "decoder" not in config.train:
+        raise ValueError("fsdp is for training the decoder, which train does not name: leave it out")
     torch.manual_seed(config.seed)
     options = dict(device=config.device, dtype=config.dtype, progress=show)
     if config.model:
@@ -252,12 +238,13 @@ def make_optimizer(libra: Libra, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW with the published groups: no decay of biases and norms, rates of their own for connector and encoder."""
     rates = {"connector": config.mm_projector_lr or config.lr, "encoder": config.encoder_lr or config.lr}
     norms = [f"{name}." for name, module in libra.named_modules() if "Norm" in type(module).__name__]
-    groups: dict[tuple, list] = {}
+    groups: dict[tuple, list] = {}  # sharded parameters and others cannot be updated in one call
     for name, parameter in trained(libra).items():
         decays = not (name.endswith("bias") or any(name.startswith(norm) for norm in norms))
         rate = rates.get(name.split(".")[0], config.lr)
-        groups.setdefault((rate, config.weight_decay if decays else 0.0), []).append(parameter)
-    settings = [dict(params=held, lr=rate, peak=rate, weight_decay=decay) for (rate, decay), held in groups.items()]
+        key = (rate, config.weight_decay if decays else 0.0, is_sharded(parameter))
+        groups.setdefault(key, []).append(parameter)
+    settings = [dict(params=held, lr=rate, peak=rate, weight_decay=decay) for (rate, decay, _), held in groups.items()]
     return torch.optim.AdamW(settings, betas=(0.9, config.beta2), eps=1e-8)
 
 
@@ -301,167 +288,55 @@ def loss_sum(libra: Libra, batch: Batch) -> torch.Tensor:
 CHUNK = 1024  # positions whose logits are in memory at once
 
 
-# ------------------------------------------------------------------------------------------ processes
-
-
-class Processes:
-    """This process among those that torchrun started; alone without it."""
-
-    def __init__(self, device: str):
-        self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.device = str(find_device(device))
-        if self.count > 1:
-            if self.device == "cuda":
-                self.device = f"cuda:{os.environ['LOCAL_RANK']}"
-                torch.cuda.set_device(self.device)
-            dist.init_process_group("nccl" if self.device.startswith("cuda") else "gloo")
-
-    def sum(self, *values) -> list[float]:
-        """Of each number the sum over all processes."""
-        if self.count == 1:
-            return [float(value) for value in values]
-        summed = torch.tensor([float(value) for value in values], dtype=torch.float64, device=self.device)
-        dist.all_reduce(summed)
-        return summed.tolist()
-
-    def sum_gradients(self, parameters):
-        """Add the gradients of all processes, in buckets; those that took no part count as 0."""
-        if self.count == 1:
-            return
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        bucket: list[torch.Tensor] = []
-        for number, parameter in enumerate(parameters, 1):
-            bucket.append(parameter.grad)
-            if number == len(parameters) or sum(grad.numel() for grad in bucket) > 2**24:
-                flat = torch.cat([grad.flatten() for grad in bucket])
-                dist.all_reduce(flat)
-                for grad, part in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
-                    grad.copy_(part.view_as(grad))
-                bucket = []
-
-    def gather(self, values: list) -> list:
-        """The lists of all processes, one behind the other."""
-        if self.count == 1:
-            return values
-        lists = [None] * self.count
-        dist.all_gather_object(lists, values)
-        return list(itertools.chain(*lists))
-
-
 # ------------------------------------------------------------------------------------------ data
 
 
-class Rows:
-    """What a data loader asks for: rows of records, numbered through several files. A mistake is handed on as one."""
-
-    def __init__(self, config: TrainConfig, files: tuple[str, ...], libra: Libra, progress):
-        if not files:
-            raise ValueError("the config names no records")
-        if bool(config.image_folder) == bool(config.image_cache):
-            raise ValueError("the config must name one of image_folder and image_cache")
-        images = (ImageFolder if config.image_folder else ImageCache)(
-            config.image_folder or config.image_cache, libra.pixels
-        )
-        template, self.image_positions = find_template(libra.template), libra.image_positions
-        self.files = [Dataset(Records(file), images, libra.tokenizer, template, config.max_length) for file in files]
-        self.checked = [check(file.records, Record, images.find, progress) for file in self.files]
-        self.offsets = np.cumsum([0, *map(len, self.files)])
-
-    def __len__(self):
-        return int(self.offsets[-1])
-
-    def place(self, number: int) -> tuple[Dataset, int]:
-        file = int(np.searchsorted(self.offsets, number, side="right")) - 1
-        return self.files[file], number - int(self.offsets[file])
-
-    def __getitem__(self, row: tuple[int, ...]):
-        file, first = self.place(row[0])
-        try:
-            return file[[first + number - row[0] for number in row]]
-        except (ValueError, OSError) as error:  # a loader's process would wrap it into its traceback
-            return error
-
-    def collate(self, items: list) -> Batch | Exception:
-        errors = [item for item in items if isinstance(item, Exception)]
-        return errors[0] if errors else collate(items, self.image_positions)
-
-    def ids(self, rows) -> list:
-        places = [self.place(number) for row in rows for number in row]
-        return [file.records[number]["id"] for file, number in places]
+def open_rows(config: TrainConfig, files: tuple[str, ...], libra: Libra, show=lambda done, total: None) -> Rows:
+    if not files:
+        raise ValueError("the config names no records")
+    if bool(config.image_folder) == bool(config.image_cache):
+        raise ValueError("the config must name one of image_folder and image_cache")
+    kind, place = (ImageFolder, config.image_folder) if config.image_folder else (ImageCache, config.image_cache)
+    images, template = kind(place, libra.pixels), find_template(libra.template)
+    return Rows(files, images, libra.tokenizer, template, libra.image_positions, config.max_length, show)
 
 
-class Steps:
-    """Which records each step takes, and in which rows, from (config, step) alone."""
-
-    def __init__(self, config: TrainConfig, rows: Rows, sharing: bool, processes: "Processes"):
-        self.config, self.processes = config, processes
-        groups = [checked.groups + offset for checked, offset in zip(rows.checked, rows.offsets, strict=False)]
-        self.rows = shared_rows(np.concatenate(groups), config.max_shared if sharing else 1)
-        self.row_of = np.empty(len(rows), dtype=np.int64)
-        for number, row in enumerate(self.rows):
-            self.row_of[row] = number
-        if max(config.batch_size, processes.count) > len(rows):
-            sizes = f"batches of {config.batch_size} and {processes.count} processes"
-            raise ValueError(f"{len(rows)} records are too few for {sizes}")
-        self.per_epoch = math.ceil(len(rows) / config.batch_size)
-        self.count = math.ceil(config.epochs * self.per_epoch)
-        self.count = min(self.count, config.max_steps or self.count)
-
-    @functools.lru_cache(maxsize=2)  # noqa: B019 (the loader is an epoch ahead at most; there is one object)
-    def order(self, epoch: int) -> np.ndarray:
-        """The records of an epoch; those that share a prefix stand together."""
-        return np.concatenate([self.rows[row] for row in order(len(self.rows), self.config.seed, epoch)])
-
-    def micro_batches(self, step: int) -> list[list[tuple[int, ...]]]:
-        """This process's share of a step: of each forward pass the rows, of each row the records."""
-        epoch, index = divmod(step, self.per_epoch)
-        numbers = self.order(epoch)[index * self.config.batch_size : (index + 1) * self.config.batch_size]
-        borders = np.flatnonzero(np.diff(self.row_of[numbers])) + 1
-        rows = [tuple(row.tolist()) for row in np.split(numbers, borders)]
-        mine, size = rows[self.processes.rank :: self.processes.count], self.config.micro_batch
-        return [mine[first : first + size] for first in range(0, len(mine), size)]
-
-    def batches(self, rows: Rows, first: int):
-        """(step, [(rows, Batch), …]) of every step from `first` on."""
-        plan = (micro for step in range(first, self.count) for micro in self.micro_batches(step))
-        options = dict(collate_fn=rows.collate, num_workers=self.config.workers, worker_init_fn=_obey)
-        loader = iter(DataLoader(rows, batch_sampler=plan, **options))
-        for step in range(first, self.count):
-            found = [(micro, next(loader)) for micro in self.micro_batches(step)]
-            for _, batch in found:
-                if isinstance(batch, Exception):
-                    raise batch
-            yield step, [(micro, batch) for micro, batch in found if len(batch.ids)]
-
-
-def _obey(worker: int):
-    """A loader's process ends when it is told to; Ctrl-C is for the training process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+def open_steps(config: TrainConfig, rows: Rows, libra: Libra, processes: Processes) -> Steps:
+    alone = libra.decoder.config.sliding_window or find_template(libra.template).drops_question
+    most = config.max_shared if config.share_prefix and not alone else 1
+    names = ("batch_size", "micro_batch", "epochs", "max_steps", "seed", "workers")
+    settings = {name: getattr(config, name) for name in names}
+    return Steps(rows, processes, max_shared=most, even=config.fsdp, **settings)
 
 
 # ------------------------------------------------------------------------------------------ checkpoints
 
 
 class Checkpoints:
-    """checkpoints/step-N.pt in out_dir: trained weights, optimizer, steps done, best score, config. Whole or absent."""
+    """checkpoints/step-N.pt in out_dir: trained weights, optimizer, steps done, best score, config. Whole or absent.
 
-    def __init__(self, config: TrainConfig):
-        self.config, self.folder = config, Path(config.out_dir, "checkpoints")
+    Tensors go by their names and are whole, so that any number of processes goes on, with fsdp or without.
+    """
+
+    def __init__(self, config: TrainConfig, processes: Processes):
+        self.config, self.main, self.folder = config, processes.rank == 0, Path(config.out_dir, "checkpoints")
 
     def files(self) -> list[Path]:
         return sorted(self.folder.glob("step-*.pt"))
 
     def save(self, step: int, libra: Libra, optimizer, best: float):
-        """The state after `step` steps; older checkpoints than the newest `keep` go."""
+        """The state after `step` steps, which all processes must give; older checkpoints than the newest `keep` go."""
+        state = dict(config=asdict(self.config), step=step, best=best, weights={}, optimizer={})
+        for name, parameter in trained(libra).items():
+            moments = optimizer.state[parameter]
+            state["weights"][name] = whole(parameter.detach(), self.main)
+            state["optimizer"][name] = {key: whole(value, self.main) for key, value in moments.items()}
+        if not self.main:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
-        weights = {name: parameter.detach() for name, parameter in trained(libra).items()}
-        state = dict(config=asdict(self.config), step=step, best=best, weights=weights)
         try:
             with atomic(self.folder / f"step-{step:07}.pt", "wb") as file:
-                torch.save(state | {"optimizer": optimizer.state_dict()}, file)
+                torch.save(state, file)
         except (OSError, RuntimeError) as error:  # torch's writer has an error of its own for a full disk
             raise OSError(f"{self.folder} could not be written ({error}): is the disk full?") from None
         for file in self.files()[: -self.config.keep]:
@@ -470,8 +345,8 @@ class Checkpoints:
     def load(self, libra: Libra, optimizer) -> tuple[int, float]:
         """(steps done, best score) of the newest checkpoint that is whole; ValueError where it is another run's."""
         for file in reversed(self.files()):
-            try:
-                state = torch.load(file, map_location=libra.device, weights_only=True)
+            try:  # mapped: of tens of GB each process reads what it needs
+                state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
                 missing = {"config", "step", "best", "weights", "optimizer"} - state.keys()
             except (RuntimeError, EOFError, OSError, AttributeError, pickle.UnpicklingError, zipfile.BadZipFile):
                 missing = {"a whole file"}
@@ -482,19 +357,33 @@ class Checkpoints:
                 before = state["config"].get(name)
                 if name not in RUNTIME and before != value:
                     raise ValueError(f"{file} was made with {name}={before!r}, not {value!r}: use another out_dir")
-            weights, ours = state["weights"], trained(libra)
-            if weights.keys() != ours.keys() or any(weights[name].shape != ours[name].shape for name in ours):
+            weights, moments, ours = state["weights"], state["optimizer"], trained(libra)
+            same = weights.keys() == moments.keys() == ours.keys()
+            if not same or any(weights[name].shape != ours[name].shape for name in ours):
                 raise ValueError(f"{file} holds other weights than this config trains: use another out_dir")
             with torch.no_grad():
                 for name, parameter in ours.items():
-                    parameter.copy_(weights[name])
-            optimizer.load_state_dict(state["optimizer"])
+                    assign(parameter, weights[name])
+                    optimizer.state[parameter] = {
+                        key: value.clone() if key == "step" else assign(torch.empty_like(parameter), value)
+                        for key, value in moments[name].items()
+                    }
             return state["step"], state["best"]
         raise ValueError(f"{self.folder} holds no checkpoint to go on from: run without --resume")
 
 
-def export(libra: Libra, config: TrainConfig, folder: Path):
-    """What was trained, in the published layout; `sample.py --model` reads it."""
+def export(libra: Libra, config: TrainConfig, folder: Path, main: bool):
+    """The main process writes what was trained, in the published layout, which `sample.py --model` reads."""
+    if any(map(is_sharded, libra.decoder.parameters())):  # a model beside it then, with the whole decoder
+        tensors = {name: whole(parameter.detach(), main) for name, parameter in libra.decoder.named_parameters()}
+        libra = copy.copy(libra)
+        libra._modules = dict(libra._modules)
+        with torch.device("meta"):
+            libra.decoder = Decoder(libra.decoder.config)
+        if main:
+            libra.decoder.load_state_dict(tensors, assign=True)
+    if not main:
+        return
     if "lora" in config.train:
         libra.save_adapter(folder)
     elif config.train == ("connector",):
@@ -509,7 +398,7 @@ def export(libra: Libra, config: TrainConfig, folder: Path):
 
 
 @torch.no_grad()
-def validate(libra: Libra, config: TrainConfig, rows: Rows, processes: "Processes") -> dict[str, float]:
+def validate(libra: Libra, config: TrainConfig, rows: Rows, processes: Processes) -> dict[str, float]:
     """Loss, and scores of written answers, over the first validation_records records."""
     count, modes = min(config.validation_records, len(rows)), [(module, module.training) for module in libra.modules()]
     libra.eval()
@@ -536,7 +425,7 @@ def validate(libra: Libra, config: TrainConfig, rows: Rows, processes: "Processe
         for first in range(0, len(studies), config.micro_batch):
             outputs = generate(libra, studies[first : first + config.micro_batch], max_new_tokens=config.max_new_tokens)
             written += [output[0].text for output in outputs]
-        written, answers = processes.gather(written), processes.gather(answers)
+        written, answers = (list(itertools.chain(*processes.gather(texts))) for texts in (written, answers))
         if not answers:
             raise ValueError("the validation records have no image to ask about: take out metrics, or give others")
         table = statistics(written, answers)
@@ -572,49 +461,46 @@ def return_memory_at_once():
         ctypes.CDLL(None).mallopt(-3, 2**24)  # M_MMAP_THRESHOLD
 
 
-def run(arguments):
-    config, resume = arguments
-    processes, checkpoints = Processes(config.device), Checkpoints(config)
-    main, out = processes.rank == 0, Path(config.out_dir)
-    if processes.device == "cpu":
-        return_memory_at_once()
+def run(config: TrainConfig, resume: bool, processes: Processes):
+    main, out, device = processes.rank == 0, Path(config.out_dir), processes.device(find_device(config.device))
+    checkpoints = Checkpoints(config, processes)
+    check_config(config)
     if checkpoints.files() and not resume:
         raise ValueError(f"{out} holds a run already: go on with --resume, or give another out_dir")
-    if unknown := [name for name in config.metrics if name not in METRICS and ":" not in name]:
-        raise ValueError(f"metrics names {unknown[0]!r}, neither module:function nor one of {', '.join(METRICS)}")
-    if config.best not in ("loss", *config.metrics):
-        raise ValueError(f"best is {config.best!r}, neither loss nor one of the metrics")
-    if config.validate_every and not config.validation:
-        raise ValueError("validate_every is set, and the config names no validation records")
+    if device.type == "cpu":
+        return_memory_at_once()
     if main and config.new_decoder:
         new_parts(config)
-    processes.sum(0)  # the others wait for it
-    libra = build(replace(config, device=processes.device), progress("loading", "GiB", 2**30))
-    weights, optimizer = trained(libra), make_optimizer(libra, config)
-    rows = Rows(config, config.records, libra, progress("checking records"))
-    held_out = Rows(config, config.validation, libra, progress("checking records")) if config.validate_every else None
-    shares = not (libra.decoder.config.sliding_window or find_template(libra.template).drops_question)
-    steps = Steps(config, rows, config.share_prefix and shares, processes)
-    best = math.inf if config.best == "loss" else -math.inf
-    first, best = checkpoints.load(libra, optimizer) if resume else (0, best)
-    log, asked = Log(config, first, processes), Asked()
-    log.begin(libra, rows, steps)
-    autocast = lambda: torch.autocast(libra.device.type, torch.bfloat16, enabled=libra.device.type == "cuda")
+    processes.meet()
+    libra = build(replace(config, device=str(device)), progress("loading", "GiB", 2**30))
+    if config.fsdp and processes.count > 1:
+        shard(libra.decoder, libra.decoder.layers, processes)
+    weights, optimizer = list(trained(libra).values()), make_optimizer(libra, config)
+    rows = open_rows(config, config.records, libra, progress("checking records"))
+    held_out = config.validate_every and open_rows(config, config.validation, libra, progress("checking records"))
+    steps = open_steps(config, rows, libra, processes)
+    first, best = checkpoints.load(libra, optimizer) if resume else (0, math.inf * (1 if config.best == "loss" else -1))
+    learning, frozen = sizes(libra)
+    work = 4 * frozen + 6 * learning  # FLOP of a position; 2 of a parameter are for its own gradient
+    log = Log(out, asdict(config), config.report_to, config.log_every, first, steps.count, work, processes)
+    if main:
+        describe(libra, config, rows, steps)
+    asked = Asked()
+    autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
-    for step, batches in steps.batches(rows, first):
-        done = step + 1
+    for step, batches in steps.batches(first):
+        done, losses = step + 1, []
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * rate_at(step, steps.count, config.warmup)
         torch.manual_seed(draw(config.seed, step, processes.rank))
         (labels,) = processes.sum(sum((batch.labels != IGNORED).sum() for _, batch in batches))  # of the global batch
-        losses = []
         for _, batch in batches:
             with autocast():
                 loss = loss_sum(libra, batch) / max(labels, 1)
             loss.backward()
             losses.append(float(loss.detach()))
-        processes.sum_gradients(list(weights.values()))
-        norm = float(torch.nn.utils.clip_grad_norm_(weights.values(), config.grad_clip or math.inf))
+        processes.sum_gradients(weights)
+        norm = processes.clip(weights, config.grad_clip or math.inf)
         (loss,) = processes.sum(sum(losses))
         if not math.isfinite(loss + norm):
             bad = [micro for (micro, _), value in zip(batches, losses, strict=True) if not math.isfinite(value)]
@@ -623,24 +509,57 @@ def run(arguments):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        log.step(done, dict(loss=loss, lr=optimizer.param_groups[0]["lr"], norm=norm), batches)
+        positions = sum(int((batch.segments >= 0).sum()) for _, batch in batches)
+        log.step(done, dict(loss=loss, lr=optimizer.param_groups[0]["lr"], norm=norm), positions, steps.waited)
         if held_out and (done % config.validate_every == 0 or done == steps.count):
-            with autocast():
+            with autocast(), together(libra.decoder):
                 scores = validate(libra, config, held_out, processes)
             log.scores(done, scores)
             if (scores[config.best] < best) if config.best == "loss" else (scores[config.best] > best):
                 best = scores[config.best]
-                if main:
-                    export(libra, config, out / "best")
+                export(libra, config, out / "best", main)
         (leave,) = processes.sum(asked.to_leave)
-        if main and (leave or done % config.save_every == 0 or done == steps.count):
+        if leave or done % config.save_every == 0 or done == steps.count:
             checkpoints.save(done, libra, optimizer, best)
         if leave and done < steps.count:
             print(f"train.py: stopped after step {done} of {steps.count}; --resume goes on", file=sys.stderr)
             raise KeyboardInterrupt
+    export(libra, config, out / "last", main)
     if main:
-        export(libra, config, out / "last")
-        log.end()
+        log.draw()
+
+
+def check_config(config: TrainConfig):
+    """ValueError where settings do not go together."""
+    if unknown := [name for name in config.metrics if name not in METRICS and ":" not in name]:
+        raise ValueError(f"metrics names {unknown[0]!r}, neither module:function nor one of {', '.join(METRICS)}")
+    if config.best not in ("loss", *config.metrics):
+        raise ValueError(f"best is {config.best!r}, neither loss nor one of the metrics")
+    if config.validate_every and not config.validation:
+        raise ValueError("validate_every is set, and the config names no validation records")
+    if unknown := [name for name in config.report_to if name not in TRACKERS]:
+        raise ValueError(f"report_to names {unknown[0]!r}, not one of {', '.join(TRACKERS)}")
+
+
+def sizes(libra: Libra) -> tuple[int, int]:
+    """(parameters that learn, parameters that are frozen)."""
+    learning = sum(parameter.numel() for parameter in trained(libra).values())
+    return learning, sum(parameter.numel() for parameter in libra.parameters()) - learning
+
+
+def describe(libra: Libra, config: TrainConfig, rows: Rows, steps: Steps):
+    """What differs from the defaults, what learns, what it takes."""
+    plain, (learning, frozen) = asdict(TrainConfig()), sizes(libra)
+    print(*(f"{name}={value!r}" for name, value in asdict(config).items() if value != plain[name]))
+    tensors = [(local(parameter), parameter.requires_grad) for parameter in libra.parameters()]
+    held = sum(tensor.nbytes + 12 * tensor.numel() * learns for tensor, learns in tensors)
+    duplicates = sum(checked.duplicates for checked in rows.checked)
+    print(
+        f"{'+'.join(config.train)} learns: {learning / 1e6:.2f} M parameters, {frozen / 1e6:.2f} M are frozen; "
+        f"weights, gradients and optimizer {held / 2**30:.2f} GiB{' of each process' * config.fsdp}; "
+        f"{len(rows):,} records ({duplicates:,} with the id of an earlier one) in {len(steps.rows):,} rows; "
+        f"{steps.count:,} steps"
+    )
 
 
 class Asked:
@@ -662,110 +581,9 @@ def draw(*key) -> int:
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "little")
 
 
-PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # FLOP/s in bfloat16, dense
-
-
-class Log:
-    """A line for each log step on stdout and in log.jsonl, the loss as a picture, other trackers if asked."""
-
-    def __init__(self, config: TrainConfig, first: int, processes: Processes):
-        self.config, self.processes, self.out = config, processes, Path(config.out_dir)
-        self.file, self.trackers, self.positions = self.out / "log.jsonl", [], 0
-        if processes.rank == 0:
-            self.out.mkdir(parents=True, exist_ok=True)
-            lines = self.file.read_text().splitlines() if self.file.exists() and first else []
-            with atomic(self.file) as file:  # what a killed run logged behind its checkpoint comes again
-                file.writelines(f"{line}\n" for line in lines if json.loads(line)["step"] <= first)
-            with atomic(self.out / "run.json") as file:
-                json.dump(asdict(config), file, indent=1)
-            self.trackers = [TRACKERS[name](config) for name in config.report_to]
-
-    def begin(self, libra: Libra, rows: Rows, steps: Steps):
-        self.learning = sum(parameter.numel() for parameter in trained(libra).values())
-        self.frozen = sum(parameter.numel() for parameter in libra.parameters()) - self.learning
-        self.steps, self.last, self.since = steps.count, time.monotonic(), 0
-        if self.processes.rank:
-            return
-        plain = asdict(TrainConfig())
-        changed = [f"{name}={value!r}" for name, value in asdict(self.config).items() if value != plain[name]]
-        held = sum(parameter.nbytes for parameter in libra.parameters()) + 12 * self.learning
-        duplicates = sum(checked.duplicates for checked in rows.checked)
-        print(*changed)
-        print(
-            f"{'+'.join(self.config.train)} learns: {self.learning / 1e6:.2f} M parameters, {self.frozen / 1e6:.2f} M "
-            f"are frozen; weights, gradients and optimizer {held / 2**30:.2f} GiB; {len(rows):,} records "
-            f"({duplicates:,} with the id of an earlier one) in {len(steps.rows):,} rows; {steps.count:,} steps"
-        )
-
-    def step(self, done: int, values: dict, batches):
-        self.positions += sum(int((batch.segments >= 0).sum()) for _, batch in batches)
-        self.since += 1
-        if done % self.config.log_every and done != self.steps:
-            return
-        (positions,) = self.processes.sum(self.positions)
-        if self.processes.rank:
-            self.positions = 0
-            return
-        seconds = time.monotonic() - self.last
-        name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-        peak = next((peak for chip, peak in PEAKS.items() if chip in name), None)
-        values |= {"positions_per_second": positions / seconds}
-        if peak:  # forward and backward 4 FLOP a parameter and position, and 2 more for its own gradient
-            work = (4 * self.frozen + 6 * self.learning) * positions
-            values |= {"mfu": work / seconds / peak / self.processes.count}
-        left = (self.steps - done) * seconds / self.since
-        shown = f"step {done}/{self.steps} loss {values['loss']:.4f} lr {values['lr']:.2e} norm {values['norm']:.3f}"
-        shown += f" {positions / seconds:,.0f} positions/s" + (f" MFU {values['mfu']:.0%}" if peak else "")
-        print(f"{shown} {left / 60:.0f} min left", flush=True)
-        self.write(done, values)
-        self.last, self.since, self.positions = time.monotonic(), 0, 0
-
-    def scores(self, done: int, scores: dict[str, float]):
-        if self.processes.rank == 0:
-            print(f"step {done} validation: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
-            self.write(done, {f"validation {name}": value for name, value in scores.items()})
-
-    def write(self, done: int, values: dict[str, float]):
-        with open(self.file, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": done} | values) + "\n")
-        for track in self.trackers:
-            track(values, done)
-
-    def end(self):
-        lines = [json.loads(line) for line in self.file.read_text().splitlines()]
-        names = {"loss": "training", "validation loss": "validation"}
-        found = {shown: [(line["step"], line[name]) for line in lines if name in line] for name, shown in names.items()}
-        with atomic(self.out / "loss.svg") as file:
-            file.write(report.curves("loss", "step", {name: points for name, points in found.items() if points}))
-
-
-def _tensorboard(config: TrainConfig):
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ValueError("report_to names tensorboard: pip install tensorboard") from None
-    writer = SummaryWriter(config.out_dir)
-    return lambda values, step: [writer.add_scalar(name, value, step) for name, value in values.items()]
-
-
-def _wandb(config: TrainConfig):
-    try:
-        import wandb
-    except ImportError:
-        raise ValueError("report_to names wandb: pip install wandb") from None
-    started = wandb.init(project="nanolibra", dir=config.out_dir, config=asdict(config))
-    return lambda values, step: started.log(values, step=step)
-
-
-TRACKERS = {"tensorboard": _tensorboard, "wandb": _wandb}
-
-
 def main(arguments) -> int:
-    try:
-        return guard("train.py", run, arguments)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    with joined() as processes:
+        return guard("train.py", lambda arguments: run(*arguments, processes), arguments)
 
 
 if __name__ == "__main__":

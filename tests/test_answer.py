@@ -33,6 +33,7 @@ import phantom
 import sample
 from data import Records, Study
 from decoder import Cache
+from processes import Processes
 from sample import Options, generate
 
 MODEL, IMAGES = GOLDEN / "libra-7b" / "model", GOLDEN / "images"
@@ -379,7 +380,7 @@ def test_a_batch_is_what_fits_half_the_memory(monkeypatch):
     one = held + 3 * 4 * 4 * libra.vocabulary
     for free, size in {0: 1, 2 * one: 1, 2 * 7 * one + 1: 7, 2 * 7 * one - 1: 6, 10**12: 16}.items():
         monkeypatch.setattr(checkpoint, "free_memory", lambda device, free=free: free)
-        assert answering.fitting(libra, 100, options, 1) == size
+        assert answering.fitting(libra, 100, options, Processes()) == size
 
 
 # ------------------------------------------------------------------------------------------ priors

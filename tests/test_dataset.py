@@ -23,7 +23,6 @@ from data import (
     Question,
     Record,
     Records,
-    batches,
     check,
     collate,
     encode,
@@ -255,19 +254,6 @@ def test_batches_by_length_hold_like_lengths_in_no_order_of_length():
     assert 0.4 < (np.diff(by_length.mean(1)) > 0).mean() < 0.6
 
 
-@pytest.mark.parametrize("ranks", range(1, 6))
-def test_processes_share_each_batch_and_resume_at_a_record(ranks):
-    numbers = order(103, 0, 0)
-    shares = [list(batches(numbers, 10, 0, rank, ranks)) for rank in range(ranks)]
-    for step, parts in enumerate(zip(*shares, strict=True)):
-        whole = numbers[10 * step : 10 * step + 10]
-        assert sorted(np.concatenate(parts)) == sorted(whole)
-        assert max(map(len, parts)) - min(map(len, parts)) <= 1
-        resumed = next(batches(numbers, 10, 10 * step, ranks - 1, ranks))
-        assert (resumed == parts[-1]).all()
-    assert len(shares[0]) == 11
-
-
 # ------------------------------------------------------------------------------------------ record files
 
 
@@ -436,8 +422,7 @@ def test_a_wrong_image_folder_is_refused(tmp_path):
 
 
 def test_worker_processes_give_the_same_batches():
-    items = dataset("libra-7b")
-    steps = [numbers.tolist() for numbers in batches(order(3, 0, 0), 2)]
+    items, steps = dataset("libra-7b"), [[2, 0], [1]]
     loader = torch.utils.data.DataLoader(
         items, batch_sampler=steps, collate_fn=functools.partial(collate, image_positions=4), num_workers=1
     )

@@ -19,12 +19,12 @@ import prepare
 import sample
 
 FLOORS = [
-    {"cli"},
+    {"cli", "processes"},
     {"attention", "checkpoint", "tokenizer", "image", "radiograph", "mimic"},
     {"encoder", "tac", "decoder", "phantom"},
     {"model", "data", "parts", "metrics"},
-    {"sample", "prepare", "report"},
-    {"answer"},
+    {"sample", "prepare", "report", "steps"},
+    {"answer", "log"},
     {"eval"},
     {"train"},
     {"app", "bench"},

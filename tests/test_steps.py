@@ -1,0 +1,66 @@
+import json
+
+import pytest
+from conftest import GOLDEN, load
+
+from data import IGNORED, ImageFolder
+from processes import Processes
+from steps import NOTHING, Rows, Steps
+from tokenizer import TEMPLATES
+from train import loss_sum
+
+SETTINGS = dict(batch_size=10, micro_batch=2, max_shared=1, epochs=2.0, max_steps=0, seed=0)
+
+
+@pytest.fixture
+def rows(tmp_path):
+    """53 and 50 records of two files; one in seven has an answer behind what max_length leaves."""
+    libra = load("libra-7b")
+    for name, count in (("a", 53), ("b", 50)):
+        with open(tmp_path / name, "w") as file:
+            for number in range(count):
+                question = "Has it grown? " * (40 if number % 7 == 0 else 1)
+                said = [{"from": "human", "value": question}, {"from": "gpt", "value": "It has."}]
+                file.write(json.dumps({"id": f"{name}{number}", "conversations": said}) + "\n")
+    images, template = ImageFolder(GOLDEN / "images", libra.pixels), TEMPLATES[libra.template]
+    return Rows([tmp_path / "a", tmp_path / "b"], images, libra.tokenizer, template, libra.image_positions, 100)
+
+
+@pytest.mark.parametrize("count", range(1, 6))
+def test_processes_share_each_step_and_resume_at_it(rows, count):
+    every = [Steps(rows, Processes(rank, count), **SETTINGS) for rank in range(count)]
+    assert {(steps.per_epoch, steps.count) for steps in every} == {(11, 22)}
+    for epoch in range(2):
+        seen = []
+        for step in range(11 * epoch, 11 * epoch + 11):
+            shares = [[row for micro in steps.micro_batches(step) for row in micro] for steps in every]
+            assert max(map(len, shares)) - min(map(len, shares)) <= 1
+            assert all(len(micro) <= 2 for steps in every for micro in steps.micro_batches(step))
+            seen += [number for share in shares for row in share for number in row]
+        assert sorted(seen) == list(range(103))  # every record once an epoch
+    ids = lambda first: [[rows.ids(micro) for micro, _ in found] for _, found in every[-1].batches(first)]
+    assert ids(15) == ids(0)[15:]
+
+
+@pytest.mark.parametrize("count", range(1, 6))
+def test_even_processes_have_as_many_forward_passes_in_every_step(rows, count):
+    every = [Steps(rows, Processes(rank, count), even=True, **SETTINGS) for rank in range(count)]
+    plain = [Steps(rows, Processes(rank, count), **SETTINGS) for rank in range(count)]
+    passes = [[len(found) for _, found in steps.batches(0)] for steps in every]
+    assert all(found == passes[0] for found in passes)
+    ids = lambda steps: [
+        [rows.ids(micro) for micro, batch in found if batch is not NOTHING] for _, found in steps.batches(0)
+    ]
+    assert list(map(ids, every)) == list(map(ids, plain))
+
+
+def test_nothing_has_no_loss_and_gradients_of_zero():
+    libra = load("libra-7b")
+    weight = libra.decoder.layers[0].mlp.up_proj.weight
+    try:
+        loss = loss_sum(libra.requires_grad_(True), NOTHING)
+        loss.backward()
+        assert float(loss.detach()) == 0 and weight.grad is not None and not weight.grad.any()
+    finally:
+        libra.requires_grad_(False).zero_grad()
+    assert (NOTHING.labels == IGNORED).all() and (NOTHING.segments < 0).all()  # nor does it count
