@@ -22,21 +22,21 @@ Of one head, with c = log2(e) / √D, the sums over the keys j that query i sees
     S = c Q Kᵀ      L_i = log2 Σ_j 2^S_ij      P_ij = 2^(S_ij - L_i)      O = P V
 
 Forward (online softmax: Milakov & Gimelshein 2018; in tiles: Dao 2023, FlashAttention-2): a program has M queries
-and goes through the keys N at a time, with the running maximum m of S and the running sum l of 2^(S - m); where m
-rises, what was summed shrinks by 2^(m_old - m_new). At the end O = acc / l and L = m + log2 l. No T × S matrix is
+and goes through the keys N at a time, with the running maximum m of S and the running sum z of 2^(S - m); where m
+rises, what was summed shrinks by 2^(m_old - m_new). At the end O = acc / z and L = m + log2 z. No T × S matrix is
 ever in memory: only O and L are kept.
 
 Backward: P comes back from L, and with Δ_i = Σ_d dO_id O_id
 
     dV = Pᵀ dO      dS = P ∘ (dO Vᵀ - Δ)      dQ = dS K / √D      dK = dSᵀ Q / √D
 
-One kernel has a block of queries and sums dQ over keys; another a block of keys and sums dK and dV over queries and over
-the query heads of their key head. Nothing is added by two programs, so gradients are the same in every run.
+One kernel has a block of queries and sums dQ over keys; another has a block of keys and sums dK and dV over queries and
+over the query heads of their key head. No two programs add to one number: gradients are the same in every run.
 
-The mask is one function, `_sees`. A small kernel asks it about every pair once per row (a share of about 1 / (4 H D) of
-the work) and lists for each block the blocks that hold a visible pair, those where every pair is visible
-apart: the other kernels go through that list, skip exactly what is empty, and mask only what is mixed. Behind a
-shared prefix most blocks are empty. The list serves every layer of a step.
+The mask is one function, `_sees`. A small kernel asks it about every pair, once for all heads, and lists for each block
+the blocks with which it has a visible pair, those where every pair is visible apart. The other kernels go through that
+list: they skip exactly what is empty, and mask only what is mixed. The list serves every layer of a step. Of a causal
+row about half of all blocks are empty; of the continuations behind a shared prefix all but those of each with itself.
 """
 
 import functools
@@ -55,16 +55,15 @@ except ImportError:  # macOS, Windows: PyTorch computes everything
 logger = logging.getLogger(__name__)  # a library does not know its program's flags: `sample.py --verbose` shows this
 
 # ------------------------------------------------------------------------------------------ kernels
-# Arguments are tuples, so that a kernel's signature can be read:
-# a tensor [B, H, T, D] is (pointer, its strides over B, H, T); D lies dense. A mask is what `_mask` makes of it, a list of
-# visits what `_visits` does. t are places among the queries, j among the keys, h heads of queries, b rows.
+# Arguments are tuples: a tensor [B, H, T, D] is (pointer, its strides over B, H, T), with D dense; a mask and a list of
+# visits are what `_mask` and `_visits` make. t are places among the queries, j among the keys, h is a head, b a row.
 
 jit, constexpr = (triton.jit, tl.constexpr) if triton else (lambda function: function, None)
 
 
 @jit
 def _sees(mask, b, t, j):
-    """The mask of queries t [M] and keys j [N] of row b -> [M, N]. What lies outside the row neither sees nor is seen."""
+    """The mask of queries t [M] and keys j [N] of row b: [M, N]. What is outside the row neither sees nor is seen."""
     table, stride, T, S, ahead, window = mask
     row = table + b * stride
     i = S - T + t  # the queries are the last of the row
@@ -88,15 +87,14 @@ def _visits_kernel(visits, mask, inner, M: constexpr, N: constexpr, BY_KEY: cons
     row = visits + (b * tl.num_programs(0) + outer) * (inner + 2)
     full, mixed = 0, 0
     for other in range(inner):
-        t = (other if BY_KEY else outer) * M + tl.arange(0, M)
+        t = (other if BY_KEY else outer) * M
         j = (outer if BY_KEY else other) * N + tl.arange(0, N)
-        seen = _sees(mask, b, t, j)
-        some = tl.max(tl.max(seen.to(tl.int32), 1), 0)
-        # rows behind the last query may take part: they are loaded as zeros, and give nothing
-        every = tl.min(tl.min((seen | (t >= mask[2])[:, None]).to(tl.int32), 1), 0) * some
-        tl.store(row + tl.where(every == 1, 2 + full, 1 + inner - mixed), other, some == 1)
-        full += every
-        mixed += some - every
+        pairs = tl.sum(tl.sum(_sees(mask, b, t + tl.arange(0, M), j).to(tl.int32), 1), 0)
+        # behind the last query a block may go on: what is loaded there is zeros, and gives nothing
+        whole = pairs == tl.minimum(M, mask[2] - t) * N
+        tl.store(row + tl.where(whole, 2 + full, 1 + inner - mixed), other, pairs > 0)
+        full += whole.to(tl.int32)
+        mixed += ((pairs > 0) & (whole == 0)).to(tl.int32)
     tl.store(row, full)
     tl.store(row + 1, mixed)
 
@@ -133,10 +131,10 @@ def _store(x, b, h, t, count, values, D: constexpr, WIDTH: constexpr):
 
 @jit
 def _forward_blocks(
-    acc, m, l, Q, k, v, mask, b, h, t, c, blocks, begin, end,
+    acc, m, z, Q, k, v, mask, b, h, t, c, blocks, begin, end,
     D: constexpr, WIDTH: constexpr, N: constexpr, DOT: constexpr, MASKED: constexpr,
 ):  # fmt: skip
-    """Go on through the keys of the listed blocks: acc [M, WIDTH], m and l [M], as at the top."""
+    """Go on through the keys of the listed blocks: acc [M, WIDTH], m and z [M], as at the top."""
     S = mask[3]
     for n in range(begin, end):
         j = tl.load(blocks + n) * N + tl.arange(0, N)
@@ -148,8 +146,8 @@ def _forward_blocks(
         p, shrink = tl.exp2(s - base[:, None]), tl.exp2(m - base)
         V = _load(v, b, h, j, S, D, WIDTH)
         acc = tl.dot(p.to(V.dtype), V, acc * shrink[:, None], input_precision=DOT)
-        m, l = top, l * shrink + tl.sum(p, 1)
-    return acc, m, l
+        m, z = top, z * shrink + tl.sum(p, 1)
+    return acc, m, z
 
 
 @jit
@@ -161,16 +159,16 @@ def _forward_kernel(
     h, b, T = tl.program_id(1), tl.program_id(2), mask[2]
     t = block * M + tl.arange(0, M)
     Q = _load(q, b, h, t, T, D, WIDTH)
-    m, l = tl.full([M], float("-inf"), tl.float32), tl.zeros([M], tl.float32)
+    m, z = tl.full([M], float("-inf"), tl.float32), tl.zeros([M], tl.float32)
     acc = tl.zeros([M, WIDTH], tl.float32)
     blocks, full, mixed, end = _list(visits, b, block)
-    acc, m, l = _forward_blocks(acc, m, l, Q, k, v, mask, b, h // R, t, c, blocks, 0, full, D, WIDTH, N, DOT, False)
-    acc, m, l = _forward_blocks(acc, m, l, Q, k, v, mask, b, h // R, t, c, blocks, mixed, end, D, WIDTH, N, DOT, True)
-    blind = l == 0  # sees nothing: O = 0, and backward P = 2^(S - inf) = 0
-    l = tl.where(blind, 1.0, l)
-    _store(out, b, h, t, T, acc / l[:, None], D, WIDTH)
+    acc, m, z = _forward_blocks(acc, m, z, Q, k, v, mask, b, h // R, t, c, blocks, 0, full, D, WIDTH, N, DOT, False)
+    acc, m, z = _forward_blocks(acc, m, z, Q, k, v, mask, b, h // R, t, c, blocks, mixed, end, D, WIDTH, N, DOT, True)
+    blind = z == 0  # sees nothing: O = 0, and backward P = 2^(S - inf) = 0
+    z = tl.where(blind, 1.0, z)
+    _store(out, b, h, t, T, acc / z[:, None], D, WIDTH)
     row = lse + (b * tl.num_programs(1) + h) * T
-    tl.store(row + t, tl.where(blind, float("inf"), m + tl.log2(l)), t < T)
+    tl.store(row + t, tl.where(blind, float("inf"), m + tl.log2(z)), t < T)
 
 
 @jit
@@ -256,23 +254,43 @@ def _dkdv_kernel(
 
 # ------------------------------------------------------------------------------------------ launching
 
-# bytes of a padded row of a head -> (rows of a program's own block, rows of the blocks it visits, warps, stages)
-FORWARD = {32: (128, 64, 4, 3), 64: (128, 64, 4, 3), 128: (128, 64, 4, 3), 256: (128, 64, 8, 3), 512: (64, 32, 4, 2),
-           1024: (32, 16, 4, 1)}  # fmt: skip
-BACKWARD = {32: (64, 64, 4, 3), 64: (64, 64, 4, 3), 128: (64, 64, 4, 2), 256: (64, 64, 8, 2), 512: (32, 32, 4, 1),
-            1024: (16, 16, 4, 1)}  # fmt: skip
+# Columns of a padded head -> of the forward and of the backward kernels: rows of a program's own block, rows of the
+# blocks that it visits, warps, stages of loads under way. The largest blocks that keep everything in registers and fit
+# the shared memory: tests/kernel_compile.py shows that they do.
+_SMALL = ((128, 64, 4, 3), (64, 64, 4, 3))
+_SINGLE = ((64, 32, 4, 2), (32, 16, 4, 1))
+_AMD = ((128, 64, 4, 2), (64, 32, 4, 1))
+TILES = {
+    "ampere": {16: _SMALL, 32: _SMALL, 64: _SMALL, 128: ((64, 64, 4, 3), (64, 64, 8, 2)),
+               256: ((64, 32, 8, 2), (32, 32, 8, 2))},
+    "hopper": {16: _SMALL, 32: _SMALL, 64: _SMALL, 128: ((128, 64, 8, 3), (64, 64, 8, 2)),
+               256: ((64, 64, 8, 2), (64, 16, 8, 2))},
+    "amd": {16: _AMD, 32: _AMD, 64: _AMD, 128: ((128, 32, 4, 2), (64, 32, 4, 1)),
+            256: ((64, 32, 4, 2), (32, 16, 4, 1))},
+    "float32": {16: _SINGLE, 32: _SINGLE, 64: ((32, 32, 4, 1), (32, 32, 4, 1)), 128: ((32, 32, 4, 1), (16, 16, 4, 1)),
+                256: ((16, 16, 4, 1), (16, 16, 8, 1))},
+}  # fmt: skip
 
 
-def _tile(table, q):
-    """Columns of a padded head, and what the table says: own block, visited blocks, warps and stages."""
-    width = max(16, triton.next_power_of_2(q.shape[-1]))
-    own, visited, warps, stages = table[width * q.element_size()]
-    return width, own, visited, dict(num_warps=warps, num_stages=stages)
+def _target(device) -> str:
+    """Whose row of the table a GPU takes, by its shared memory and by how its tensor cores read.
+
+    hopper: 227 KB, operands from shared memory (sm_90, sm_100). ampere: the 99 KB that every other NVIDIA GPU has
+    (sm_80 to sm_89, sm_120). amd: 64 KB, warps of 64.
+    """
+    if torch.version.hip:
+        return "amd"
+    return "hopper" if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10) else "ampere"
 
 
-def _precision(q) -> str:
-    """float32 on NVIDIA's tensor cores as three products of TF32; AMD's matrix cores take float32 itself."""
-    return "tf32x3" if torch.version.hip is None else "ieee"
+def _tile(q, backward):
+    """What the table says: rows of the own and of the visited block, and what else the kernels are compiled for."""
+    target, D = _target(q.device), q.shape[-1]
+    width = max(16, triton.next_power_of_2(D))
+    own, visited, warps, stages = TILES["float32" if q.dtype == torch.float32 else target][width][backward]
+    # float32 on NVIDIA's tensor cores is three products of TF32; AMD's matrix cores take it as it is
+    dot = "ieee" if target == "amd" else "tf32x3"
+    return own, visited, dict(D=D, WIDTH=width, DOT=dot, num_warps=warps, num_stages=stages)
 
 
 def _strided(x):
@@ -311,11 +329,11 @@ def _forward(q, k, v, mask):
     """-> out [B, H, T, D] as q lies in memory, and the base-2 log-sum-exp [B, H, T]: +inf where nothing is seen."""
     (B, H, T, D), H_kv = q.shape, k.shape[1]
     out, lse = torch.empty_like(q), torch.empty(B, H, T, dtype=torch.float32, device=q.device)
-    width, M, N, options = _tile(FORWARD, q)
+    M, N, options = _tile(q, backward=False)
     tensors = (_strided(x) for x in (q, k, v, out))
     _forward_kernel[-(-T // M), H, B](
         *tensors, lse, mask, _visits(mask, M, N, False), H // H_kv, D**-0.5 / math.log(2),
-        D=D, WIDTH=width, M=M, N=N, DOT=_precision(q), **options,
+        M=M, N=N, **options,
     )  # fmt: skip
     return out, lse
 
@@ -335,9 +353,8 @@ class _Fused(torch.autograd.Function):
         (B, H, T, D), (H_kv, S) = q.shape, k.shape[1:3]
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
         dq, dk, dv, deltas = (torch.empty_like(x) for x in (q, k, v, lse))
-        width, own, visited, options = _tile(BACKWARD, q)
+        own, visited, options = _tile(q, backward=True)
         rest = H // H_kv, D**-0.5 / math.log(2), D**-0.5
-        options |= dict(D=D, WIDTH=width, DOT=_precision(q))
         q, k, v, out, grad, *gradients = (_strided(x) for x in (q, k, v, out, grad, dq, dk, dv))
         _dq_kernel[-(-T // own), H, B](
             q, k, v, out, grad, lse, deltas, gradients[0], ctx.mask, _visits(ctx.mask, own, visited, False), *rest,
@@ -399,9 +416,9 @@ def kernel_available(device) -> bool:
 
 
 def _choose(q, S, causal, segments, window) -> str:
-    """What computes it. PyTorch's kernels are the better choice for what they know: no mask, and plain causal attention.
+    """What computes it. PyTorch's kernels are the better choice for what they know: no mask, and plain causal.
 
-    Of segments, windows and queries behind earlier keys they know a dense mask only, T × S and nothing skipped.
+    For segments, windows and queries behind earlier keys they want a dense mask, T × S, and skip nothing.
     """
     T, D = q.shape[2:]
     dense = segments is not None or window is not None or (causal and T < S)
@@ -444,6 +461,12 @@ def shared_prefix_attention(q, prefix_k, prefix_v, lengths, suffix_k, suffix_v, 
     suffix_k, suffix_v [B, K, H_kv, S, D]: what each continuation has added, newest position included.
     window: only the last `window` positions are seen, the newest included.
     Returns [B, H, K, D].
+
+    There is no kernel of its own for this, for on paper there is little to win. What it would save is the scores,
+    written and read again for 16 bytes each (two products, a mask, a concatenation, a softmax). In a layer of the 7B
+    model with 10 continuations of 1,431 positions that is 7 MB a study, beside 23 MB of keys and values and 405 MB
+    of weights: 1.7 % of a step's bytes with one study and 13 % with sixteen, if all of it went through memory; but each
+    of those tensors has at most 15 MB, which a data-centre GPU's cache of 40 MB and more hands from one to the next.
     """
     B, H, K, D = q.shape
     H_kv, P, S = prefix_k.shape[1], prefix_k.shape[2], suffix_k.shape[3]
@@ -460,7 +483,7 @@ def shared_prefix_attention(q, prefix_k, prefix_v, lengths, suffix_k, suffix_v, 
         suffix_scores[..., : max(S - window, 0)] = float("-inf")
     prefix_scores = prefix_scores.masked_fill(hidden[:, None, None], float("-inf"))
     suffix_scores = suffix_scores.permute(0, 2, 3, 1, 4).reshape(B, H_kv, R * K, S)
-    weights = torch.cat((prefix_scores, suffix_scores), -1).float().softmax(-1).to(q.dtype)
+    weights = torch.cat((prefix_scores, suffix_scores), -1).softmax(-1)  # summed in float32, rounded once
     prefix_weights, suffix_weights = weights.split((P, S), -1)
     suffix_weights = suffix_weights.view(B, H_kv, R, K, S).permute(0, 3, 1, 2, 4)  # [B, K, H_kv, R, S]
     suffix_out = (suffix_weights @ suffix_v).permute(0, 2, 3, 1, 4)  # [B, H_kv, R, K, D]

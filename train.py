@@ -284,9 +284,10 @@ def loss_sum(libra: Libra, batch: Batch) -> torch.Tensor:
     shared = bool((segments > 0).any())  # else what is right-padded needs no mask: no position sees what follows it
 
     def attend(layer, q, k, v):
+        window = config.window(layer)
         if shared:
-            return attention(q, k, v, segments=segments)
-        return attention(q, k, v, causal=True, window=config.window(layer))
+            return attention(q, k, v, segments=segments, window=window, positions=positions)
+        return attention(q, k, v, causal=True, window=window)
 
     hidden = libra.decoder(embeddings, positions, attend)
     learnt = labels[:, 1:] != IGNORED
@@ -592,8 +593,7 @@ def run(arguments):
     weights, optimizer = trained(libra), make_optimizer(libra, config)
     rows = Rows(config, config.records, libra, progress("checking records"))
     held_out = Rows(config, config.validation, libra, progress("checking records")) if config.validate_every else None
-    shares = not (libra.decoder.config.sliding_window or find_template(libra.template).drops_question)
-    steps = Steps(config, rows, config.share_prefix and shares, processes)
+    steps = Steps(config, rows, config.share_prefix and not find_template(libra.template).drops_question, processes)
     best = math.inf if config.best == "loss" else -math.inf
     first, best = checkpoints.load(libra, optimizer) if resume else (0, best)
     log, asked = Log(config, first, processes), Asked()

@@ -3,7 +3,7 @@
     TRITON_INTERPRET=1 python -m pytest tests/kernel_numbers.py      without a GPU: Triton's interpreter, on the CPU
     python -m pytest tests/kernel_numbers.py                         on a GPU
 
-The interpreter's bfloat16 products are wrong (numpy has no such type), so there bfloat16 is only loaded, cast and stored.
+The interpreter's bfloat16 products are wrong (numpy has no such type): there bfloat16 is only loaded, cast and stored.
 """
 
 import pytest
