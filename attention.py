@@ -55,8 +55,8 @@ except ImportError:  # macOS, Windows: PyTorch computes everything
 logger = logging.getLogger(__name__)  # a library does not know its program's flags: `sample.py --verbose` shows this
 
 # ------------------------------------------------------------------------------------------ kernels
-# Arguments are tuples: a tensor [B, H, T, D] is (pointer, its strides over B, H, T), with D dense; a mask and a list of
-# visits are what `_mask` and `_visits` make. t are places among the queries, j among the keys, h is a head, b a row.
+# Tensors, masks and lists of visits are tuples, made by `_strided`, `_mask` and `_visits`. t are places among the queries,
+# j among the keys, h is a head, b a row.
 
 jit, constexpr = (triton.jit, tl.constexpr) if triton else (lambda function: function, None)
 
@@ -89,7 +89,7 @@ def _visits_kernel(visits, mask, inner, M: constexpr, N: constexpr, BY_KEY: cons
     for other in range(inner):
         t = (other if BY_KEY else outer) * M
         j = (outer if BY_KEY else other) * N + tl.arange(0, N)
-        pairs = tl.sum(tl.sum(_sees(mask, b, t + tl.arange(0, M), j).to(tl.int32), 1), 0)
+        pairs = tl.sum(_sees(mask, b, t + tl.arange(0, M), j).to(tl.int32))
         # behind the last query a block may go on: what is loaded there is zeros, and gives nothing
         whole = pairs == tl.minimum(M, mask[2] - t) * N
         tl.store(row + tl.where(whole, 2 + full, 1 + inner - mixed), other, pairs > 0)
@@ -112,8 +112,8 @@ def _rows(x, b, h, t, D: constexpr, WIDTH: constexpr):
     """Pointers [rows, WIDTH] to rows t of head h, and which of the columns are there: a head of 80 is padded to 128."""
     pointer, stride_b, stride_h, stride_t = x
     d = tl.arange(0, WIDTH)
-    base = pointer + b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h
-    return base + t[:, None] * stride_t + d[None, :], (d < D)[None, :]
+    base = pointer + (b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h) * D
+    return base + t[:, None] * stride_t * D + d[None, :], (d < D)[None, :]
 
 
 @jit
@@ -261,13 +261,13 @@ _SMALL = ((128, 64, 4, 3), (64, 64, 4, 3))
 _SINGLE = ((64, 32, 4, 2), (32, 16, 4, 1))
 _AMD = ((128, 64, 4, 2), (64, 32, 4, 1))
 TILES = {
-    "ampere": {16: _SMALL, 32: _SMALL, 64: _SMALL, 128: ((64, 64, 4, 3), (64, 64, 8, 2)),
+    "ampere": {16: _SMALL, 32: _SMALL, 64: _SMALL, 128: ((128, 32, 8, 3), (64, 32, 8, 2)),
                256: ((64, 32, 8, 2), (32, 32, 8, 2))},
     "hopper": {16: _SMALL, 32: _SMALL, 64: _SMALL, 128: ((128, 64, 8, 3), (64, 64, 8, 2)),
                256: ((64, 64, 8, 2), (64, 16, 8, 2))},
     "amd": {16: _AMD, 32: _AMD, 64: _AMD, 128: ((128, 32, 4, 2), (64, 32, 4, 1)),
             256: ((64, 32, 4, 2), (32, 16, 4, 1))},
-    "float32": {16: _SINGLE, 32: _SINGLE, 64: ((32, 32, 4, 1), (32, 32, 4, 1)), 128: ((32, 32, 4, 1), (16, 16, 4, 1)),
+    "float32": {16: _SINGLE, 32: _SINGLE, 64: ((32, 32, 4, 1), (32, 32, 4, 1)), 128: ((16, 16, 4, 1), (16, 16, 4, 1)),
                 256: ((16, 16, 4, 1), (16, 16, 8, 1))},
 }  # fmt: skip
 
@@ -294,7 +294,18 @@ def _tile(q, backward):
 
 
 def _strided(x):
-    return x, *x.stride()[:3]
+    """A tensor [B, H, T, D] as the kernels read it: itself and its strides over B, H and T, in rows of D numbers.
+
+    The compiler is told of a number that 16 divides it, and of no other divisor: of heads of 24 it would not know that
+    they can be loaded 16 bytes at a time. That strides are multiples of D tells it.
+    """
+    return x, *(stride // x.shape[-1] for stride in x.stride()[:3])
+
+
+def _in_rows(x):
+    """x, or a copy where its heads do not lie in rows of D numbers."""
+    whole = x.stride(-1) == 1 and all(stride % x.shape[-1] == 0 for stride in x.stride()[:3])
+    return x if whole else x.contiguous()
 
 
 @functools.lru_cache(maxsize=4)
@@ -351,11 +362,10 @@ class _Fused(torch.autograd.Function):
     def backward(ctx, grad):
         q, k, v, out, lse = ctx.saved_tensors
         (B, H, T, D), (H_kv, S) = q.shape, k.shape[1:3]
-        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
         dq, dk, dv, deltas = (torch.empty_like(x) for x in (q, k, v, lse))
         own, visited, options = _tile(q, backward=True)
         rest = H // H_kv, D**-0.5 / math.log(2), D**-0.5
-        q, k, v, out, grad, *gradients = (_strided(x) for x in (q, k, v, out, grad, dq, dk, dv))
+        q, k, v, out, grad, *gradients = (_strided(x) for x in (q, k, v, out, _in_rows(grad), dq, dk, dv))
         _dq_kernel[-(-T // own), H, B](
             q, k, v, out, grad, lse, deltas, gradients[0], ctx.mask, _visits(ctx.mask, own, visited, False), *rest,
             M=own, N=visited, **options,
@@ -371,7 +381,7 @@ def _fused(q, k, v, causal, segments, window, positions):
     """`attention` by the kernel."""
     if torch.is_autocast_enabled(q.device.type):  # as PyTorch does with its own kernels
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = map(_in_rows, (q, k, v))
     # what has no version (made in inference mode) gets one that nothing equals
     versions = tuple(x is not None and (object() if x.is_inference() else x._version) for x in (segments, positions))
     return _Fused.apply(q, k, v, _mask(segments, positions, versions, causal, window, q.shape[2], k.shape[2], q.device))

