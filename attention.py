@@ -55,8 +55,8 @@ except ImportError:  # macOS, Windows: PyTorch computes everything
 logger = logging.getLogger(__name__)  # a library does not know its program's flags: `sample.py --verbose` shows this
 
 # ------------------------------------------------------------------------------------------ kernels
-# Tensors, masks and lists of visits are tuples, made by `_strided`, `_mask` and `_visits`. t are places among the queries,
-# j among the keys, h is a head, b a row.
+# Tensors, masks and lists of visits are tuples, made by `_strided`, `_mask` and `_visits`. t are places among the
+# queries, j among the keys, h is a head, b a row.
 
 jit, constexpr = (triton.jit, tl.constexpr) if triton else (lambda function: function, None)
 
@@ -261,13 +261,13 @@ _SMALL = ((128, 64, 4, 3), (64, 64, 4, 3))
 _SINGLE = ((64, 32, 4, 2), (32, 16, 4, 1))
 _AMD = ((128, 64, 4, 2), (64, 32, 4, 1))
 TILES = {
-    "ampere": {16: _SMALL, 32: _SMALL, 64: _SMALL, 128: ((128, 32, 8, 3), (64, 32, 8, 2)),
+    "ampere": {16: _SMALL, 32: _SMALL, 64: ((128, 32, 4, 3), (64, 64, 4, 3)), 128: ((128, 32, 8, 3), (64, 32, 8, 2)),
                256: ((64, 32, 8, 2), (32, 32, 8, 2))},
     "hopper": {16: _SMALL, 32: _SMALL, 64: _SMALL, 128: ((128, 64, 8, 3), (64, 64, 8, 2)),
                256: ((64, 64, 8, 2), (64, 16, 8, 2))},
     "amd": {16: _AMD, 32: _AMD, 64: _AMD, 128: ((128, 32, 4, 2), (64, 32, 4, 1)),
             256: ((64, 32, 4, 2), (32, 16, 4, 1))},
-    "float32": {16: _SINGLE, 32: _SINGLE, 64: ((32, 32, 4, 1), (32, 32, 4, 1)), 128: ((16, 16, 4, 1), (16, 16, 4, 1)),
+    "float32": {16: _SINGLE, 32: _SINGLE, 64: ((32, 16, 4, 2), (32, 32, 4, 1)), 128: ((16, 16, 4, 1), (16, 16, 4, 1)),
                 256: ((16, 16, 4, 1), (16, 16, 8, 1))},
 }  # fmt: skip
 
@@ -384,7 +384,9 @@ def _fused(q, k, v, causal, segments, window, positions):
     q, k, v = map(_in_rows, (q, k, v))
     # what has no version (made in inference mode) gets one that nothing equals
     versions = tuple(x is not None and (object() if x.is_inference() else x._version) for x in (segments, positions))
-    return _Fused.apply(q, k, v, _mask(segments, positions, versions, causal, window, q.shape[2], k.shape[2], q.device))
+    with torch.cuda.device_of(q):  # Triton launches on the current GPU
+        mask = _mask(segments, positions, versions, causal, window, q.shape[2], k.shape[2], q.device)
+        return _Fused.apply(q, k, v, mask)
 
 
 # ------------------------------------------------------------------------------------------ the plain twin
