@@ -1,7 +1,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-long phantom
+.PHONY: demo test test-long test-kernel phantom
 
 # a report on a drawn patient beside the previous image, and the same with the two images exchanged
 demo: .venv/ready
@@ -17,6 +17,10 @@ test-long: .venv/installed
 	KILLS=30 .venv/bin/python -m pytest tests/test_train.py -k killed
 	KILLS=20 .venv/bin/python -m pytest tests/test_cache.py -k killed
 	.venv/bin/python tests/test_answer.py 10
+
+# the fused kernel compiled for every target, head size and type, without a GPU
+test-kernel: .venv/installed
+	.venv/bin/python tests/kernel_compile.py
 
 # a hospital is drawn, a model learns it from nothing in three stages, and its scores are printed: runs/phantom
 TRAIN = .venv/bin/python train.py configs/$(1).py $(if $(wildcard runs/$(1)/checkpoints/*.pt),--resume)

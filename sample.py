@@ -29,6 +29,7 @@ def parse(arguments=None):
     add("--num-return-sequences", type=int, default=1, metavar="R", help="reports: best beams, or samples")
     add("--chat", action="store_true", help="go on asking about the same images; an empty line ends")
     add("--json", action="store_true", help="print one JSON object: prompt, ids, outputs, seconds")
+    add("--verbose", action="store_true", help="say on stderr which kernels compute attention")
     arguments = parser.parse_args(arguments)
     if len(arguments.images) > 2:
         parser.error(f"--images takes one or two images (current, prior), not {len(arguments.images)}")
@@ -43,6 +44,7 @@ if __name__ == "__main__":  # before torch is imported, so that --help and mista
 # ruff: noqa: E402
 import hashlib
 import json
+import logging
 import re
 import time
 import warnings
@@ -450,6 +452,9 @@ def load(arguments) -> Libra:
 
 def run(arguments):
     warnings.showwarning = lambda message, *_, **__: print(f"sample.py: warning: {message}", file=sys.stderr)
+    if arguments.verbose:
+        logging.basicConfig(format="sample.py: %(message)s")
+        logging.getLogger("attention").setLevel(logging.INFO)
     options = options_of(arguments)
     images = [load_image(image) for image in arguments.images]  # once: an address is fetched, a warning printed
     study = Study(*images, **({"query": arguments.query} if arguments.query else {}))

@@ -271,9 +271,10 @@ def loss_sum(libra: Libra, batch: Batch) -> torch.Tensor:
     shared = bool((segments > 0).any())  # else what is right-padded needs no mask: no position sees what follows it
 
     def attend(layer, q, k, v):
+        window = config.window(layer)
         if shared:
-            return attention(q, k, v, segments=segments)
-        return attention(q, k, v, causal=True, window=config.window(layer))
+            return attention(q, k, v, segments=segments, window=window, positions=positions)
+        return attention(q, k, v, causal=True, window=window)
 
     hidden = libra.decoder(embeddings, positions, attend)
     learnt = labels[:, 1:] != IGNORED
@@ -302,11 +303,10 @@ def open_rows(config: TrainConfig, files: tuple[str, ...], libra: Libra, show=la
 
 
 def open_steps(config: TrainConfig, rows: Rows, libra: Libra, processes: Processes) -> Steps:
-    alone = libra.decoder.config.sliding_window or find_template(libra.template).drops_question
-    most = config.max_shared if config.share_prefix and not alone else 1
+    shares = config.share_prefix and not find_template(libra.template).drops_question
     names = ("batch_size", "micro_batch", "epochs", "max_steps", "seed", "workers")
     settings = {name: getattr(config, name) for name in names}
-    return Steps(rows, processes, max_shared=most, even=config.fsdp, **settings)
+    return Steps(rows, processes, max_shared=config.max_shared if shares else 1, even=config.fsdp, **settings)
 
 
 # ------------------------------------------------------------------------------------------ checkpoints

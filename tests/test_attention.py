@@ -8,10 +8,11 @@ from conftest import relative
 from attention import attention, shared_prefix_attention
 
 
-def by_the_book(q, k, v, segments=None):
+def by_the_book(q, k, v, segments=None, window=None, positions=None):
     """Attention in float64, one query at a time, over the keys that the rule, as it is written, lets it see.
 
-    segments, lists of B: the rule; None: everything is seen. A query that sees nothing sums over nothing: zeros.
+    segments, lists of B: the rule; None: everything is seen. window counts positions, lists of B, or without them
+    places. A query that sees nothing sums over nothing: zeros.
     """
     (B, H, T, D), (H_kv, S) = q.shape, k.shape[1:3]
     q, k, v = q.double(), k.double(), v.double()
@@ -21,6 +22,9 @@ def by_the_book(q, k, v, segments=None):
         if segments is not None:
             i, segment = S - T + t, segments[b]
             seen = [j for j in seen if j <= i and segment[j] != -1 and segment[j] in (0, segment[i])]
+        if window is not None:
+            place = list(range(S)) if positions is None else positions[b]
+            seen = [j for j in seen if place[S - T + t] - place[j] < window]
         keys, values = (x[b, h // (H // H_kv), seen] for x in (k, v))
         rows.append((keys @ q[b, h, t] / math.sqrt(D)).softmax(0) @ values)
     return torch.stack(rows).view(B, H, T, D)
