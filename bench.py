@@ -14,22 +14,6 @@ import sys
 
 from cli import Parser, atomic, guard, print_table, progress
 
-GPUS = {  # dense FLOP/s in bfloat16, bytes of memory, bytes/s; makers' data sheets
-    "A100": (312e12, 80e9, 2.04e12), "A100-40": (312e12, 40e9, 1.56e12), "H100": (989e12, 80e9, 3.35e12),
-    "H200": (989e12, 141e9, 4.8e12), "B200": (2250e12, 180e9, 7.7e12), "L40S": (362e12, 48e9, 0.864e12),
-    "A6000": (155e12, 48e9, 0.768e12), "3090": (71e12, 24e9, 0.936e12), "4090": (165e12, 24e9, 1.01e12),
-    "5090": (210e12, 32e9, 1.79e12), "MI300X": (1307e12, 192e9, 5.3e12),
-}  # fmt: skip
-MODELS = {  # the fields of config.json of published language models that decide what they cost
-    "7b": dict(model_type="llama"),  # Llama 2, Vicuna, Meditron: the defaults
-    "3b": dict(model_type="llama", hidden_size=3072, intermediate_size=8192, num_hidden_layers=28,
-               num_attention_heads=24, num_key_value_heads=8, head_dim=128, vocab_size=128256,
-               tie_word_embeddings=True),  # Llama 3.2
-    "8b": dict(model_type="llama", intermediate_size=14336, num_key_value_heads=8, vocab_size=128256),  # Llama 3
-    "mistral-7b": dict(model_type="mistral"),
-}  # fmt: skip
-RAD_DINO = dict(model_type="dinov2", image_size=518, patch_size=14)
-
 
 def parse(arguments=None):
     parser = Parser(prog="bench.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -43,7 +27,7 @@ def parse(arguments=None):
     add("--runs", type=int, default=3, metavar="N", help="runs of each side; the median counts (3)")
     add("--json", action="store_true", help="print one JSON object")
     add("--plot", metavar="FILE", help="write the bars as SVG")
-    add("--gpu", default="H100", choices=GPUS, help="plan: the GPU (H100)")
+    add("--gpu", default="H100", metavar="NAME", help="plan: A100, H100, H200, 4090, … (H100)")
     add("--gpus", type=int, default=1, metavar="N", help="plan: how many (1)")
     add("--rows", type=int, default=4, metavar="N", help="plan: rows in a forward pass of one GPU (4)")
     add("--questions", type=int, default=4, metavar="N", help="plan: questions about a pair in stage 1 (4)")
@@ -55,6 +39,7 @@ def parse(arguments=None):
     return arguments
 
 
+RAD_DINO = dict(model_type="dinov2", image_size=518, patch_size=14)
 SIZES = {  # of the random models: the fields of the encoder's and of the decoder's config.json
     "small": (
         RAD_DINO | dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=6),
@@ -94,72 +79,27 @@ from PIL import Image
 from torch import nn
 
 import checkpoint
+import costs
 import parts
 from attention import attention
+from costs import (
+    ANSWER,
+    PREFIX,
+    QUESTION,
+    RANK,
+    connector_flops,
+    encoder_flops,
+    layer_parameters,
+    prefill_flops,
+    step_flops,
+)
 from data import IGNORED, Item, Study, collate
-from decoder import PROJECTIONS, Cache, DecoderConfig, decoder_config
-from encoder import EncoderConfig, encoder_config, preprocess
+from decoder import PROJECTIONS, Cache, decoder_config
+from encoder import encoder_config, preprocess
 from model import Libra, find_device
 from sample import generate, prompt_of
 from tokenizer import IMAGE, find_template
 from train import TrainConfig, build, loss_sum, make_optimizer, return_memory_at_once, trained
-
-# ------------------------------------------------------------------------------------------ work on paper
-
-
-def encoder_flops(config: EncoderConfig, images: int) -> float:
-    """Multiplications and additions, each counted."""
-    C, N = config.hidden_size, (config.image_size // config.patch_size) ** 2 + config.class_token
-    layer = 2 * N * (4 * C * C + 2 * C * config.intermediate_size) + 4 * N * N * C
-    return images * (config.num_hidden_layers * layer + 2 * N * 3 * config.patch_size**2 * C)
-
-
-def connector_flops(encoder: EncoderConfig, hidden: int) -> float:
-    """TAC's, of one pair: three attentions and two MLPs; the layerwise extractor is a matter of bytes."""
-    C, N = encoder.hidden_size, (encoder.image_size // encoder.patch_size) ** 2
-    return 3 * (2 * N * 4 * C * C + 4 * N * N * C) + 2 * N * (2 * C * C + C * hidden + 3 * hidden * hidden)
-
-
-def layer_parameters(config: DecoderConfig) -> int:
-    """Of all the decoder's layers, norms left out."""
-    C, D = config.hidden_size, config.head_dim
-    mixing = C * D * (2 * config.num_attention_heads + 2 * config.num_key_value_heads)
-    return config.num_hidden_layers * (mixing + 3 * C * config.intermediate_size)
-
-
-def decoder_flops(config: DecoderConfig, positions: int, seen: float, scored: int) -> float:
-    """positions that each see `seen` others on average, of which `scored` reach the head."""
-    mixed = 4 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * seen
-    return positions * (2 * layer_parameters(config) + mixed) + 2 * scored * config.vocab_size * config.hidden_size
-
-
-def lora_parameters(config: DecoderConfig, rank: int) -> int:
-    """Of LoRA beside all seven projections."""
-    C, q, kv = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
-    widths = 2 * (C + q * config.head_dim) + 2 * (C + kv * config.head_dim) + 3 * (C + config.intermediate_size)
-    return config.num_hidden_layers * rank * widths
-
-
-PREFIX, QUESTION, ANSWER = 40, 38, 79  # ids of a training record around its image, as an average question of Diff-VQA
-RANK = 128  # of LoRA, as published
-
-
-def training_flops(encoder: EncoderConfig, decoder: DecoderConfig, pairs: int, questions: int, shared: bool, lora=False):
-    """A step's: everything forward, through the decoder back to what learns; no weight of the decoder gets a gradient.
-
-    questions: about each pair; shared: behind one prefix, else each in a row of its own, with its images.
-    """
-    text = QUESTION + ANSWER
-    prefix = (encoder.image_size // encoder.patch_size) ** 2 + PREFIX
-    rows, segments = (pairs, questions) if shared else (pairs * questions, 1)
-    positions = prefix + segments * text
-    seen = (prefix * prefix / 2 + segments * text * (prefix + text / 2)) / positions
-    forward = rows * decoder_flops(decoder, positions, seen, segments * ANSWER)
-    tac = rows * connector_flops(encoder, decoder.hidden_size) * (1 if lora else 3)
-    adapted = 6 * rows * positions * lora_parameters(decoder, RANK) if lora else 0
-    attended = rows * decoder_flops(decoder, positions, seen, 0) - 2 * rows * positions * layer_parameters(decoder)
-    return rows * encoder_flops(encoder, 2) + tac + 2 * forward + attended + adapted
-
 
 # ------------------------------------------------------------------------------------------ the model and its inputs
 
@@ -500,10 +440,10 @@ def peaks(setup: Setup, dtype: torch.dtype) -> tuple[float, float]:
 # ------------------------------------------------------------------------------------------ rows
 
 LABELS = {
-    "load": "load", "encoder": "encoder, a pair", "connector": "connector", "prefill": "prefill, {positions:,} positions",
-    "greedy": "greedy, {NEW} tokens, all included", "beams": "10 beams × {NEW}, all included",
-    "studies": "{STUDIES} studies, greedy {SHORT}, one batch", "step": "stage-1 step, 4 pairs, a question each",
-    "questions": "stage-1 step, a pair, 4 questions, one row", "lora": "LoRA step, 2 rows, rank {RANK}",
+    "load": "load", "encoder": "encoder, a pair", "connector": "connector", "prefill": "prefill, POSITIONS positions",
+    "greedy": f"greedy, {NEW} tokens, all included", "beams": f"10 beams × {NEW}, all included",
+    "studies": f"{STUDIES} studies, greedy {SHORT}, one batch", "step": "stage-1 step, 4 pairs, a question each",
+    "questions": "stage-1 step, a pair, 4 questions, one row", "lora": f"LoRA step, 2 rows, rank {RANK}",
 }  # fmt: skip
 DECODING = ("load", "encoder", "connector", "prefill", "greedy", "beams", "studies")
 
@@ -519,57 +459,56 @@ def sides_of(work: str) -> dict:
 
 
 def table(what: str, setup: Setup, given: dict, runs: int, peak: tuple, show) -> list[dict]:
-    """A row for every comparison: seconds, peak memory and ratio of both, and what limits ours."""
+    """A row for every comparison: seconds, peak memory and ratio of both sides, and what limits ours."""
     works = {"all": (*DECODING, *TRAINING), "decode": DECODING, "train": ("encoder", *TRAINING)}[what]
-    rows, seconds = [], {}
+    found, seconds, rows = {}, {}, []
     total = runs * sum(len(sides_of(work)) for work in works)
     done = iter(range(1, total + 1))
     for work in works:
-        sides = sides_of(work)
-        measured, failed = measure(sides, setup, runs, lambda: show(next(done), total))
-        (mine, memory), *_ = measured.values()
-        seconds[work] = mine
-        row = dict(work=work, seconds=mine, encoders=mine / seconds.get("encoder", mine), memory=memory,
-                   limit=limit(work, seconds, given, peak),
-                   label=LABELS[work].format(positions=len(given["ids"]) - 1 + given["positions"], **globals()))  # fmt: skip
-        for other in list(sides)[1:] or [None]:
-            theirs = {}
-            if other in measured:
-                count = STUDIES if work == "studies" else 1
-                its_seconds, its_memory = measured[other][0] * count, measured[other][1]
-                theirs = dict(other_seconds=its_seconds, ratio=its_seconds / mine, other_memory=its_memory)
-            rows.append(row | dict(other=other, note=failed.get(other)) | theirs)
-    for row in rows:  # the encoder's pass comes behind the loading
-        row["encoders"] = row["seconds"] / seconds["encoder"]
+        measured, failed = measure(sides_of(work), setup, runs, lambda: show(next(done), total))
+        found[work], seconds[work] = (measured, failed), measured["ours"][0]
+        shown = ", ".join(f"{side} {a:.2f} s {b / 2**30:.2f} GiB" for side, (a, b) in measured.items())
+        print(f"{work}: {shown}", *failed.values(), sep="; ", file=sys.stderr)
+    for work, (measured, failed) in found.items():
+        mine, memory = measured.pop("ours")
+        label = LABELS[work].replace("POSITIONS", f"{positions_of(given):,}")
+        row = dict(work=work, label=label, seconds=mine, encoders=mine / seconds["encoder"], memory=memory,
+                   limit=limit(work, seconds, given, peak))  # fmt: skip
+        for other, (its_seconds, its_memory) in measured.items():
+            its_seconds *= STUDIES if work == "studies" else 1
+            theirs = dict(other_seconds=its_seconds, ratio=its_seconds / mine, other_memory=its_memory)
+            rows.append(row | dict(other=other) | theirs)
+        rows += [row | dict(other=other, note=note) for other, note in failed.items()]
+        if not (measured or failed):
+            rows.append(row | dict(other=None))
     return rows
 
 
 def limit(work: str, seconds: dict, given: dict, peak: tuple) -> str:
-    """What our time goes into: a share of the peak of matrix products, or of the memory's."""
-    encoder, decoder = given["encoder"], given["decoder"]
-    positions, size = len(given["ids"]) - 1 + given["positions"], given["dtype"].itemsize
-    prefill = decoder_flops(decoder, positions, positions / 2, 1)
-    tac = connector_flops(encoder, decoder.hidden_size)
-    weights = (layer_parameters(decoder) + decoder.vocab_size * decoder.hidden_size) * size
+    """What our time goes into: its share of the peak of matrix products, or of the memory's."""
+    encoder, decoder, size = given["encoder"], given["decoder"], given["dtype"].itemsize
+    weights = layer_parameters(decoder) + decoder.vocab_size * decoder.hidden_size  # read for every token
     if work == "load":
-        return f"{1e-9 * weights / seconds[work]:.1f} GB/s of the decoder's weights"
+        return f"{weights * size / seconds[work] / 1e9:.1f} GB/s, the decoder alone"
     if work in BEAMS:
         shares = [seconds[part] / seconds[work] for part in ("encoder", "connector", "prefill")]
         token = (1 - sum(shares)) * seconds[work] / (NEW - 1)
-        keys = 2 * decoder.num_hidden_layers * decoder.num_key_value_heads * decoder.head_dim * positions * size
-        rate = (weights + keys) / token / peak[1] if token > 0 else 0
-        return (f"encoder {shares[0]:.0%}, connector {shares[1]:.0%}, prefill {shares[2]:.0%}; "
-                f"{1e3 * token:.1f} ms a token, {rate:.0%} of the memory's peak")  # fmt: skip
-    text = positions - given["positions"] + SHORT
-    flops = {
-        "encoder": encoder_flops(encoder, 2), "connector": tac, "prefill": prefill,
-        "studies": STUDIES * (encoder_flops(encoder, 2) + tac + prefill + decoder_flops(decoder, SHORT, text, SHORT)),
-    }  # fmt: skip
+        keys = 2 * decoder.num_hidden_layers * decoder.num_key_value_heads * decoder.head_dim * positions_of(given)
+        return (f"encoder {shares[0]:.0%}, connector {shares[1]:.0%}, prefill {shares[2]:.0%}; a token "
+                f"{1e3 * token:.1f} ms, {(weights + keys) * size / token / peak[1]:.0%} of the copy")  # fmt: skip
     if work in TRAINING:
         shape = TRAINING[work]
-        pairs, rest = len(shape["numbers"]), (shape["questions"], shape["shared"], work == "lora")
-        flops[work] = training_flops(encoder, decoder, pairs, *rest)
-    return f"{flops[work] / seconds[work] / peak[0]:.0%} of the peak of matrix products"
+        flops = step_flops(encoder, decoder, len(shape["numbers"]), shape["questions"], work == "lora")
+    else:
+        pair, prefill = encoder_flops(encoder, 2), prefill_flops(decoder, positions_of(given))
+        tac = connector_flops(encoder, decoder.hidden_size)
+        every = STUDIES * (pair + tac + prefill + 2 * SHORT * weights)
+        flops = {"encoder": pair, "connector": tac, "prefill": prefill, "studies": every}[work]
+    return f"{flops / seconds[work] / peak[0]:.0%} of the matrix product"
+
+
+def positions_of(given: dict) -> int:
+    return len(given["ids"]) - 1 + given["positions"]
 
 
 def cells(row: dict) -> list[str]:
@@ -597,7 +536,8 @@ def bars(rows: list[dict], title: str) -> str:
         y += 28
     drawn.append(f'<text x="10" y="{y + 8}">passes of the encoder over a pair; blue: ours</text>')
     look = 'font-family="sans-serif" font-size="13" fill="#888"'
-    return "\n".join((f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 660 {y + 20}" {look}>', *drawn, "</svg>\n"))
+    size = f'viewBox="0 0 660 {y + 20}"'
+    return "\n".join((f'<svg xmlns="http://www.w3.org/2000/svg" {size} {look}>', *drawn, "</svg>\n"))
 
 
 def machine(setup: Setup) -> str:
@@ -629,13 +569,12 @@ def compare(arguments):
             file.write(bars(rows, f"{facts['model']}, {facts['machine']}"))
     if arguments.json:
         return print(json.dumps(facts | {"rows": rows}))
-    print(f"{facts['machine']}; torch {facts['torch']}, {facts['dtype']}; model {facts['model']}; {unit}, medians of "
-          f"{facts['runs']}\nmeasured peaks: {peak[0] / 1e9:,.0f} GFLOP/s in a matrix product, {peak[1] / 1e9:.1f} GB/s "
-          "in a copy\n")  # fmt: skip
+    print(f"{facts['machine']}; torch {facts['torch']}, {facts['dtype']}; model {facts['model']}")
+    print(f"{unit}, median of {arguments.runs}; matrix product {peak[0] / 1e9:,.0f} GFLOP/s, copy {peak[1] / 1e9:.1f} GB/s\n")
     head = ["work", "ours", "encoders", "GiB", "against", "its", "ratio", "GiB", "what limits ours"]
     print_table([head, *map(cells, rows)])
     for row in rows:
-        if row["note"]:
+        if "note" in row:
             print(f"{row['label']}, {row['other']}: {row['note']}")
     print("\nencoders: in passes of our encoder over a pair; ratio: the other's time over ours; GiB: peak memory of "
           "each side's own process")  # fmt: skip
@@ -648,7 +587,7 @@ def compare_attention(arguments):
     """Forward and backward of one attention, its kernels side by side."""
     setup = Setup("", str(find_device(arguments.device)), arguments.threads, "")
     torch.set_num_threads(setup.threads)
-    prefix, text, count = 1431, 150, 4
+    prefix, text, count = 1431, 150, 4  # what an image pair and its prompt take, and a question with its answer
     length = prefix + count * text
     segments = torch.tensor([[0] * prefix + [n for n in range(1, count + 1) for _ in range(text)]], device=setup.device)
     clock = clock_of(setup)
@@ -669,8 +608,10 @@ def compare_attention(arguments):
                      other_seconds=seconds(count, prefix + text, 8, None, **separate))]  # fmt: skip
         note = "no GPU here: the fused kernel cannot be timed; PyTorch's attention, 8 heads of 128, float32:"
     else:
-        masks = {"causal, 2,048 positions": (2048, separate), "causal, 4,096 positions, window 1,024":
-                 (4096, separate | dict(window=1024)), f"{count} × {text} behind {prefix:,}": (length, shared)}  # fmt: skip
+        masks = {
+            "causal, 2,048 positions": (2048, separate), f"{count} × {text} behind {prefix:,}": (length, shared),
+            "causal, 4,096 positions, window 1,024": (4096, separate | dict(window=1024)),
+        }  # fmt: skip
         time_of = lambda impl, positions, mask: seconds(1, positions, 32, torch.bfloat16, impl=impl, **mask)
         rows = [dict(mask=name, seconds=time_of("triton", *mask), other_seconds=time_of("torch", *mask))
                 for name, mask in masks.items()]  # fmt: skip
@@ -685,94 +626,25 @@ def compare_attention(arguments):
 
 # ------------------------------------------------------------------------------------------ plans
 
-TRAINS, DECODES, READS = 0.4, 0.5, 0.6  # shares of a GPU's peaks that we assume: FLOP/s in training and prefill, bytes/s
-TEST_SET, REPORT = 2461, 120  # studies of the published test set; tokens of a report
-
-
-def plan(encoder: EncoderConfig, decoder: DecoderConfig, arguments) -> dict[str, list[tuple[str, float, str, str]]]:
-    """{part: [(term, value, unit, how)]}: bytes, FLOPs and hours of both stages and of the test set."""
-    flops, memory, rate = GPUS[arguments.gpu]
-    layers, C = decoder.num_hidden_layers, decoder.hidden_size
-    patches = (encoder.image_size // encoder.patch_size) ** 2
-    head = decoder.vocab_size * C
-    language = layer_parameters(decoder) + head * (1 if decoder.tie_word_embeddings else 2)
-    vision = encoder.num_hidden_layers * (4 * encoder.hidden_size**2 + 2 * encoder.hidden_size
-                                          * encoder.intermediate_size)  # fmt: skip
-    width = encoder.hidden_size
-    tac = 12 * width**2 + 2 * width**2 + width * C + 3 * C * C
-    frozen = 2 * (language + vision)
-    q, kv = (heads * decoder.head_dim for heads in (decoder.num_attention_heads, decoder.num_key_value_heads))
-    # kept in a layer for the backward pass, bytes a position: two norms' inputs in float32; q, k, v and what attention
-    # gives; gate and up, in 16 bits. LoRA keeps its inputs too: of q, k, v, of o, of gate and up, of down; and its ranks
-    kept = 8 * C + 2 * (2 * q + 2 * kv) + 4 * decoder.intermediate_size
-    kept_by_lora = 2 * (C + q + C + decoder.intermediate_size) + 14 * RANK
-    found = {}
-    for stage, learnt in (("stage 1: TAC", tac), ("stage 2: LoRA", lora_parameters(decoder, RANK))):
-        lora = stage.endswith("LoRA")
-        questions = 1 if lora else arguments.questions
-        positions = patches + PREFIX + questions * (QUESTION + ANSWER)
-        kept_here = kept + lora * kept_by_lora
-        activations = arguments.rows * positions * layers * kept_here
-        again = arguments.rows * positions * (2 * C * layers + kept_here)
-        learning = 16 * learnt
-        work = training_flops(encoder, decoder, 1, questions, True, lora)
-        hours = arguments.records / questions * work / (TRAINS * flops * arguments.gpus) / 3600
-        found[stage] = [
-            ("frozen weights", frozen, "GB", f"2 bytes × {(language + vision) / 1e9:.2f} G"),
-            ("learning", learning, "GB", f"16 bytes × {learnt / 1e6:.0f} M: weights, gradients, AdamW in float32"),
-            ("activations", activations, "GB", f"{arguments.rows} rows × {positions:,} positions × {layers} layers × "
-             f"{kept_here / 1e3:.1f} kB"),
-            ("memory", frozen + learning + activations, "GB", fits(frozen + learning + activations, memory)),
-            ("with gradient checkpointing", frozen + learning + again, "GB", fits(frozen + learning + again, memory)),
-            ("work of a row", work, "TFLOP", f"{questions} question(s), shared prefix, without recomputing"),
-            ("time", hours, "h", f"{arguments.records:,} records, one pass, {TRAINS:.0%} of {flops / 1e12:,.0f} TFLOP/s "
-             f"× {arguments.gpus}; a third more with gradient checkpointing"),
-        ]  # fmt: skip
-    prompt = patches + 62  # the published prompt
-    for name, beams in (("greedy", 1), ("10 beams", 10)):
-        studies = 8
-        a_position = 2 * 2 * layers * kv
-        cache = studies * (prompt + beams * REPORT) * a_position
-        reading = encoder_flops(encoder, 2) + connector_flops(encoder, C) + decoder_flops(decoder, prompt, prompt / 2, 1)
-        each = 2 * (layer_parameters(decoder) + head) + studies * (prompt + beams * REPORT / 2) * a_position
-        prefill = TEST_SET * reading / (DECODES * flops * arguments.gpus) / 3600
-        tokens = TEST_SET / studies * REPORT * each / (READS * rate * arguments.gpus) / 3600
-        found[f"test set: {TEST_SET:,} studies, {name}"] = [
-            ("weights", frozen + 2 * tac, "GB", "2 bytes each"),
-            ("keys and values", cache, "GB", f"{studies} studies × ({prompt:,} + {beams} × {REPORT}) positions × "
-             f"{a_position / 1e3:.0f} kB"),
-            ("memory", frozen + 2 * tac + cache, "GB", fits(frozen + 2 * tac + cache, memory)),
-            ("encoder, TAC, prefill", reading, "TFLOP", "a study"),
-            ("time for them", prefill, "h", f"{DECODES:.0%} of {flops / 1e12:,.0f} TFLOP/s × {arguments.gpus}"),
-            ("bytes of a token", each, "GB", f"weights, and the cache of {studies} studies at half its length"),
-            ("time for tokens", tokens, "h", f"{REPORT} a study, {READS:.0%} of {rate / 1e12:.2f} TB/s × {arguments.gpus}"),
-            ("time", prefill + tokens, "h", ""),
-        ]  # fmt: skip
-    return found
-
-
-def fits(needed: float, memory: float) -> str:
-    return f"fits {memory / 1e9:.0f} GB" if needed < 0.92 * memory else f"does not fit {memory / 1e9:.0f} GB"
-
-
-SCALES = {"GB": 1e9, "TFLOP": 1e12, "h": 1}
-
 
 def show_plan(arguments):
     name = arguments.model or "7b"
-    if name not in MODELS and not Path(name, "config.json").is_file():
-        raise ValueError(f"--model {name} is neither a folder with a config.json nor one of {', '.join(MODELS)}")
-    fields = MODELS[name] if name in MODELS else checkpoint.read_json(Path(name, "config.json"))
-    found = plan(encoder_config(RAD_DINO, "RAD-DINO", {}), decoder_config(fields, name), arguments)
+    if name not in costs.MODELS and not Path(name, "config.json").is_file():
+        raise ValueError(f"--model {name} is neither a folder with a config.json nor one of {', '.join(costs.MODELS)}")
+    if arguments.gpu not in costs.GPUS:
+        raise ValueError(f"--gpu {arguments.gpu} is not one of {', '.join(costs.GPUS)}")
+    fields = costs.MODELS.get(name) or checkpoint.read_json(Path(name, "config.json"))
+    sizes = encoder_config(RAD_DINO, "RAD-DINO", {}), decoder_config(fields, name)
+    counts = (arguments.gpus, arguments.rows, arguments.questions, arguments.records)
+    found = costs.plan(*sizes, arguments.gpu, *counts)
     if arguments.json:
-        return print(json.dumps({part: [dict(zip(("term", "value", "unit", "how"), term, strict=True)) for term in terms]
-                                 for part, terms in found.items()}))  # fmt: skip
-    print(f"{name} on {arguments.gpus} × {arguments.gpu}, on paper: an estimate, not a measurement\n")
+        named = lambda term, value, unit, how: dict(term=term, value=value / unit[1], unit=unit[0], how=how)
+        return print(json.dumps({part: [named(*term) for term in terms] for part, terms in found.items()}))
+    print(f"{name} on {arguments.gpus} × {arguments.gpu}: an estimate on paper, nothing here is measured")
     for part, terms in found.items():
-        print(part)
-        for term, value, unit, how in terms:
-            print(f"  {term:<28} {value / SCALES[unit]:>9,.2f} {unit:<6} {how}".rstrip())
-        print()
+        print(f"\n{part}")
+        for term, value, (unit, scale), how in terms:
+            print(f"  {term:<24} {value / scale:>10,.2f} {unit:<6} {how}".rstrip())
 
 
 def run(arguments):
