@@ -179,7 +179,7 @@ def ours(work: str, setup: Setup, separate: bool = False):
     """A function that does some work once and returns what it computed, as a list of numbers."""
     read = partial(Libra.from_pretrained, setup.model, device=setup.device)
     if work == "load":
-        return lambda: read() and []
+        return lambda: touch(read())
     if work in TRAINING:
         return train_ours(work, setup, separate)
     libra = read()
@@ -262,7 +262,7 @@ def peer(work: str, setup: Setup):
         return [module.to(setup.device).eval().requires_grad_(False) for module in (encoder, decoder)]
 
     if work == "load":
-        return lambda: read() and []
+        return lambda: touch(*read())
     encoder, decoder = read()
     decoder.generation_config.eos_token_id = None
     connector = given["connector"].to(setup.device).requires_grad_(False)
@@ -320,6 +320,14 @@ def adapt(decoder: nn.Module) -> nn.Module:
     return peft.get_peft_model(decoder, config).train()
 
 
+def touch(*models: nn.Module) -> list:
+    """Read every weight: `transformers` maps files, and what nothing reads was not loaded."""
+    for model in models:
+        for parameter in model.parameters():
+            parameter.sum()
+    return []
+
+
 def sampled(values: torch.Tensor) -> list[float]:
     """Some thousand of the values, evenly spread: what two sides are compared by."""
     return values.flatten()[:: values.numel() // 1000 or 1].float().tolist()
@@ -364,7 +372,7 @@ def peak_memory(device: str) -> int:
 def measure(sides: dict, setup: Setup, runs: int, show=lambda: None) -> tuple[dict, dict]:
     """({side: (median of seconds, peak of memory)}, {side: why not}), our side first."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch"])
+    context.set_forkserver_preload(["bench"])
     workers, results, failed = {}, {}, {}
 
     def ask(name, message=None):
@@ -440,7 +448,7 @@ def peaks(setup: Setup, dtype: torch.dtype) -> tuple[float, float]:
 # ------------------------------------------------------------------------------------------ rows
 
 LABELS = {
-    "load": "load", "encoder": "encoder, a pair", "connector": "connector", "prefill": "prefill, POSITIONS positions",
+    "load": "load, every weight read", "encoder": "encoder, a pair", "connector": "connector", "prefill": "prefill, POSITIONS positions",
     "greedy": f"greedy, {NEW} tokens, all included", "beams": f"10 beams × {NEW}, all included",
     "studies": f"{STUDIES} studies, greedy {SHORT}, one batch", "step": "stage-1 step, 4 pairs, a question each",
     "questions": "stage-1 step, a pair, 4 questions, one row", "lora": f"LoRA step, 2 rows, rank {RANK}",
@@ -570,7 +578,8 @@ def compare(arguments):
     if arguments.json:
         return print(json.dumps(facts | {"rows": rows}))
     print(f"{facts['machine']}; torch {facts['torch']}, {facts['dtype']}; model {facts['model']}")
-    print(f"{unit}, median of {arguments.runs}; matrix product {peak[0] / 1e9:,.0f} GFLOP/s, copy {peak[1] / 1e9:.1f} GB/s\n")
+    measured = f"matrix product {peak[0] / 1e9:,.0f} GFLOP/s, copy {peak[1] / 1e9:.1f} GB/s"
+    print(f"{measured}; {unit}, medians of {arguments.runs}\n")
     head = ["work", "ours", "encoders", "GiB", "against", "its", "ratio", "GiB", "what limits ours"]
     print_table([head, *map(cells, rows)])
     for row in rows:
@@ -604,9 +613,9 @@ def compare_attention(arguments):
     shared, separate = dict(segments=segments), dict(causal=True)
     if setup.device == "cpu":
         work = f"{count} questions of {text} behind {prefix:,} positions"
-        rows = [dict(mask=f"{work}, one row against rows of their own", seconds=seconds(1, length, 8, None, **shared),
-                     other_seconds=seconds(count, prefix + text, 8, None, **separate))]  # fmt: skip
-        note = "no GPU here: the fused kernel cannot be timed; PyTorch's attention, 8 heads of 128, float32:"
+        rows = [dict(mask=f"{work}, one row against rows of their own", seconds=seconds(1, length, 2, None, **shared),
+                     other_seconds=seconds(count, prefix + text, 2, None, **separate))]  # fmt: skip
+        note = "no GPU here: the fused kernel cannot be timed; PyTorch's attention, 2 heads of 128, float32:"
     else:
         masks = {
             "causal, 2,048 positions": (2048, separate), f"{count} × {text} behind {prefix:,}": (length, shared),

@@ -192,7 +192,7 @@ def test_a_plan_says_what_fits(capsys):
     ("arguments", "text"),
     [
         (["--runs", "0"], "--runs 0 is not at least 1"),
-        (["--treads", "2"], "did you mean --threads?"),
+        (["--treads=2"], "did you mean --threads?"),
         (["plan", "--model", "70b"], "--model 70b is neither a folder with a config.json nor one of 7b, 3b"),
         (["plan", "--gpu", "H1000"], "--gpu H1000 is not one of A100"),
         (["--model", "nowhere/model"], "nowhere/model"),
