@@ -22,7 +22,7 @@ def parse(arguments=None):
         help="rows to measure (all: decode and train), attention alone, or costs on paper")  # fmt: skip
     add("--size", default="small", choices=SIZES, help="random model: small (some minutes), mid (some 40 minutes)")
     add("--model", metavar="DIR", help="a checkpoint instead; plan: 7b (its default), 3b, … or a folder's config.json")
-    add("--device", default="auto", help="auto, cpu or cuda")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: cuda where there is one, else cpu")
     add("--threads", type=int, default=1, metavar="N", help="CPU threads; with more than 1, wall seconds (1)")
     add("--runs", type=int, default=3, metavar="N", help="runs of each side; the median counts (3)")
     add("--json", action="store_true", help="print one JSON object")
@@ -82,17 +82,6 @@ import checkpoint
 import costs
 import parts
 from attention import attention
-from costs import (
-    ANSWER,
-    PREFIX,
-    QUESTION,
-    RANK,
-    connector_flops,
-    encoder_flops,
-    layer_parameters,
-    prefill_flops,
-    step_flops,
-)
 from data import IGNORED, Item, Study, collate
 from decoder import PROJECTIONS, Cache, decoder_config
 from encoder import encoder_config, preprocess
@@ -134,6 +123,11 @@ class Setup:
     given: str
 
 
+def device_of(arguments) -> str:
+    chosen = arguments.device if arguments.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    return str(find_device(chosen))
+
+
 def give(libra: Libra, file: Path):
     """What the peers cannot have of their own: the connector, how images become pixels, a prompt's ids."""
     given = dict(connector=libra.connector, pixels=libra.pixels, ids=prompt_of(libra, Study("").query).ids,
@@ -144,14 +138,18 @@ def give(libra: Libra, file: Path):
     return given
 
 
+def pixels_of(number: int, given: dict) -> torch.Tensor:
+    return torch.stack([preprocess(image, given["pixels"]) for image in study(number).images()])
+
+
 def batch(given: dict, numbers: list[int], questions: int, shared: bool):
     """A training batch of drawn ids: questions about each of these pairs, in one row or in rows of their own."""
     drawn = np.random.RandomState(0)
     draw = lambda count: drawn.randint(3, given["vocabulary"], count).tolist()
-    prefix, items = [*draw(PREFIX), IMAGE], []
+    prefix, items = [*draw(costs.PREFIX), IMAGE], []
     for number in numbers:
-        pixels = torch.stack([preprocess(image, given["pixels"]) for image in study(number).images()])
-        texts = [(draw(QUESTION), draw(ANSWER)) for _ in range(questions)]
+        pixels = pixels_of(number, given)
+        texts = [(draw(costs.QUESTION), draw(costs.ANSWER)) for _ in range(questions)]
         for row in [texts] if shared else [[text] for text in texts]:
             ids, labels, segments = list(prefix), [IGNORED] * len(prefix), [0] * len(prefix)
             for segment, (question, answer) in enumerate(row, int(shared)):
@@ -203,7 +201,7 @@ def ours(work: str, setup: Setup, separate: bool = False):
 
 def train_ours(work: str, setup: Setup, separate: bool):
     learns = "lora" if work == "lora" else "connector"
-    config = TrainConfig(model=setup.model, device=setup.device, train=(learns,), lora_r=RANK, lora_dropout=0.0)
+    config = TrainConfig(model=setup.model, device=setup.device, train=(learns,), lora_r=costs.RANK, lora_dropout=0.0)
     libra, given = build(config), torch.load(setup.given, weights_only=False)
     settle(libra)
     shape = TRAINING[work] | ({"shared": False} if separate else {})
@@ -250,8 +248,8 @@ def peer(work: str, setup: Setup):
     transformers.logging.disable_progress_bar()
     warnings.simplefilter("ignore")  # of deprecated names inside `peft`
     given = torch.load(setup.given, weights_only=False)
-    families = given["encoder"].model_type, given["decoder"]
-    if families[0] != "dinov2" or families[1].qkv_bias or families[1].qk_norm or families[1].norm_offset:
+    sizes = given["decoder"]
+    if given["encoder"].model_type != "dinov2" or sizes.qkv_bias or sizes.qk_norm or sizes.norm_offset:
         raise ValueError("the peer is written for DINOv2 and Llama alone")
     tower, language = given["folders"]
 
@@ -289,18 +287,17 @@ def peer(work: str, setup: Setup):
         return step(loss, weights, torch.optim.AdamW(weights, lr=TrainConfig().lr, weight_decay=0.0))
 
     def prompt():  # all that stands before the first new token, as embeddings [1, T, hidden]
-        pixels = torch.stack([preprocess(image, given["pixels"]) for image in study(0).images()])
-        images = connector(features(pixels.to(setup.device, given["dtype"]))[None])
+        images = connector(features(pixels_of(0, given).to(setup.device, given["dtype"]))[None])
         at = given["ids"].index(IMAGE)
         embed = lambda ids: decoder.get_input_embeddings()(torch.tensor([ids], device=setup.device))
         return torch.cat((embed(given["ids"][:at]), images, embed(given["ids"][at + 1 :])), 1)
 
     if work == "encoder":
-        pixels = torch.stack([preprocess(image, given["pixels"]) for image in study(0).images()])
-        return lambda pixels=pixels.to(setup.device, given["dtype"]): sampled(features(pixels))
+        pixels = pixels_of(0, given).to(setup.device, given["dtype"])
+        return lambda: sampled(features(pixels))
     if work == "prefill":
-        embeddings = prompt()
-        return lambda: sampled(decoder(inputs_embeds=embeddings, use_cache=True, logits_to_keep=1).logits[0, 0].float())
+        options = dict(inputs_embeds=prompt(), use_cache=True, logits_to_keep=1)
+        return lambda: sampled(decoder(**options).logits[0, 0, : given["vocabulary"]])
     options = dict(num_beams=BEAMS[work], do_sample=False, max_new_tokens=NEW, pad_token_id=0)
 
     def report():
@@ -316,8 +313,8 @@ def adapt(decoder: nn.Module) -> nn.Module:
         import peft
     except ImportError:
         raise ValueError("pip install peft") from None
-    config = peft.LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules=list(PROJECTIONS))
-    return peft.get_peft_model(decoder, config).train()
+    rank = dict(r=costs.RANK, lora_alpha=2 * costs.RANK, lora_dropout=0.0)
+    return peft.get_peft_model(decoder, peft.LoraConfig(**rank, target_modules=list(PROJECTIONS))).train()
 
 
 def touch(*models: nn.Module) -> list:
@@ -448,10 +445,11 @@ def peaks(setup: Setup, dtype: torch.dtype) -> tuple[float, float]:
 # ------------------------------------------------------------------------------------------ rows
 
 LABELS = {
-    "load": "load, every weight read", "encoder": "encoder, a pair", "connector": "connector", "prefill": "prefill, POSITIONS positions",
-    "greedy": f"greedy, {NEW} tokens, all included", "beams": f"10 beams × {NEW}, all included",
+    "load": "load, every weight read", "encoder": "encoder, a pair", "connector": "connector",
+    "prefill": "prefill, POSITIONS positions", "greedy": f"greedy, {NEW} tokens, all included",
+    "beams": f"10 beams × {NEW}, all included",
     "studies": f"{STUDIES} studies, greedy {SHORT}, one batch", "step": "stage-1 step, 4 pairs, a question each",
-    "questions": "stage-1 step, a pair, 4 questions, one row", "lora": f"LoRA step, 2 rows, rank {RANK}",
+    "questions": "stage-1 step, a pair, 4 questions, one row", "lora": f"LoRA step, 2 rows, rank {costs.RANK}",
 }  # fmt: skip
 DECODING = ("load", "encoder", "connector", "prefill", "greedy", "beams", "studies")
 
@@ -495,7 +493,7 @@ def table(what: str, setup: Setup, given: dict, runs: int, peak: tuple, show) ->
 def limit(work: str, seconds: dict, given: dict, peak: tuple) -> str:
     """What our time goes into: its share of the peak of matrix products, or of the memory's."""
     encoder, decoder, size = given["encoder"], given["decoder"], given["dtype"].itemsize
-    weights = layer_parameters(decoder) + decoder.vocab_size * decoder.hidden_size  # read for every token
+    weights = costs.layer_parameters(decoder) + decoder.vocab_size * decoder.hidden_size  # read for every token
     if work == "load":
         return f"{weights * size / seconds[work] / 1e9:.1f} GB/s, the decoder alone"
     if work in BEAMS:
@@ -506,10 +504,10 @@ def limit(work: str, seconds: dict, given: dict, peak: tuple) -> str:
                 f"{1e3 * token:.1f} ms, {(weights + keys) * size / token / peak[1]:.0%} of the copy")  # fmt: skip
     if work in TRAINING:
         shape = TRAINING[work]
-        flops = step_flops(encoder, decoder, len(shape["numbers"]), shape["questions"], work == "lora")
+        flops = costs.step_flops(encoder, decoder, len(shape["numbers"]), shape["questions"], work == "lora")
     else:
-        pair, prefill = encoder_flops(encoder, 2), prefill_flops(decoder, positions_of(given))
-        tac = connector_flops(encoder, decoder.hidden_size)
+        pair, prefill = costs.encoder_flops(encoder, 2), costs.prefill_flops(decoder, positions_of(given))
+        tac = costs.connector_flops(encoder, decoder.hidden_size)
         every = STUDIES * (pair + tac + prefill + 2 * SHORT * weights)
         flops = {"encoder": pair, "connector": tac, "prefill": prefill, "studies": every}[work]
     return f"{flops / seconds[work] / peak[0]:.0%} of the matrix product"
@@ -564,7 +562,7 @@ def compare(arguments):
         if model is None:
             print(f"bench.py: writing a random model of size {arguments.size} …", file=sys.stderr)
             model = write(Path(folder), *SIZES[arguments.size])
-        setup = Setup(str(model), str(find_device(arguments.device)), arguments.threads, f"{folder}/given.pt")
+        setup = Setup(str(model), device_of(arguments), arguments.threads, f"{folder}/given.pt")
         given = give(Libra.from_pretrained(model, device=setup.device), Path(setup.given))
         peak = peaks(setup, given["dtype"])
         rows = table(arguments.what, setup, given, arguments.runs, peak, progress("measuring", "runs"))
@@ -594,7 +592,7 @@ def compare(arguments):
 
 def compare_attention(arguments):
     """Forward and backward of one attention, its kernels side by side."""
-    setup = Setup("", str(find_device(arguments.device)), arguments.threads, "")
+    setup = Setup("", device_of(arguments), arguments.threads, "")
     torch.set_num_threads(setup.threads)
     prefix, text, count = 1431, 150, 4  # what an image pair and its prompt take, and a question with its answer
     length = prefix + count * text

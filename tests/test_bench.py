@@ -196,7 +196,7 @@ def test_a_plan_says_what_fits(capsys):
         (["plan", "--model", "70b"], "--model 70b is neither a folder with a config.json nor one of 7b, 3b"),
         (["plan", "--gpu", "H1000"], "--gpu H1000 is not one of A100"),
         (["--model", "nowhere/model"], "nowhere/model"),
-        (["--device", "tpu"], "device 'tpu' is not available"),
+        (["--device", "tpu"], "invalid choice: 'tpu'"),
     ],
 )
 def test_mistakes_are_one_line(arguments, text, capsys):
