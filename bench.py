@@ -5,7 +5,7 @@
     python bench.py plan --gpu H100 --model 7b        memory and hours of training and of the published test set
 
 Each side of a comparison is a process of its own: it holds one model, and its peak memory is its own. The sides take
-turns. In every run they must have computed the same (values, ids, losses, norms of gradients), or nothing is compared.
+turns. They must have computed the same (values, ids, losses, norms of gradients), or nothing is compared.
 With one thread on a CPU, the default, seconds are CPU seconds: waiting for a core that others use is left out.
 """
 
@@ -88,7 +88,7 @@ from encoder import encoder_config, preprocess
 from model import Libra, find_device
 from sample import generate, prompt_of
 from tokenizer import IMAGE, find_template
-from train import TrainConfig, build, loss_sum, make_optimizer, return_memory_at_once, trained
+from train import TrainConfig, build, loss_sum, make_optimizer, return_memory_at_once
 
 # ------------------------------------------------------------------------------------------ the model and its inputs
 
@@ -200,30 +200,24 @@ def ours(work: str, setup: Setup, separate: bool = False):
 
 
 def train_ours(work: str, setup: Setup, separate: bool):
-    learns = "lora" if work == "lora" else "connector"
-    config = TrainConfig(model=setup.model, device=setup.device, train=(learns,), lora_r=costs.RANK, lora_dropout=0.0)
+    config = TrainConfig(model=setup.model, device=setup.device, train=("lora" if work == "lora" else "connector",))
     libra, given = build(config), torch.load(setup.given, weights_only=False)
-    settle(libra)
-    shape = TRAINING[work] | ({"shared": False} if separate else {})
-    rows = batch(given, **shape)
+    rows = batch(given, **TRAINING[work] | ({"shared": False} if separate else {}))
     labels = int((rows.labels != IGNORED).sum())
-    return step(lambda: loss_sum(libra, rows) / labels, list(trained(libra).values()), make_optimizer(libra, config))
+    return step(libra, lambda: loss_sum(libra, rows) / labels, make_optimizer(libra, config))
 
 
-def settle(model: nn.Module):
-    """The same weights for both sides, and nothing drawn in a step: dropout off, LoRA's first matrices from a seed."""
+def step(model: nn.Module, loss_of, optimizer):
+    """A training step of a model. What it returns comes from a step before, that nothing drawn has part in.
+
+    There dropout is off, and LoRA's first matrices are of one seed; the steps that are timed have their dropout.
+    """
     generator = torch.Generator().manual_seed(0)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    autocast = partial(torch.autocast, "cuda", torch.bfloat16) if weights[0].is_cuda else nullcontext
     for name, parameter in model.named_parameters():
         if "lora_A" in name:
             parameter.data.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
-
-
-def step(loss_of, weights: list, optimizer):
-    device = weights[0].device.type
-    autocast = partial(torch.autocast, device, torch.bfloat16) if device == "cuda" else nullcontext
 
     @torch.enable_grad()
     def run():
@@ -235,7 +229,13 @@ def step(loss_of, weights: list, optimizer):
         optimizer.zero_grad(set_to_none=True)
         return [float(loss.detach()), float(norm)]
 
-    return run
+    drawing = {module: module.p for module in model.modules() if isinstance(module, nn.Dropout)}
+    for module in drawing:
+        module.p = 0.0
+    checked = run()
+    for module, p in drawing.items():
+        module.p = p
+    return lambda: run() and checked
 
 
 def peer(work: str, setup: Setup):
@@ -272,7 +272,6 @@ def peer(work: str, setup: Setup):
 
     if work in TRAINING:
         learnt = connector.float().train().requires_grad_(True) if work != "lora" else adapt(decoder)
-        settle(learnt)
         rows = batch(given, **TRAINING[work] | {"shared": False})
         ids, labels = rows.ids.to(setup.device), rows.labels.to(setup.device)
         pixels = torch.cat(rows.pixels).to(setup.device, given["dtype"])
@@ -284,7 +283,7 @@ def peer(work: str, setup: Setup):
             return decoder(inputs_embeds=embeddings, labels=labels, use_cache=False).loss
 
         weights = [parameter for parameter in learnt.parameters() if parameter.requires_grad]
-        return step(loss, weights, torch.optim.AdamW(weights, lr=TrainConfig().lr, weight_decay=0.0))
+        return step(learnt, loss, torch.optim.AdamW(weights, lr=TrainConfig().lr, weight_decay=0.0))
 
     def prompt():  # all that stands before the first new token, as embeddings [1, T, hidden]
         images = connector(features(pixels_of(0, given).to(setup.device, given["dtype"]))[None])
@@ -313,7 +312,7 @@ def adapt(decoder: nn.Module) -> nn.Module:
         import peft
     except ImportError:
         raise ValueError("pip install peft") from None
-    rank = dict(r=costs.RANK, lora_alpha=2 * costs.RANK, lora_dropout=0.0)
+    rank = dict(r=costs.RANK, lora_alpha=2 * costs.RANK, lora_dropout=TrainConfig().lora_dropout)
     return peft.get_peft_model(decoder, peft.LoraConfig(**rank, target_modules=list(PROJECTIONS))).train()
 
 
