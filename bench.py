@@ -365,10 +365,13 @@ def peak_memory(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+PRELOADED = ["bench"]  # modules that every side has from its birth
+
+
 def measure(sides: dict, setup: Setup, runs: int, show=lambda: None) -> tuple[dict, dict]:
     """({side: (median of seconds, peak of memory)}, {side: why not}), our side first."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bench"])
+    context.set_forkserver_preload(PRELOADED)
     workers, results, failed = {}, {}, {}
 
     def ask(name, message=None):
