@@ -394,7 +394,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x):
         low = recomputed(lambda x: self.lora_A(self.dropout(x)), x)
-        return self.base_layer(x) + self.lora_B(low) * self.scale
+        return self.base_layer(x) + self.lora_B(low * self.scale)  # of the two, the narrow one is scaled
 
     def merged(self) -> torch.Tensor:
         """The weight of one layer that does the same, in the base layer's type; the sum is made in float32."""

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 
-import midsize
 import peft
 import pytest
 import torch
@@ -311,16 +310,6 @@ def test_the_image_can_stand_between_marks_of_its_own(tmp_path):
     at = prompt.ids.index(-200)
     assert (prompt.ids[at - 1], prompt.ids[at + 1], libra.vocabulary) == (700, 701, 702)
     assert "<im_start><image><im_end>\n" in prompt.text
-
-
-def test_the_checkpoint_that_measurements_are_made_with_can_be_read(tmp_path):
-    """tests/midsize.py, smaller."""
-    encoder = midsize.ENCODER | dict(image_size=28, hidden_size=32, num_hidden_layers=4, num_attention_heads=2)
-    decoder = midsize.DECODER | dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-                                     intermediate_size=48, vocab_size=710)  # fmt: skip
-    libra = read_again(midsize.write(tmp_path, encoder, decoder))
-    assert len(list((tmp_path / "model").glob("*.safetensors"))) >= 3
-    assert libra.vocabulary == 710 and last_logits(libra).shape == (710,)
 
 
 # ---------------------------------------------------------------------------------------------- mistakes

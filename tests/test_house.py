@@ -22,7 +22,7 @@ FLOORS = [
     {"cli", "processes"},
     {"attention", "checkpoint", "tokenizer", "image", "radiograph", "mimic"},
     {"encoder", "tac", "decoder", "phantom"},
-    {"model", "data", "parts", "metrics"},
+    {"model", "data", "parts", "metrics", "costs"},
     {"sample", "prepare", "report", "steps"},
     {"answer", "log"},
     {"eval"},
