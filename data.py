@@ -229,6 +229,7 @@ class Checked(NamedTuple):
     images: int  # distinct images
     alone: int  # records without an image
     groups: np.ndarray  # [records]: the first record that can share a prefix with each, see `shared_rows`
+    lengths: np.ndarray  # [records]: characters that are said in each; of questions 0
 
 
 def check(
@@ -241,7 +242,7 @@ def check(
 
     ValueError with all that is wrong in one line: the first 20 problems by line or record number, and how many.
     """
-    ids, groups = np.arange(len(records)), np.arange(len(records))
+    ids, groups, lengths = np.arange(len(records)), np.arange(len(records)), np.zeros(len(records), dtype=np.int64)
     seen, problems, alone = set(), [], 0
     with open(records.path, "rb") as file:
         for index in range(len(records)):
@@ -254,6 +255,8 @@ def check(
                 continue
             ids[index] = hash(str(record.id))
             alone += not record.images
+            if kind is Record:
+                lengths[index] = sum(len(text) for turn in record.turns for text in turn)
             if record.images and (kind is Question or record.turns[0][0].startswith(IMAGE_TEXT)):
                 groups[index] = hash(tuple(record.images))
             for name in record.images:
@@ -274,7 +277,7 @@ def check(
         listed = "; ".join(f"{records.unit} {records.numbers[index]}: {text}" for index, text in problems[:20])
         more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise ValueError(f"{records.path} has problems, {len(problems)} in all: {listed}{more}")
-    return Checked(len(again), images, alone, group[0][group[1]])
+    return Checked(len(again), images, alone, group[0][group[1]], lengths)
 
 
 # ---------------------------------------------------------------------------------------- where images are

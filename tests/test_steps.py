@@ -54,6 +54,13 @@ def test_even_processes_have_as_many_forward_passes_in_every_step(rows, count):
     assert list(map(ids, every)) == list(map(ids, plain))
 
 
+def test_rows_of_about_the_same_length_go_together(rows):
+    steps = Steps(rows, Processes(0, 1), **SETTINGS | dict(batch_size=40, micro_batch=8))
+    for step in range(steps.count):
+        sizes = [len(rows[row].ids) for micro in steps.micro_batches(step) for row in micro]
+        assert sizes == sorted(sizes)
+
+
 def test_nothing_has_no_loss_and_gradients_of_zero():
     libra = load("libra-7b")
     weight = libra.decoder.layers[0].mlp.up_proj.weight

@@ -364,13 +364,14 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(tmp_path,
     check()
 
 
-def test_ctrl_c_saves_and_leaves_and_the_run_goes_on(tmp_path, records):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_saves_and_leaves_and_the_run_goes_on(tmp_path, records, number):
     settings = dict(epochs=4.0, save_every=100, workers=1)
     process = subprocess.Popen(command(tmp_path / "run", records, **settings), env=ENVIRONMENT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)  # fmt: skip
     for line in process.stdout:
         if line.startswith("step 3/"):
-            process.send_signal(signal.SIGINT)
+            os.killpg(process.pid, number)
             break
     process.stdout.read()
     errors = process.stderr.read()
