@@ -485,16 +485,7 @@ def collate(items: list[Item], image_positions: int) -> Batch:
     return Batch(*batch, pixels, sum(item.cut for item in items), sum(item.skipped for item in items))
 
 
-def order(count: int, seed: int, epoch: int, lengths: np.ndarray | None = None, batch_size: int = 1) -> np.ndarray:
-    """The order of `count` records in an epoch, from its arguments alone.
-
-    With lengths [count], batches of batch_size hold records of like length: of every 50 batches' worth of shuffled
-    records the longest make one batch, and so on; then the batches are shuffled.
-    """
+def order(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of `count` rows in an epoch, from its arguments alone."""
     random = np.random.RandomState([seed, epoch])  # unlike its successor it draws the same in every version of numpy
-    shuffled = random.permutation(count)
-    if lengths is None:
-        return shuffled
-    by_length = shuffled[np.lexsort((-lengths[shuffled], np.arange(count) // (50 * batch_size)))]
-    batches, rest = np.split(by_length, [count - count % batch_size])
-    return np.concatenate((random.permutation(batches.reshape(-1, batch_size)).ravel(), rest))
+    return random.permutation(count)
