@@ -44,6 +44,7 @@ def parse(arguments=None):
     add = command("diff-vqa", "MIMIC-Diff-VQA: questions about a study beside its reference study")
     folders(add)
     add("--questions", required=True, metavar="CSV", help="mimic_pair_questions.csv, plain or gzip")
+    add("--type", metavar="NAME", help="only questions of this question_type, such as difference, to NAME_SPLIT.jsonl")
 
     add = command("cxr-vqa", "MIMIC-Ext-MIMIC-CXR-VQA: questions about one image")
     folders(add)
@@ -309,7 +310,8 @@ def section_records(db, split, names, root: Path, reports: Path, skipped: Counte
 
 
 def diff_vqa(arguments):
-    files, skipped, kinds = plan(arguments.out, ["diff_vqa"]), Counter(), Counter()
+    name = arguments.type or "diff_vqa"
+    files, skipped, kinds = plan(arguments.out, [name]), Counter(), Counter()
     root = root_of(arguments.root)
     announce(files)
     if missing(files):
@@ -323,12 +325,16 @@ def diff_vqa(arguments):
                     skipped["questions of a split of another name"] += 1
                 elif not (question and answer):
                     skipped["questions without a question or an answer"] += 1
+                elif arguments.type not in (None, kind):
+                    skipped["questions of another type"] += 1
                 elif problem or prior_problem:
                     which = "study" if problem else "reference study"
                     skipped[f"questions whose {which} {problem or prior_problem}"] += 1
                 else:
                     kinds[kind] += 1
-                    write("diff_vqa", split, f"diff_vqa_{number}", (current, prior), question, answer)
+                    write(name, split, f"diff_vqa_{number}", (current, prior), question, answer)
+            if arguments.type and not kinds:
+                raise ValueError(f"{arguments.questions} has no question of type {arguments.type!r} that can be used")
     finish(files, skipped, {"question_type": kinds})
 
 

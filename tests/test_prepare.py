@@ -368,6 +368,13 @@ def test_difference_questions_show_the_main_study_beside_its_reference(odd, tmp_
         assert reason in out
     row = next(text for text in out.splitlines() if text.startswith("diff_vqa_train.jsonl")).split()
     assert row == ["diff_vqa_train.jsonl", "1", "1", "2", "2", "(100%)", "2.0", "2.0"]
+    common = "diff-vqa", "--root", odd, "--questions", file, "--out", tmp_path / "out"
+    assert run(*common, "--type", "difference") == 0
+    assert lines(tmp_path / "out" / "difference_train.jsonl") == [first]
+    capsys.readouterr()
+    assert run(*common, "--type", "differences") == 2
+    assert "no question of type 'differences'" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("differences*"))
 
 
 def vqa(path, question, answer, **more):
