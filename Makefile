@@ -28,6 +28,7 @@ phantom: .venv/ready
 	.venv/bin/python prepare.py phantom --out runs/hospital --patients 10000 --size 96
 	.venv/bin/python prepare.py mimic-cxr --root runs/hospital --out runs/hospital/data --section findings
 	.venv/bin/python prepare.py diff-vqa --root runs/hospital --questions runs/hospital/mimic_pair_questions.csv --out runs/hospital/data
+	.venv/bin/python prepare.py diff-vqa --root runs/hospital --questions runs/hospital/mimic_pair_questions.csv --type difference --out runs/hospital/data
 	$(call TRAIN,phantom_pretrain)
 	$(call TRAIN,phantom_align)
 	$(call TRAIN,phantom_lora)

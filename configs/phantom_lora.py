@@ -1,18 +1,19 @@
 """The phantom model, stage 2: LoRA learns to say what has changed; TAC learns on beside it.
 
+Of a report one word in thirty tells a change; the short answers about differences are little else.
+
 python train.py configs/phantom_lora.py, after configs/phantom_align.py
 """
 
 model = "runs/phantom_align/last"
 train = ("lora", "connector")
 lora_r, lora_alpha, lora_dropout = 32, 64.0, 0.05
-records = ("runs/hospital/data/findings_train.jsonl",)
+records = ("runs/hospital/data/findings_train.jsonl", "runs/hospital/data/difference_train.jsonl")
 validation = ("runs/hospital/data/findings_validate.jsonl",)
 image_folder = "runs/hospital"
-batch_size = micro_batch = 32
-epochs = 4.0
-lr = 2e-3
-mm_projector_lr = 1e-3
+batch_size, micro_batch = 64, 16
+max_steps, epochs = 1300, 3.0
+lr = 1.5e-3
 beta2 = 0.98
 warmup = 0.05
 validate_every = save_every = 250
