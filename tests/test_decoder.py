@@ -222,6 +222,7 @@ def adapted(request, tmp_path):
 
 def test_lora_is_peft_s_forward_backward_and_merged(adapted):
     theirs, ours, names = adapted
+    theirs, ours = theirs.double(), ours.double()  # else rounding alone comes near the limit in some draws
     ids = random_ids(2, 11)
     positions = torch.arange(11).expand(2, -1)
     logits = ours.head(ours(ours.embed_tokens(ids), positions), 97)

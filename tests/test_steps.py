@@ -58,6 +58,7 @@ def test_rows_of_about_the_same_length_go_together(rows):
     steps = Steps(rows, Processes(0, 1), **SETTINGS | dict(batch_size=40, micro_batch=8))
     for step in range(steps.count):
         sizes = [len(rows[row].ids) for micro in steps.micro_batches(step) for row in micro]
+        sizes = [size for size in sizes if size]  # 0: max_length leaves nothing of a long question
         assert sizes == sorted(sizes)
 
 
