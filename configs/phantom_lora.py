@@ -1,18 +1,16 @@
-"""The phantom model, stage 2: LoRA learns to say what has changed; TAC learns on beside it.
+"""The phantom model, stage 2: LoRA on findings, and still on what has changed; TAC learns on beside it.
 
-Of a report one word in thirty tells a change; the short answers about differences are little else.
-
-python train.py configs/phantom_lora.py, after configs/phantom_align.py
+python train.py configs/phantom_lora.py, after configs/phantom_difference.py was merged as `make phantom` does
 """
 
-model = "runs/phantom_align/last"
+model = "runs/phantom_difference/merged"
 train = ("lora", "connector")
 lora_r, lora_alpha, lora_dropout = 32, 64.0, 0.05
 records = ("runs/hospital/data/findings_train.jsonl", "runs/hospital/data/difference_train.jsonl")
 validation = ("runs/hospital/data/findings_validate.jsonl",)
 image_folder = "runs/hospital"
 batch_size, micro_batch = 64, 16
-max_steps, epochs = 1300, 3.0
+max_steps, epochs = 800, 2.0
 lr = 1.5e-3
 beta2 = 0.98
 warmup = 0.05

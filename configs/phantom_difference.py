@@ -1,0 +1,19 @@
+"""The phantom model, between the stages: TAC and LoRA learn to say what has changed, and nothing else.
+
+Of a report one word in thirty tells a change, and TAC alone finds a way to write reports from the current image that it
+does not leave again. python train.py configs/phantom_difference.py, after configs/phantom_align.py
+"""
+
+model = "runs/phantom_align/last"
+train = ("lora", "connector")
+lora_r, lora_alpha, lora_dropout = 32, 64.0, 0.05
+records = ("runs/hospital/data/difference_train.jsonl",)
+image_folder = "runs/hospital"
+batch_size, micro_batch = 32, 16
+max_steps, epochs = 800, 2.0
+lr = 2e-3
+beta2 = 0.98
+warmup = 0.05
+save_every = 250
+log_every = 50
+out_dir = "runs/phantom_difference"
