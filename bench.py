@@ -345,6 +345,8 @@ def serve(connection, side, setup: Setup):
                 begin = clock()
                 result = run()
                 connection.send((clock() - begin, result, peak_memory(setup.device)))
+    except (EOFError, ConnectionError, KeyboardInterrupt):  # the program that asked is gone
+        return
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         connection.send(str(error) or type(error).__name__)
 
