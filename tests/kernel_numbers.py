@@ -51,8 +51,12 @@ MASKS = {  # name -> (T, S, arguments of `attention`, of the loops where they di
     "window wider than the row": (33, 33, dict(segments=[s[:33] for s in SHARED], window=99), {}),
 }
 HEADS = [(2, 2, 24), (2, 1, 64), (1, 1, 80), (4, 2, 16), (1, 1, 128)]  # query heads, key heads, head size
-CASES = [(mask, *HEADS[number % len(HEADS)]) for number, mask in enumerate(MASKS)]
-CASES += [("shared", 1, 1, 72), ("shared", 1, 1, 96), ("shared", 1, 1, 256)]
+SIZES = (16, 24, 64, 72, 80, 96, 128, 256)
+CASES = [(mask, *HEADS[number % len(HEADS)], torch.float16) for number, mask in enumerate(MASKS)]
+CASES += [(mask, 1, 1, 24, torch.float32) for mask in MASKS]
+CASES += [("shared, behind keys", 1, 1, D, dtype) for D in SIZES for dtype in (torch.float32, torch.float16)]
+if not INTERPRETED:
+    CASES += [(*case, torch.bfloat16) for *case, dtype in CASES if dtype == torch.float16]
 
 
 def relative_or_absolute(x, y):
@@ -60,10 +64,9 @@ def relative_or_absolute(x, y):
     return relative(x.double().cpu(), y) if y.any() else float(x.abs().max())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16]), ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_kernel_is_the_rule(case, dtype):
-    mask, H, H_kv, D = case
+def test_the_kernel_is_the_rule(case):
+    mask, H, H_kv, D, dtype = case
     T, S, given, book = MASKS[mask]
     # [B, T, H, D] in memory, as the projections leave them
     q, k, v = (draw(2, length, heads, D, dtype=dtype, seed=seed).transpose(1, 2).to(DEVICE).requires_grad_()
