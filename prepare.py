@@ -40,6 +40,7 @@ def parse(arguments=None):
     folders(add)
     add("--reports", metavar="DIR", help="the folder of files/pNN/pNNNNNNNN/sNNNNNNNN.txt; without it ROOT")
     add("--section", default="both", choices=(*SECTIONS, "both"), help="what is to be written from the images")
+    add("--no-context", action="store_true", help="ask without the clinical context, in SECTION_no_context_SPLIT.jsonl")
 
     add = command("diff-vqa", "MIMIC-Diff-VQA: questions about a study beside its reference study")
     folders(add)
@@ -254,7 +255,8 @@ def make_phantom(arguments):
 def mimic_cxr(arguments):
     root, reports, skipped = root_of(arguments.root), root_of(arguments.reports or arguments.root), Counter()
     names = SECTIONS if arguments.section == "both" else (arguments.section,)
-    files = plan(arguments.out, names)
+    files_of = {name: f"{name}_no_context" if arguments.no_context else name for name in names}
+    files = plan(arguments.out, files_of.values())
     announce(files)
     if missing(files):
         with mimic.index(root, skipped) as db:
@@ -262,8 +264,8 @@ def mimic_cxr(arguments):
             for split in SPLITS:
                 if missing(files, split):
                     with writer(files) as write:
-                        for record in section_records(db, split, names, root, reports, skipped):
-                            write(*record)
+                        for name, *where, asked, text in section_records(db, split, names, root, reports, skipped):
+                            write(files_of[name], *where, PROMPTS[name] if arguments.no_context else asked, text)
     finish(files, skipped)
 
 

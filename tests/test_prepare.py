@@ -498,6 +498,12 @@ def test_the_drawn_hospital_is_prepared_whole(tmp_path, capsys):
     root, out = tmp_path / "hospital", tmp_path / "data"
     assert run("phantom", "--out", root, "--patients", 12, "--size", 64, "--workers", 1) == 0
     assert run("mimic-cxr", "--root", root, "--out", out) == 0
+    assert run("mimic-cxr", "--root", root, "--out", out, "--section", "findings", "--no-context") == 0
+    with_context, without = (lines(out / f"findings{name}_train.jsonl") for name in ("", "_no_context"))
+    for one, other in zip(with_context, without, strict=True):
+        (asked, said), (plain, same) = one.pop("conversations"), other.pop("conversations")
+        assert asked["value"].startswith(f"{plain['value']} Following clinical context: ")
+        assert (one, said) == (other, same)
     assert run("diff-vqa", "--root", root, "--questions", root / "mimic_pair_questions.csv", "--out", out) == 0
     assert run("cxr-vqa", "--root", root, "--questions", root, "--out", out) == 0
     capsys.readouterr()
