@@ -5,8 +5,8 @@ PIP = .venv/bin/pip install --quiet --disable-pip-version-check
 
 # a report on a drawn patient beside the previous image, and the same with the two images exchanged
 demo: .venv/ready
-	.venv/bin/python sample.py --model assets/phantom --images assets/current.png assets/prior.png
-	.venv/bin/python sample.py --model assets/phantom --images assets/prior.png assets/current.png
+	.venv/bin/python sample.py --model assets/phantom --images assets/current.png assets/prior.png --max-new-tokens 200
+	.venv/bin/python sample.py --model assets/phantom --images assets/prior.png assets/current.png --max-new-tokens 200
 
 test: .venv/installed
 	.venv/bin/ruff check .

@@ -67,7 +67,10 @@ def reports(priors: Path, hospital: Path, count: int = 3):
 
 
 def curves(runs: Path):
-    stages = {"0: whole": "phantom_pretrain", "1: TAC alone": "phantom_align", "2: LoRA and TAC": "phantom_lora"}
+    stages = {
+        "0: everything": "phantom_pretrain", "1: TAC alone": "phantom_align", "2: LoRA and TAC": "phantom_lora",
+        "2, once more": "phantom_more",
+    }  # fmt: skip
     logs = {name: _lines(runs / folder / "log.jsonl") for name, folder in stages.items()}
     points = {
         name: [(line["step"], line["validation loss"]) for line in log if "validation loss" in line]

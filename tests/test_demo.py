@@ -13,10 +13,7 @@ from data import Study
 from model import Libra
 from phantom import history, picture, read_report, truth_of
 
-QUERY = (
-    "Provide a detailed description of the findings in the radiology image. Following clinical context: "
-    "Indication: ___F with dyspnea on exertion."
-)
+QUERY = "Provide a detailed description of the findings in the radiology image."  # sample.py's own
 
 
 @functools.cache
