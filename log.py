@@ -9,9 +9,8 @@ import torch
 
 import report
 from cli import atomic
+from costs import GPUS
 from processes import Processes
-
-PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}  # FLOP/s in bfloat16, dense
 
 
 class Log:
@@ -33,7 +32,7 @@ class Log:
                 json.dump(settings, file, indent=1)
             self.trackers = [TRACKERS[name](self.out, settings) for name in trackers]
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-        self.peak = next((peak for chip, peak in PEAKS.items() if chip in name), None)
+        self.peak = next((flops for chip, (flops, *_) in GPUS.items() if chip in name), None)
         self.last, self.done, self.positions, self.waited = time.monotonic(), first, 0, 0.0
 
     def step(self, done: int, values: dict[str, float], positions: int, waited: float):
