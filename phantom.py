@@ -595,7 +595,7 @@ def preview(seed: int = 0, patients: int = 3, studies: int = 4, size: int = 320)
     small, text = font(0.85 * unit), font(0.95 * unit)
     gap, line = round(1.2 * unit), round(1.3 * unit)
     findings = lambda state: report(state).split(" FINDINGS:")[1].split(" IMPRESSION:")[0]
-    cells = [[_paragraph(findings(state), text, size) for state in states] for states in rows]
+    cells = [[paragraph(findings(state), text, size) for state in states] for states in rows]
     heights = [round(size + line * (4.4 + max(map(len, row)))) for row in cells]
     sheet = Image.new("RGB", (gap + studies * (size + gap), sum(heights) + gap), PAPER)
     draw, top = ImageDraw.Draw(sheet), gap
@@ -611,14 +611,7 @@ def preview(seed: int = 0, patients: int = 3, studies: int = 4, size: int = 320)
             y += 1.1 * line
             sheet.paste(Image.fromarray(picture(state, state.view, size)), (x, round(y)))
             y += size + 0.4 * line
-            for words in lines:
-                across = x
-                for word in words:
-                    stem = word.rstrip(".")
-                    draw.text((across, y), stem, COLOURS.get(SAID["change"].get(stem.lower()), INK), text)
-                    draw.text((across + text.getlength(stem), y), word[len(stem) :], INK, text)
-                    across += text.getlength(word + " ")
-                y += line
+            write_lines(draw, x, y, lines, text, line)
         top += height
     return sheet
 
@@ -633,7 +626,20 @@ def few_colours(sheet: Image.Image) -> Image.Image:
     return sheet.quantize(palette=palette, dither=Image.Dither.NONE)
 
 
-def _paragraph(text: str, font, width: float) -> list[list[str]]:
+def write_lines(draw, x: float, y: float, lines: list[list[str]], font, height: float) -> float:
+    """Write lines of words from (x, y) on, words of change in their colours; where the next line would be."""
+    for words in lines:
+        across = x
+        for word in words:
+            stem = word.rstrip(".")
+            draw.text((across, y), stem, COLOURS.get(SAID["change"].get(stem.lower()), INK), font)
+            draw.text((across + font.getlength(stem), y), word[len(stem) :], INK, font)
+            across += font.getlength(word + " ")
+        y += height
+    return y
+
+
+def paragraph(text: str, font, width: float) -> list[list[str]]:
     """Lines of words that fit."""
     lines = [[]]
     for word in text.split():

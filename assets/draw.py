@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 import report  # noqa: E402
-from phantom import COLOURS, FAINT, INK, PAPER, SAID, _paragraph, few_colours, history, picture  # noqa: E402
+from phantom import FAINT, PAPER, few_colours, history, paragraph, picture, write_lines  # noqa: E402
 from radiograph import font  # noqa: E402
 
 SIZE, GAP, WIDTH = 280, 24, 620  # of an image, around everything, of the texts: pixels
@@ -54,13 +54,7 @@ def reports(priors: Path, hospital: Path, count: int = 3):
             ("the model's, with the two images exchanged", turned[answer["question_id"]]),
         ):
             draw.text((x, y - line), name, FAINT, small)
-            for row in _paragraph(words, text, WIDTH):
-                across = x
-                for word in row:
-                    said = SAID["change"].get(word.rstrip(".").lower())
-                    draw.text((across, y), word, COLOURS.get(said, INK), text)
-                    across += text.getlength(word + " ")
-                y += line
+            y = write_lines(draw, x, y, paragraph(words, text, WIDTH), text, line)
             y += 1.5 * line
         top += SIZE + GAP + line
     few_colours(sheet).save(HERE / "reports.png", optimize=True)
