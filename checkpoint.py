@@ -372,6 +372,8 @@ def write_safetensors(file: Path, tensors: dict[str, torch.Tensor]):
     try:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(tensors, file, metadata={"format": "pt"})  # `transformers` wants the format named
+        os.umask(mask := os.umask(0))  # there is no other way to read it
+        file.chmod(0o666 & ~mask)  # as other files: safetensors leaves its own to the owner alone
     except SafetensorError as error:
         raise OSError(f"{file.parent} could not be written ({error}): is the disk full?") from None
 

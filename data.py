@@ -137,6 +137,28 @@ class Records:
         return starts, ends
 
 
+class Files:
+    """The records of several files, numbered through."""
+
+    def __init__(self, files: Sequence[Records]):
+        self.files, self.offsets = files, np.cumsum([0, *map(len, files)])
+
+    def __len__(self):
+        return int(self.offsets[-1])
+
+    def __getitem__(self, number: int) -> dict:
+        file, index = self._find(number)
+        return file[index]
+
+    def place(self, number: int) -> str:
+        file, index = self._find(number)
+        return file.place(index)
+
+    def _find(self, number: int) -> tuple[Records, int]:
+        file = int(np.searchsorted(self.offsets, number, side="right")) - 1
+        return self.files[file], number - int(self.offsets[file])
+
+
 def image_names(raw: dict) -> list[str]:
     """The images of a record as named in it: [current, prior], [current], or [] where it is text alone.
 
@@ -228,7 +250,7 @@ class Checked(NamedTuple):
     duplicates: int  # records whose id was there already
     images: int  # distinct images
     alone: int  # records without an image
-    groups: np.ndarray  # [records]: the first record that can share a prefix with each, see `shared_rows`
+    keys: np.ndarray  # [records]: equal where records can share a prefix, of any files; see `shared_rows`
     lengths: np.ndarray  # [records]: characters that are said in each; of questions 0
 
 
@@ -242,7 +264,7 @@ def check(
 
     ValueError with all that is wrong in one line: the first 20 problems by line or record number, and how many.
     """
-    ids, groups, lengths = np.arange(len(records)), np.arange(len(records)), np.zeros(len(records), dtype=np.int64)
+    ids, keys, lengths = np.zeros((3, len(records)), dtype=np.int64)
     seen, problems, alone = set(), [], 0
     with open(records.path, "rb") as file:
         for index in range(len(records)):
@@ -254,11 +276,12 @@ def check(
                 problems.append((index, str(error).removeprefix(f"{records.place(index)} ")))
                 continue
             ids[index] = hash(str(record.id))
+            keys[index] = hash((str(records.path), index))
             alone += not record.images
             if kind is Record:
                 lengths[index] = sum(len(text) for turn in record.turns for text in turn)
             if record.images and (kind is Question or record.turns[0][0].startswith(IMAGE_TEXT)):
-                groups[index] = hash(tuple(record.images))
+                keys[index] = hash(tuple(record.images))
             for name in record.images:
                 if hash(name) not in seen:  # a third of the memory of the names themselves
                     seen.add(hash(name))
@@ -268,8 +291,7 @@ def check(
                         problems.append((index, str(error)))
     images = len(seen)
     del seen  # tens of MB of a million images, which the sorting can have
-    first, group = (np.unique(keys, return_index=True, return_inverse=True)[1:] for keys in (ids, groups))
-    again = np.setdiff1d(np.arange(len(records)), first[0])
+    again = np.setdiff1d(np.arange(len(records)), np.unique(ids, return_index=True)[1])
     if kind.unique:
         problems += [(index, "its id was there already: ids must be unique") for index in again]
     if problems:
@@ -277,7 +299,7 @@ def check(
         listed = "; ".join(f"{records.unit} {records.numbers[index]}: {text}" for index, text in problems[:20])
         more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise ValueError(f"{records.path} has problems, {len(problems)} in all: {listed}{more}")
-    return Checked(len(again), images, alone, group[0][group[1]], lengths)
+    return Checked(len(again), images, alone, keys, lengths)
 
 
 # ---------------------------------------------------------------------------------------- where images are
@@ -403,7 +425,7 @@ def encode(record: Record, template: Template, tokenizer: Tokenizer, max_length:
 class Dataset:
     """Item i is record i, item (i, j, …) is one row of several records with the same images (see `shared_rows`)."""
 
-    records: Records
+    records: Records | Files
     images: ImageFolder | ImageCache
     tokenizer: Tokenizer
     template: Template
@@ -442,8 +464,13 @@ class Dataset:
         return Item(ids, labels, segments, pixels, sum(cut for *_, cut in parts) - skipped, skipped)
 
 
-def shared_rows(groups: np.ndarray, most: int) -> list[np.ndarray]:
-    """Records that can share a prefix (`Checked.groups`), at most `most` together -> the records of each row."""
+def shared_rows(keys: np.ndarray, most: int) -> list[np.ndarray]:
+    """Records with equal keys (`Checked.keys`), at most `most` together -> the records of each row.
+
+    The order is that of the first record of each key: the keys themselves are hashes, other ones in every process.
+    """
+    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    groups = first[inverse]
     members = np.argsort(groups, kind="stable")
     groups, places = groups[members], np.arange(len(members))
     begins = np.diff(groups, prepend=-1) != 0

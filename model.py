@@ -80,6 +80,7 @@ PREFIXES = {  # parameter names: published -> ours; the first that fits
 }
 DEVICES = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LIBRA_KEYS = ("use_mm_proj", "image_aspect_ratio", "unfreeze_mm_vision_tower")  # in a config.json, beside mm_…
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "generation_config.json",
@@ -351,7 +352,9 @@ class Libra(nn.Module):
         folder, config = Path(folder), self.parts.config
         self._save_encoder(folder / "encoder")
         with checkpoint.atomic_folder(folder / "decoder") as partial:
-            decoder = {name: value for name, value in config.items() if not name.startswith("mm_")}
+            decoder = {
+                name: value for name, value in config.items() if not name.startswith("mm_") and name not in LIBRA_KEYS
+            }
             checkpoint.write_json(partial / "config.json", decoder | {"model_type": family_of(config)})
             _copy(self.parts.weights.folder, TOKENIZER_FILES, partial)
             checkpoint.write_tensors(partial, self._decoder_tensors())
@@ -370,7 +373,10 @@ class Libra(nn.Module):
             checkpoint.write_bin(partial / CONNECTOR_FILES[-1], tensors)
 
     def save_adapter(self, folder):
-        """Write LoRA in PEFT's layout, the connector beside it in `non_lora_trainables.bin`, and the base's name."""
+        """Write LoRA in PEFT's layout and the base's name; beside it `non_lora_trainables.bin`, as published.
+
+        That holds the connector, and the encoder where it was trained.
+        """
         names = names_of(self.parts.config)
         tensors = {}
         for name, parameter in lora_parameters(self.decoder).items():
@@ -382,6 +388,9 @@ class Libra(nn.Module):
         record = LORA_SUPPORTED | asdict(self.lora) | dict(task_type="CAUSAL_LM", inference_mode=True)
         record |= self._base(Path(folder)) | {"target_modules": list(self.lora.target_modules)}
         trained = {f"base_model.model.model.mm_projector.{name}": p for name, p in self.connector.named_parameters()}
+        if self.config.unfreeze_mm_vision_tower:
+            prefix = "base_model.model.model.vision_tower.vision_tower."
+            trained |= {prefix + name: tensor for name, tensor in self._encoder_tensors()}
         with checkpoint.atomic_folder(folder) as partial:
             checkpoint.write_json(partial / "config.json", self._config(Path(folder)))
             checkpoint.write_json(partial / "adapter_config.json", record)

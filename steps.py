@@ -13,13 +13,26 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from data import IGNORED, Batch, Dataset, ImageCache, ImageFolder, Record, Records, check, collate, order, shared_rows
+from data import (
+    IGNORED,
+    Batch,
+    Dataset,
+    Files,
+    ImageCache,
+    ImageFolder,
+    Record,
+    Records,
+    check,
+    collate,
+    order,
+    shared_rows,
+)
 from processes import Processes
 from tokenizer import Template, Tokenizer
 
 
-class Rows:
-    """What a data loader asks for: rows of records, numbered through several files. A mistake is handed on as one."""
+class Rows(Dataset):
+    """What a data loader asks for: rows of records of several files. A mistake is handed on as one."""
 
     def __init__(
         self,
@@ -32,21 +45,13 @@ class Rows:
         progress: Callable[[int, int], None] = lambda done, total: None,
     ):
         """ValueError where a record is wrong or lacks its image."""
-        self.files = [Dataset(Records(file), images, tokenizer, template, max_length) for file in files]
-        self.checked = [check(file.records, Record, images.find, progress) for file in self.files]
-        self.offsets, self.image_positions = np.cumsum([0, *map(len, self.files)]), image_positions
-
-    def __len__(self):
-        return int(self.offsets[-1])
-
-    def place(self, number: int) -> tuple[Dataset, int]:
-        file = int(np.searchsorted(self.offsets, number, side="right")) - 1
-        return self.files[file], number - int(self.offsets[file])
+        super().__init__(Files([Records(file) for file in files]), images, tokenizer, template, max_length)
+        self.checked = [check(file, Record, images.find, progress) for file in self.records.files]
+        self.image_positions = image_positions
 
     def __getitem__(self, row: tuple[int, ...]):
-        file, first = self.place(row[0])
         try:
-            return file[[first + number - row[0] for number in row]]
+            return super().__getitem__(row)
         except (ValueError, OSError) as error:  # a loader's process would wrap it into its traceback
             return error
 
@@ -55,8 +60,7 @@ class Rows:
         return errors[0] if errors else collate(items, self.image_positions)
 
     def ids(self, rows) -> list:
-        places = [self.place(number) for row in rows for number in row]
-        return [file.records[number]["id"] for file, number in places]
+        return [self.records[number]["id"] for row in rows for number in row]
 
 
 class Steps:
@@ -82,8 +86,7 @@ class Steps:
     ):
         self.records, self.processes, self.seed, self.workers, self.even = rows, processes, seed, workers, even
         self.batch_size, self.micro_batch = batch_size, micro_batch
-        groups = [checked.groups + offset for checked, offset in zip(rows.checked, rows.offsets, strict=False)]
-        self.rows = shared_rows(np.concatenate(groups), max_shared)
+        self.rows = shared_rows(np.concatenate([checked.keys for checked in rows.checked]), max_shared)
         self.lengths = np.concatenate([checked.lengths for checked in rows.checked])
         self.row_of = np.empty(len(rows), dtype=np.int64)
         for number, row in enumerate(self.rows):

@@ -415,11 +415,11 @@ def validate(libra: Libra, config: TrainConfig, rows: Rows, processes: Processes
     scores = {"loss": total / max(labels, 1)}
     if config.metrics:
         studies, answers = [], []
-        for file, number in map(rows.place, mine):
-            record = Record.parse(file.records[number])
+        for number in mine:
+            record = Record.parse(rows.records[number])
             if record.images and record.turns[0][0].startswith(IMAGE_TEXT):
                 question = record.turns[0][0].removeprefix(IMAGE_TEXT).strip()
-                studies.append(Study(*map(picture(file.images), record.images), query=question))
+                studies.append(Study(*map(picture(rows.images), record.images), query=question))
                 answers.append(record.turns[0][1])
         written = []
         for first in range(0, len(studies), config.micro_batch):

@@ -6,11 +6,14 @@ python train.py configs/phantom_lora.py, after configs/phantom_difference.py was
 model = "runs/phantom_difference/merged"
 train = ("lora", "connector")
 lora_r, lora_alpha, lora_dropout = 32, 64.0, 0.05
-records = ("runs/hospital/data/findings_train.jsonl", "runs/hospital/data/difference_train.jsonl")
+records = (
+    "runs/hospital/data/findings_train.jsonl", "runs/hospital/data/findings_no_context_train.jsonl",
+    "runs/hospital/data/difference_train.jsonl",
+)
 validation = ("runs/hospital/data/findings_validate.jsonl",)
 image_folder = "runs/hospital"
-batch_size, micro_batch = 64, 16
-max_steps, epochs = 800, 2.0
+batch_size, micro_batch = 128, 16  # a batch is about 48 rows
+max_steps, epochs = 2500, 6.0
 lr = 1.5e-3
 beta2 = 0.98
 warmup = 0.05

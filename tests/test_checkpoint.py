@@ -293,6 +293,13 @@ def test_what_is_written_reads_back_bit_for_bit_whatever_the_shards(tmp_path, si
         assert same_bits(checkpoint.read(stored[name]), tensor), name
 
 
+def test_weights_can_be_read_by_whom_the_files_beside_them_can(tmp_path):
+    checkpoint.write_json(tmp_path / "config.json", {})
+    checkpoint.write_safetensors(tmp_path / "model.safetensors", {"a": torch.zeros(2)})
+    modes = {file.stat().st_mode for file in tmp_path.iterdir()}
+    assert len(modes) == 1 and modes.pop() & 0o444 != 0o400
+
+
 def test_a_folder_changes_whole_or_not_at_all(tmp_path):
     folder = tmp_path / "model"
     for content in ("first", "second"):

@@ -179,7 +179,7 @@ def shared(tmp_path, family, most):
     texts = [("Has it grown?", "It has."), ("Is there a pneumothorax?", "No."), ("Effusion?", "A small one. " * 5)]
     path = write(tmp_path, *(record(*text, image, id=n) for n, (text, image) in
                              enumerate(itertools.product(texts, (pair, single)))))  # fmt: skip
-    rows = shared_rows(check(Records(path), Record).groups, most)
+    rows = shared_rows(check(Records(path), Record).keys, most)
     items = dataset(family, path)
     return [items[number] for number in range(6)], [items[row] for row in rows], [len(row) for row in rows]
 
@@ -228,9 +228,8 @@ def test_only_records_with_the_same_images_in_their_first_turn_share(tmp_path):
     later = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hi"}, *said]
     records = [record(id=1), record(image=["1.png"], id=2), record(conversations=later, id=3), record(id=4),
                record(image=["0.png", "1.png"], id=5), record(image=["0.png", "0.png"], id=6)]  # fmt: skip
-    groups = check(Records(write(tmp_path, *records)), Record).groups
-    assert groups.tolist() == [0, 1, 2, 0, 4, 0]
-    assert [row.tolist() for row in shared_rows(groups, 2)] == [[0, 3], [5], [1], [2], [4]]
+    keys = check(Records(write(tmp_path, *records)), Record).keys
+    assert [row.tolist() for row in shared_rows(keys, 2)] == [[0, 3], [5], [1], [2], [4]]
     with pytest.raises(ValueError, match="no prefix to share"):
         dataclasses.replace(dataset("libra-7b"), template=TEMPLATES["plain"])[0, 1]
 

@@ -6,7 +6,7 @@ from conftest import GOLDEN, load
 from data import IGNORED, ImageFolder
 from processes import Processes
 from steps import NOTHING, Rows, Steps
-from tokenizer import TEMPLATES
+from tokenizer import IMAGE, TEMPLATES
 from train import loss_sum
 
 SETTINGS = dict(batch_size=10, micro_batch=2, max_shared=1, epochs=2.0, max_steps=0, seed=0)
@@ -60,6 +60,28 @@ def test_rows_of_about_the_same_length_go_together(rows):
         sizes = [len(rows[row].ids) for micro in steps.micro_batches(step) for row in micro]
         sizes = [size for size in sizes if size]  # 0: max_length leaves nothing of a long question
         assert sizes == sorted(sizes)
+
+
+def test_records_of_the_same_images_share_a_row_whatever_their_files(tmp_path):
+    libra, pair, other = load("libra-7b"), ["0.png", "1.png"], ["1.png", "0.png"]
+    asked = {"a": [(pair, "Edema?"), (other, "Edema?"), (pair, "Nodule?")], "b": [(pair, "Effusion?"), (None, "Who?")],
+             "c": [(None, "Who?"), (other, "Effusion?")]}  # fmt: skip
+    for name, records in asked.items():
+        with open(tmp_path / name, "w") as file:
+            for number, (images, question) in enumerate(records):
+                asks = "<image>\n" * bool(images) + question
+                said = [{"from": "human", "value": asks}, {"from": "gpt", "value": "No."}]
+                record = {"id": f"{name}{number}", "conversations": said} | ({"image": images} if images else {})
+                file.write(json.dumps(record) + "\n")
+    images, template = ImageFolder(GOLDEN / "images", libra.pixels), TEMPLATES[libra.template]
+    rows = Rows([tmp_path / name for name in asked], images, libra.tokenizer, template, libra.image_positions, 100)
+    steps = Steps(rows, Processes(), **SETTINGS | dict(batch_size=7, max_shared=3))
+    assert [row.tolist() for row in steps.rows] == [[0, 2, 3], [1, 6], [4], [5]]
+    assert rows.ids([[3, 6]]) == ["b0", "c1"] and rows.records.place(6) == f"{tmp_path / 'c'} line 2"
+    text = libra.tokenizer.decode(rows[0, 2, 3].ids[rows[0, 2, 3].ids.index(IMAGE) + 1 :])
+    assert [word for word in text.replace("?", " ").split() if word in ("Edema", "Nodule", "Effusion")] == [
+        "Edema", "Nodule", "Effusion"
+    ]  # fmt: skip
 
 
 def test_nothing_has_no_loss_and_gradients_of_zero():
