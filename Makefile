@@ -1,7 +1,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-long test-kernel phantom
+.PHONY: demo test test-long test-kernel phantom phantom-pair
 
 # a report on a drawn patient beside the previous image, and the same with the two images exchanged
 demo: .venv/ready
@@ -22,21 +22,39 @@ test-long: .venv/installed
 test-kernel: .venv/installed
 	.venv/bin/python tests/kernel_compile.py
 
-# a hospital is drawn, a model learns it from nothing in four runs, and its scores are printed: runs/phantom
-TRAIN = OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc-per-node 2 train.py configs/$(1).py $(if $(wildcard runs/$(1)/checkpoints/*.pt),--resume)
-phantom: .venv/ready
+# a hospital is drawn, a model learns it from nothing in four runs of two processes, and its scores are printed
+phantom: runs/hospital/data/.ready
+	$(call TRAIN,pretrain,phantom)
+	$(call STAGES,phantom)
+
+# the same from the same stage 0 with the plainest connector that sees both images, to compare: runs/pair
+phantom-pair: runs/hospital/data/.ready
+	$(call STAGES,pair,--connector=mlp2x_gelu_pair --select_layer=-1)
+
+# stage, prefix of the runs, settings; what was stopped goes on
+TRAIN = OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc-per-node 2 train.py configs/phantom_$(1).py \
+	--out_dir=runs/$(2)_$(1) $(3) $(if $(wildcard runs/$(2)_$(1)/checkpoints/*.pt),--resume)
+
+# prefix of the runs, settings of the connector
+define STAGES
+	$(call TRAIN,align,$(1),$(2))
+	$(call TRAIN,difference,$(1),--model=runs/$(1)_align/last)
+	.venv/bin/python model.py --model runs/$(1)_difference/last --out runs/$(1)_difference/merged
+	$(call TRAIN,lora,$(1),--model=runs/$(1)_difference/merged)
+	.venv/bin/python model.py --model runs/$(1)_lora/last --with-encoder --out runs/$(1)
+	.venv/bin/python eval.py prior --model runs/$(1) --questions runs/hospital/data/findings_test_questions.jsonl \
+		--image-folder runs/hospital --truth runs/hospital/truth.jsonl --limit 1000 --out runs/$(1)_priors
+endef
+
+VQA = .venv/bin/python prepare.py diff-vqa --root runs/hospital --questions runs/hospital/mimic_pair_questions.csv
+FINDINGS = .venv/bin/python prepare.py mimic-cxr --root runs/hospital --section findings
+runs/hospital/data/.ready: .venv/ready
 	.venv/bin/python prepare.py phantom --out runs/hospital --patients 10000 --size 96
-	.venv/bin/python prepare.py mimic-cxr --root runs/hospital --out runs/hospital/data --section findings
-	.venv/bin/python prepare.py mimic-cxr --root runs/hospital --out runs/hospital/data --section findings --no-context
-	.venv/bin/python prepare.py diff-vqa --root runs/hospital --questions runs/hospital/mimic_pair_questions.csv --out runs/hospital/data
-	.venv/bin/python prepare.py diff-vqa --root runs/hospital --questions runs/hospital/mimic_pair_questions.csv --type difference --out runs/hospital/data
-	$(call TRAIN,phantom_pretrain)
-	$(call TRAIN,phantom_align)
-	$(call TRAIN,phantom_difference)
-	.venv/bin/python model.py --model runs/phantom_difference/last --out runs/phantom_difference/merged
-	$(call TRAIN,phantom_lora)
-	.venv/bin/python model.py --model runs/phantom_lora/last --with-encoder --out runs/phantom
-	.venv/bin/python eval.py prior --model runs/phantom --questions runs/hospital/data/findings_test_questions.jsonl --image-folder runs/hospital --truth runs/hospital/truth.jsonl --limit 1000 --out runs/priors
+	$(FINDINGS) --out runs/hospital/data
+	$(FINDINGS) --out runs/hospital/data --no-context
+	$(VQA) --out runs/hospital/data
+	$(VQA) --out runs/hospital/data --type difference
+	touch $@
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv

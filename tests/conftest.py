@@ -6,6 +6,7 @@ GOLDEN_DIR, where it is set, names a fuller set of the same layout than the copy
 import functools
 import json
 import os
+import resource
 import sys
 from pathlib import Path
 
@@ -28,6 +29,12 @@ LIBRA = ["libra-7b", "libra-3b"]
 def load(family: str) -> Libra:
     """A golden checkpoint in float32 on the CPU, read once. Tests must not change it."""
     return Libra.from_pretrained(GOLDEN / family / "model", device="cpu", dtype="float32")
+
+
+def seconds_of_children() -> float:
+    """CPU seconds of this process's children that have ended: the clock's would grow with what else runs."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def cases():

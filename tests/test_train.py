@@ -14,7 +14,7 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import GOLDEN, ROOT, relative
+from conftest import GOLDEN, ROOT, relative, seconds_of_children
 from safetensors.torch import load_file
 
 import train
@@ -555,9 +555,9 @@ def test_every_config_can_be_read(config):
 
 
 def test_help_answers_at_once_with_a_line_for_every_setting():
-    begin = time.monotonic()
+    begin = seconds_of_children()
     status, printed, _ = finished([sys.executable, str(ROOT / "train.py"), "--help"])
-    assert status == 0 and time.monotonic() - begin < 1
+    assert status == 0 and seconds_of_children() - begin < 1
     for field in fields(TrainConfig):
         lines = [line for line in printed.splitlines() if line.startswith(f"  {field.name} ")]
         assert len(lines) == 1 and len(lines[0].split()) > 3, field
