@@ -1,7 +1,7 @@
 """The pictures of the README that show the phantom model.
 
     python assets/draw.py demo PATIENT STUDY                        assets/current.png, assets/prior.png
-    python assets/draw.py reports runs/priors runs/hospital         assets/reports.png
+    python assets/draw.py reports runs/phantom_priors runs/hospital  assets/reports.png
     python assets/draw.py curves runs                               assets/phantom_loss.svg
 
 `reports` takes the first studies of an answer file (eval.py prior) in which a severity has changed, good or bad.
@@ -61,10 +61,7 @@ def reports(priors: Path, hospital: Path, count: int = 3):
 
 
 def curves(runs: Path):
-    stages = {
-        "0: everything": "phantom_pretrain", "1: TAC alone": "phantom_align", "2: LoRA and TAC": "phantom_lora",
-        "2, once more": "phantom_more",
-    }  # fmt: skip
+    stages = {"0: everything": "phantom_pretrain", "1: TAC alone": "phantom_align", "2: LoRA and TAC": "phantom_lora"}
     logs = {name: _lines(runs / folder / "log.jsonl") for name, folder in stages.items()}
     points = {
         name: [(line["step"], line["validation loss"]) for line in log if "validation loss" in line]

@@ -71,5 +71,5 @@ def test_change_is_read_from_the_prior():
     truths = [truth_of(state) for state, *_ in held_out()]
     told = lambda name: metrics.truth_statistics(reports(name), truths)["direction of change"].sum(0)[0]
     assert told("true") > 1.5 * max(told("dummy"), 1)
-    turned = map(metrics.severity_flips, reports("true"), reports("reversed"), truths)
-    assert sum(hits for hits, _ in turned) > 3  # of some 30; none where the prior is not looked at
+    turned, changes = zip(*map(metrics.severity_flips, reports("true"), reports("reversed"), truths), strict=True)
+    assert sum(turned) > 0.4 * sum(changes)  # none where the prior is not looked at
