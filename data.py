@@ -264,7 +264,7 @@ def check(
 
     ValueError with all that is wrong in one line: the first 20 problems by line or record number, and how many.
     """
-    ids, keys, lengths = np.zeros((3, len(records)), dtype=np.int64)
+    ids, (keys, lengths) = np.arange(len(records)), np.zeros((2, len(records)), dtype=np.int64)
     seen, problems, alone = set(), [], 0
     with open(records.path, "rb") as file:
         for index in range(len(records)):
