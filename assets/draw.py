@@ -1,7 +1,7 @@
 """The pictures of the README that show the phantom model.
 
     python assets/draw.py demo PATIENT STUDY                        assets/current.png, assets/prior.png
-    python assets/draw.py reports runs/phantom_priors runs/hospital  assets/reports.png
+    python assets/draw.py reports runs/phantom_priors runs/hospital assets/reports.png
     python assets/draw.py curves runs                               assets/phantom_loss.svg
 
 `reports` takes the first studies of an answer file (eval.py prior) in which a severity has changed, good or bad.
