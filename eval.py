@@ -141,7 +141,7 @@ import numpy as np
 
 import report
 from answer import Asked, choose, load_model, shuffle_priors, write_answers
-from data import ImageFolder, Question, Records
+from data import ImageFolder, Question, Records, image_names
 from metrics import (
     BETTER,
     FLOOR,
@@ -192,8 +192,8 @@ class Pair:
 
     @property
     def has_prior(self) -> bool:
-        """A second image that is not the first again (the published stand-in for a missing one)."""
-        return len(self.images) == 2 and self.images[0] != self.images[1]
+        """Of two names, for `image_names` takes the same one twice (the published stand-in for a prior) as one."""
+        return len(self.images) == 2
 
 
 def read_lines(path) -> list[dict]:
@@ -225,11 +225,10 @@ def text_of(record: dict, fields: tuple[str, ...], path) -> str:
 
 
 def images_of(record: dict, path) -> tuple[str, ...]:
-    images = record.get("image") or []
-    images = [images] if isinstance(images, str) else images
-    if not isinstance(images, list) or len(images) > 2 or not all(isinstance(image, str) for image in images):
-        raise ValueError(f"{path}: {record['question_id']} has an image that is neither a path nor [current, prior]")
-    return tuple(images)
+    try:
+        return tuple(image_names(record))
+    except ValueError as error:
+        raise ValueError(f"{path}: {record['question_id']}: {error}") from None
 
 
 def read_pairs(references, predictions, chosen: Iterable[str] | None = None) -> list[Pair]:

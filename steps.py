@@ -84,7 +84,7 @@ class Steps:
         workers: int = 0,
         even: bool = False,
     ):
-        self.records, self.processes, self.seed, self.workers, self.even = rows, processes, seed, workers, even
+        self.dataset, self.processes, self.seed, self.workers, self.even = rows, processes, seed, workers, even
         self.batch_size, self.micro_batch = batch_size, micro_batch
         self.rows = shared_rows(np.concatenate([checked.keys for checked in rows.checked]), max_shared)
         self.lengths = np.concatenate([checked.lengths for checked in rows.checked])
@@ -122,8 +122,8 @@ class Steps:
     def batches(self, first: int) -> Iterator[tuple[int, list[tuple[list, Batch]]]]:
         """(step, [(rows, Batch), …]) of every step from `first` on; ValueError or OSError of a record."""
         plan = (micro for step in range(first, self.count) for micro in self.micro_batches(step))
-        options = dict(collate_fn=self.records.collate, num_workers=self.workers, worker_init_fn=_obey)
-        loader = iter(DataLoader(self.records, batch_sampler=plan, **options))
+        options = dict(collate_fn=self.dataset.collate, num_workers=self.workers, worker_init_fn=_obey)
+        loader = iter(DataLoader(self.dataset, batch_sampler=plan, **options))
         for step in range(first, self.count):
             begin = time.monotonic()
             found = [(micro, next(loader)) for micro in self.micro_batches(step)]

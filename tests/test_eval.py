@@ -395,7 +395,7 @@ def test_wrong_files_are_told_in_one_line(files, tmp_path, capsys):
         (questions, answers[:2], "3 ids of .* are missing"),
         (only_text, answers, "0 has none of reference, findings, impression: add its report"),
         ([{**line, "reference": 3} for line in questions], answers, "has no text in reference"),
-        ([{**line, "image": [1]} for line in questions], answers, r"neither a path nor \[current, prior\]"),
+        ([{**line, "image": [1]} for line in questions], answers, "q.*: image .1. is neither a file name"),
         (questions, [{"question_id": line["question_id"]} for line in answers], "none of findings, impression, text"),
         (questions, [{"text": "a"}], "line 1 has no question_id"),
         ([], answers, "is empty"),
