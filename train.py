@@ -527,6 +527,7 @@ def run(config: TrainConfig, resume: bool, processes: Processes):
     export(libra, config, out / "last", main)
     if main:
         log.draw()
+    processes.meet()  # all is written then: where one goes down badly at its end, torchrun stops the others
 
 
 def check_config(config: TrainConfig):
