@@ -152,6 +152,7 @@ import signal
 import zipfile
 
 import torch
+import torch._dynamo  # by the first step of an optimizer otherwise, within the processes' group, which then never ends
 import torch.nn.functional as F
 from PIL import Image
 from torch.utils.checkpoint import checkpoint as recompute
@@ -527,7 +528,7 @@ def run(config: TrainConfig, resume: bool, processes: Processes):
     export(libra, config, out / "last", main)
     if main:
         log.draw()
-    processes.meet()  # all is written then: where one goes down badly at its end, torchrun stops the others
+    processes.meet()  # all is written then: were one to go down badly at its end, torchrun would stop the others
 
 
 def check_config(config: TrainConfig):

@@ -1,3 +1,4 @@
+import atexit
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import fields, replace
+from pathlib import Path
 
 import peft
 import pytest
@@ -259,8 +261,9 @@ def test_two_processes_validate_as_one_does(tmp_path, records):
                     lora_dropout=0.0, metrics=("BLEU1", "test_train:shorter"))  # fmt: skip
     run(tmp_path / "one", records, **settings)
     path = f"{ROOT / 'tests'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    status, _, errors = finished(command(tmp_path / "two", records, ranks=2, **settings), PYTHONPATH=path)
+    status, said, errors = finished(command(tmp_path / "two", records, ranks=2, **settings), PYTHONPATH=path)
     assert status == 0, errors
+    assert said.count("threads at the end:") == 2 and "gloo" not in said  # else the interpreter goes down under them
     found = [json.loads((tmp_path / name / "log.jsonl").read_text().splitlines()[-1]) for name in ("one", "two")]
     assert found[0] == pytest.approx(found[1], rel=1e-4) and found[0]["validation test_train:shorter"] == 5
 
@@ -425,7 +428,10 @@ def test_validation_scores_the_answers_and_keeps_the_best(tmp_path, records):
 
 
 def shorter(references, predictions):
-    """A metric of one's own: how many answers there are."""
+    """A metric of one's own: how many answers there are. Of torchrun's processes the end is watched."""
+    if "RANK" in os.environ:
+        names = lambda: [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")]
+        atexit.register(lambda: print("threads at the end:", *sorted(names()), flush=True))
     assert all(isinstance(text, str) for text in references + predictions)
     return len(predictions)
 
