@@ -15,12 +15,12 @@ test: .venv/installed
 # the proofs that take long: many kills of training, of the image cache and of answering
 test-long: .venv/installed
 	KILLS=30 .venv/bin/python -m pytest tests/test_train.py -k killed
-	KILLS=20 .venv/bin/python -m pytest tests/test_cache.py -k killed
-	.venv/bin/python tests/test_answer.py 10
+	KILLS=20 .venv/bin/python -m pytest tests/sources/test_cache.py -k killed
+	.venv/bin/python tests/evaluation/test_answering.py 10
 
 # the fused kernel compiled for every target, head size and type, without a GPU
 test-kernel: .venv/installed
-	.venv/bin/python tests/kernel_compile.py
+	.venv/bin/python -m bench.kernel_compile
 
 # a hospital is drawn, a model learns it from nothing in four runs of two processes, and its scores are printed
 phantom: runs/hospital/data/.ready

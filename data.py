@@ -1,16 +1,20 @@
 """A study on disk -> images and text; record files -> batches to train on.
 
-    record file --Records--> dict --parse--> Record --Dataset--> Item, a row of a batch --collate--> Batch
+    record file --Records--> dict --parse--> Record --Dataset--> Row, a row of a batch --collate--> Batch
 
 Images come from their files (`ImageFolder`) or, the same to the bit, from frames made once (`ImageCache`).
 """
 
+import functools
 import json
+import math
 import os
 import re
+import signal
+import time
 import zlib
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, NamedTuple
@@ -18,9 +22,11 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
-from encoder import PixelConfig, frame, normalise
-from image import load_image
+from plumbing.distributed import World
+from plumbing.image import load_image
+from plumbing.pixels import PixelConfig, frame, normalise
 from tokenizer import IMAGE, IMAGE_TEXT, Template, Tokenizer, render
 
 FINDINGS_PROMPT = "Provide a detailed description of the findings in the radiology image."  # as published
@@ -394,7 +400,7 @@ IGNORED = -100  # the label of a position that is not learnt
 
 
 @dataclass(frozen=True)
-class Item:
+class Row:
     """A row of a batch: a record, or several with the same images behind one prefix.
 
     labels[i] is ids[i] where that is learnt, else IGNORED; the loss compares them with the position before.
@@ -423,7 +429,7 @@ def encode(record: Record, template: Template, tokenizer: Tokenizer, max_length:
 
 @dataclass
 class Dataset:
-    """Item i is record i, item (i, j, …) is one row of several records with the same images (see `shared_rows`)."""
+    """Row i is record i, item (i, j, …) is one row of several records with the same images (see `shared_rows`)."""
 
     records: Records | Files
     images: ImageFolder | ImageCache
@@ -434,7 +440,7 @@ class Dataset:
     def __len__(self):
         return len(self.records)
 
-    def __getitem__(self, numbers: int | Sequence[int]) -> Item:
+    def __getitem__(self, numbers: int | Sequence[int]) -> Row:
         """ValueError that names the record where it or an image of it cannot be read."""
         numbers = np.atleast_1d(numbers)
         if len(numbers) > 1 and self.template.drops_question:
@@ -461,7 +467,7 @@ class Dataset:
                 labels += its_labels[prefix:]
                 segments += [number] * len(its_ids[prefix:])
         skipped = len(parts) - len(kept)
-        return Item(ids, labels, segments, pixels, sum(cut for *_, cut in parts) - skipped, skipped)
+        return Row(ids, labels, segments, pixels, sum(cut for *_, cut in parts) - skipped, skipped)
 
 
 def shared_rows(keys: np.ndarray, most: int) -> list[np.ndarray]:
@@ -485,13 +491,13 @@ class Batch(NamedTuple):
     labels: torch.Tensor  # [B, T]; IGNORED where nothing is learnt
     segments: torch.Tensor  # [B, T], as in attention.py; -1 in padding
     positions: torch.Tensor  # [B, T]; every segment goes on behind the prefix
-    pixels: list[torch.Tensor | None]  # of each row, as in Item
+    pixels: list[torch.Tensor | None]  # of each row, as in Row
     cut: int
     skipped: int
 
 
-def collate(items: list[Item], image_positions: int) -> Batch:
-    """Rows -> a batch. A row without labels takes no place in it; there may be none left."""
+def collate(items: list[Row], image_positions: int) -> Batch:
+    """TrainingSet -> a batch. A row without labels takes no place in it; there may be none left."""
     kept = [item for item in items if item.ids]
     columns = []
     for item in kept:
@@ -516,3 +522,121 @@ def order(count: int, seed: int, epoch: int) -> np.ndarray:
     """The order of `count` rows in an epoch, from its arguments alone."""
     random = np.random.RandomState([seed, epoch])  # unlike its successor it draws the same in every version of numpy
     return random.permutation(count)
+
+
+# ------------------------------------------------------------------------------------------ steps of training
+
+
+class TrainingSet(Dataset):
+    """What a data loader asks for: rows of records of several files. A mistake is handed on as one."""
+
+    def __init__(
+        self,
+        files: Sequence[str],
+        images: ImageFolder | ImageCache,
+        tokenizer: Tokenizer,
+        template: Template,
+        image_positions: int,
+        max_length: int,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ):
+        """ValueError where a record is wrong or lacks its image."""
+        super().__init__(Files([Records(file) for file in files]), images, tokenizer, template, max_length)
+        self.checked = [check(file, Record, images.find, progress) for file in self.records.files]
+        self.image_positions = image_positions
+
+    def __getitem__(self, row: tuple[int, ...]):
+        try:
+            return super().__getitem__(row)
+        except (ValueError, OSError) as error:  # a loader's process would wrap it into its traceback
+            return error
+
+    def collate(self, items: list) -> Batch | Exception:
+        errors = [item for item in items if isinstance(item, Exception)]
+        return errors[0] if errors else collate(items, self.image_positions)
+
+    def ids(self, rows) -> list:
+        return [self.records[number]["id"] for row in rows for number in row]
+
+
+class StepLoader:
+    """Which records each step takes, and in which rows, from its arguments and the step alone.
+
+    batch_size: records in a step, of all processes together; micro_batch: rows in a forward pass of one; max_shared:
+    records behind one prefix; even: as many forward passes in all processes, some of them of `EMPTY_BATCH`.
+    """
+
+    def __init__(
+        self,
+        rows: TrainingSet,
+        world: World,
+        *,
+        batch_size: int,
+        micro_batch: int,
+        max_shared: int,
+        epochs: float,
+        max_steps: int,
+        seed: int,
+        workers: int = 0,
+        even: bool = False,
+    ):
+        self.dataset, self.world, self.seed, self.workers, self.even = rows, world, seed, workers, even
+        self.batch_size, self.micro_batch = batch_size, micro_batch
+        self.rows = shared_rows(np.concatenate([checked.keys for checked in rows.checked]), max_shared)
+        self.lengths = np.concatenate([checked.lengths for checked in rows.checked])
+        self.row_of = np.empty(len(rows), dtype=np.int64)
+        for number, row in enumerate(self.rows):
+            self.row_of[row] = number
+        if max(batch_size, world.size) > len(rows):
+            sizes = f"batches of {batch_size} and {world.size} processes"
+            raise ValueError(f"{len(rows)} records are too few for {sizes}")
+        self.per_epoch = math.ceil(len(rows) / batch_size)
+        self.num_steps = math.ceil(epochs * self.per_epoch)
+        self.num_steps = min(self.num_steps, max_steps or self.num_steps)
+        self.seconds_waited = 0.0  # seconds that this process has waited for batches
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019 (the loader is an epoch ahead at most; there is one object)
+    def order(self, epoch: int) -> np.ndarray:
+        """The records of an epoch; those that share a prefix stand together."""
+        return np.concatenate([self.rows[row] for row in order(len(self.rows), self.seed, epoch)])
+
+    def micro_batches(self, step: int) -> list[list[tuple[int, ...]]]:
+        """This process's share of a step: of each forward pass the rows, of each row the records.
+
+        Rows of about the same length go together, so that less is padding: of the phantom's stages 0 and 1, reports
+        beside short answers, some 30 % of all positions were, with this 9 %.
+        """
+        epoch, index = divmod(step, self.per_epoch)
+        numbers = self.order(epoch)[index * self.batch_size : (index + 1) * self.batch_size]
+        borders = np.flatnonzero(np.diff(self.row_of[numbers])) + 1
+        rows = [tuple(row.tolist()) for row in np.split(numbers, borders)]
+        rows.sort(key=lambda row: self.lengths[list(row)].sum())
+        mine = rows[self.world.rank :: self.world.size]
+        most = len(rows[:: self.world.size]) if self.even else len(mine)  # the first process has most
+        return [mine[first : first + self.micro_batch] for first in range(0, most, self.micro_batch)]
+
+    def batches(self, first: int) -> Iterator[tuple[int, list[tuple[list, Batch]]]]:
+        """(step, [(rows, Batch), …]) of every step from `first` on; ValueError or OSError of a record."""
+        plan = (micro for step in range(first, self.num_steps) for micro in self.micro_batches(step))
+        options = dict(collate_fn=self.dataset.collate, num_workers=self.workers, worker_init_fn=_obey)
+        loader = iter(DataLoader(self.dataset, batch_sampler=plan, **options))
+        for step in range(first, self.num_steps):
+            begin = time.monotonic()
+            found = [(micro, next(loader)) for micro in self.micro_batches(step)]
+            self.seconds_waited += time.monotonic() - begin
+            for _, batch in found:
+                if isinstance(batch, Exception):
+                    raise batch
+            if self.even:
+                found = [(micro, batch if len(batch.ids) else EMPTY_BATCH) for micro, batch in found]
+            yield step, [(micro, batch) for micro, batch in found if len(batch.ids)]
+
+
+# two positions of padding: no label, no loss, no gradient but zeros
+EMPTY_BATCH = Batch(*torch.tensor([[[0, 0]], [[IGNORED, IGNORED]], [[-1, -1]], [[0, 1]]]), [None], 0, 0)
+
+
+def _obey(worker: int):
+    """Ctrl-C and SIGTERM, which reach all processes, are for the one that trains: when that ends, a loader does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -7,14 +7,12 @@ unless `final_norm` asks for it.
 
 from dataclasses import dataclass, field, fields, replace
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 
 from attention import attention
-from checkpoint import Names, Stored, translate
+from plumbing.checkpoint import NameMap, StoredTensor, rename_tensors
 
 
 @dataclass(frozen=True)
@@ -38,20 +36,20 @@ class EncoderConfig:
 
 
 @dataclass(frozen=True)
-class Family:
+class EncoderFamily:
     switches: dict
     defaults: dict  # what `transformers` takes where config.json is silent
-    names: Names
+    names: NameMap
     supported: dict = field(default_factory=dict)  # fields that change the result -> the one value we compute with
 
 
-_CLIP = Family(
+_CLIP = EncoderFamily(
     switches=dict(class_token=True, patch_bias=False, norm_before=True, layer_scale=False),
     defaults=dict(
         image_size=224, patch_size=32, hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
         intermediate_size=3072, layer_norm_eps=1e-5, hidden_act="quick_gelu",
     ),
-    names=Names(
+    names=NameMap(
         keys=(
             (r"^vision_model\.", ""),
             (r"^embeddings\.patch_embedding\.", "patch_embed."),
@@ -73,13 +71,13 @@ _CLIP = Family(
 )  # fmt: skip
 
 FAMILIES = {
-    "dinov2": Family(
+    "dinov2": EncoderFamily(
         switches=dict(class_token=True, patch_bias=True, norm_before=False, layer_scale=True),
         defaults=dict(
             image_size=224, patch_size=14, hidden_size=768, num_hidden_layers=12, num_attention_heads=12,
             mlp_ratio=4, layer_norm_eps=1e-6, hidden_act="gelu",
         ),
-        names=Names(
+        names=NameMap(
             keys=(
                 (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed."),
                 (r"^embeddings\.cls_token$", "class_token"),
@@ -101,10 +99,10 @@ FAMILIES = {
         switches=dict(class_token=False, patch_bias=True, norm_before=False, layer_scale=False),
         defaults=_CLIP.defaults | dict(patch_size=16, layer_norm_eps=1e-6, hidden_act="gelu_pytorch_tanh"),
     ),
-    "open_clip": Family(  # a timm ViT (BiomedCLIP); `_open_clip` finds its sizes
+    "open_clip": EncoderFamily(  # a timm ViT (BiomedCLIP); `_open_clip` finds its sizes
         switches=dict(class_token=True, patch_bias=True, norm_before=False),
         defaults=dict(layer_norm_eps=1e-6, hidden_act="gelu"),
-        names=Names(
+        names=NameMap(
             keys=(
                 (r"^module\.visual\.trunk\.", ""),
                 (r"^cls_token$", "class_token"),
@@ -130,7 +128,7 @@ ACTIVATIONS = {
 }
 
 
-def encoder_config(config: dict, source, stored: dict[str, Stored], final_norm: bool = False) -> EncoderConfig:
+def encoder_config(config: dict, source, stored: dict[str, StoredTensor], final_norm: bool = False) -> EncoderConfig:
     """A parsed config.json and the tensors beside it -> EncoderConfig.
 
     CLIP's and SigLIP's may describe a text tower too: their `vision_config` counts. open_clip's (`vision_cfg`) names
@@ -157,7 +155,7 @@ def encoder_config(config: dict, source, stored: dict[str, Stored], final_norm: 
     return EncoderConfig(**{field.name: values[field.name] for field in fields(EncoderConfig)})
 
 
-def _open_clip(config: dict, source, stored: dict[str, Stored]) -> dict:
+def _open_clip(config: dict, source, stored: dict[str, StoredTensor]) -> dict:
     """The sizes of a timm ViT as a config.json of ours would have them."""
     name, size = config.get("timm_model_name"), config.get("image_size")
     shape = lambda name: stored[f"module.visual.trunk.{name}"].shape
@@ -176,9 +174,9 @@ def _open_clip(config: dict, source, stored: dict[str, Stored]) -> dict:
         raise ValueError(f"{source}: timm_model_name {name!r} with image_size {size!r} is not a ViT we know") from None
 
 
-def encoder_tensors(encoder: "Encoder", stored: dict[str, Stored]) -> dict[str, Stored]:
+def encoder_tensors(encoder: "Encoder", stored: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Tensors by their names on disk -> by our parameters' names; those that take no part are left out."""
-    tensors = translate(stored, FAMILIES[encoder.config.model_type].names, encoder)
+    tensors = rename_tensors(stored, FAMILIES[encoder.config.model_type].names, encoder)
     return {name: t for name, t in tensors.items() if encoder.config.final_norm or not name.startswith("final_norm.")}
 
 
@@ -255,82 +253,3 @@ class EncoderLayer(nn.Module):
         )
         x = x + self.out(attention(q, k, v).transpose(1, 2).flatten(2)) * self.scale1
         return x + self.fc2(self.activation(self.fc1(self.norm2(x)))) * self.scale2
-
-
-# -------------------------------------------------------------------------------------------- pixels
-
-
-@dataclass(frozen=True)
-class PixelConfig:
-    """How an image becomes pixels, from `preprocessor_config.json`; pad is ours."""
-
-    size: int  # the shortest edge is resized to it
-    crop: int  # side of the centre crop
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    scale: float  # 1 / 255
-    pad: str  # "mean" or "black": pad to a square first; "none"
-    squash: bool = False  # both edges are resized to `size`
-    rounds: bool = False  # the crop's corner is rounded, half to even, not down
-
-
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-
-
-def pixel_config(config: dict, source, pad: str) -> PixelConfig:
-    """A parsed preprocessor_config.json -> PixelConfig; ValueError that names an unsupported field.
-
-    Sizes are numbers (CLIP's first files) or objects. Where both edges are given (SigLIP), there is no crop.
-    """
-    supported = dict(do_resize=True, do_rescale=True, do_normalize=True, resample=3)
-    where = f"{source}/preprocessor_config.json"
-    for name, value in supported.items():
-        if config.get(name, value) != value:
-            raise ValueError(f"{where}: {name} {config[name]!r} is not supported, only {value!r}")
-    size, crop = config.get("size"), config.get("crop_size")
-    edges = size if isinstance(size, dict) else {"shortest_edge": size}
-    squash = "height" in edges
-    square = edges if squash else crop if isinstance(crop, dict) else {"height": crop, "width": crop}
-    shortest, side = edges.get("height" if squash else "shortest_edge"), square.get("height")
-    sizes_fit = isinstance(shortest, int) and isinstance(side, int) and 0 < side <= shortest
-    if not sizes_fit or side != square.get("width") or squash == config.get("do_center_crop", not squash):
-        crops = f"crop_size {crop!r} and do_center_crop {config.get('do_center_crop')!r}"
-        raise ValueError(f"{where}: size {size!r} with {crops} is not supported")
-    if lacking := [name for name in ("image_mean", "image_std") if name not in config]:
-        raise ValueError(f"{where} lacks {' and '.join(lacking)}")
-    mean, std = tuple(config["image_mean"]), tuple(config["image_std"])
-    return PixelConfig(shortest, side, mean, std, config.get("rescale_factor", 1 / 255), pad, squash)
-
-
-def open_clip_pixels(size: int, pad: str) -> PixelConfig:
-    """open_clip's own preprocessing, which no file describes."""
-    return PixelConfig(size, size, CLIP_MEAN, CLIP_STD, 1 / 255, pad, rounds=True)
-
-
-def preprocess(image: Image.Image, config: PixelConfig) -> torch.Tensor:
-    """A PIL image in mode RGB -> pixels [3, S, S]."""
-    return normalise(frame(image, config), config)
-
-
-def frame(image: Image.Image, config: PixelConfig) -> np.ndarray:
-    """A PIL image in mode RGB -> uint8 [S, S, 3], what the encoder will see: pad to a square, bicubic resize, crop."""
-    if config.pad != "none" and image.width != image.height:
-        colour = tuple(int(255 * mean) for mean in config.mean) if config.pad == "mean" else (0, 0, 0)
-        side = max(image.size)
-        square = Image.new("RGB", (side, side), colour)
-        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-        image = square
-    short, long = (1, 1) if config.squash else sorted(image.size)
-    long = int(config.size * long / short)
-    size = (config.size, long) if image.width <= image.height else (long, config.size)
-    image = image.resize(size, Image.Resampling.BICUBIC)
-    corner = (lambda margin: round(margin / 2)) if config.rounds else (lambda margin: margin // 2)
-    left, top = (corner(side - config.crop) for side in size)
-    return np.array(image.crop((left, top, left + config.crop, top + config.crop)))
-
-
-def normalise(frame: np.ndarray, config: PixelConfig) -> torch.Tensor:
-    """uint8 [S, S, 3] -> pixels [3, S, S], float32."""
-    pixels = torch.from_numpy(frame).permute(2, 0, 1)  # [3, S, S]
-    pixels = (pixels.double() * config.scale).float()  # published: rescaled in float64, normalised in float32
-    return (pixels - torch.tensor(config.mean)[:, None, None]) / torch.tensor(config.std)[:, None, None]

@@ -8,7 +8,7 @@
 import argparse
 import sys
 
-from cli import Parser, add_decoding_flags, add_model_flags, atomic, guard, print_table, progress
+from plumbing.cli import Parser, add_decoding_flags, add_model_flags, atomic, guard, print_table, progress
 
 CONDITIONS = {  # --prior: what the model sees beside the current image
     "true": "the patient's prior",
@@ -139,10 +139,10 @@ from pathlib import Path
 
 import numpy as np
 
-import report
-from answer import Asked, choose, load_model, shuffle_priors, write_answers
 from data import ImageFolder, Question, Records, image_names
-from metrics import (
+from evaluation import page as report
+from evaluation.answering import Asked, choose, load_model, shuffle_priors, write_answers
+from evaluation.metrics import (
     BETTER,
     FLOOR,
     METRICS,
@@ -160,7 +160,7 @@ from metrics import (
     temporal_f1_score,
     truth_statistics,
 )
-from processes import joined
+from plumbing.distributed import init_distributed
 
 __all__ = ["evaluate_report", "temporal_f1_score"]  # what others import, beside the command line
 
@@ -382,13 +382,13 @@ def prior(arguments):
     records, out = Records(arguments.questions), Path(arguments.out)
     rows = choose(records, arguments.ids, arguments.limit, only_priors=True)
     files = {condition: out / f"{condition}.jsonl" for condition in arguments.conditions}
-    with joined() as processes:
-        load = functools.cache(lambda: load_model(arguments, processes))
+    with init_distributed() as world:
+        load = functools.cache(lambda: load_model(arguments, world))
         for condition, path in files.items():
             if arguments.model:
                 out.mkdir(parents=True, exist_ok=True)
-                write_answers(arguments, ask(arguments, records, rows, condition), path, load, processes)
-    if processes.rank:
+                write_answers(arguments, ask(arguments, records, rows, condition), path, load, world)
+    if world.rank:
         return
     pairs = {condition: read_pairs(arguments.questions, path, rows) for condition, path in files.items()}
     texts = {condition: [pair.prediction for pair in found] for condition, found in pairs.items()}
@@ -439,10 +439,10 @@ def ask(arguments, records: Records, rows: dict[str, int], condition: str) -> As
 def answer(arguments):
     records = Records(arguments.questions)
     rows = choose(records, arguments.ids, arguments.limit)
-    with joined() as processes:
+    with init_distributed() as world:
         asked = ask(arguments, records, rows, arguments.prior)
-        load = lambda: load_model(arguments, processes)
-        write_answers(arguments, asked, Path(arguments.answers), load, processes)
+        load = lambda: load_model(arguments, world)
+        write_answers(arguments, asked, Path(arguments.answers), load, world)
 
 
 # ------------------------------------------------------------------------------------------ command line

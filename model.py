@@ -17,31 +17,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import checkpoint
-import cli
-from checkpoint import Source
-from decoder import (
-    LORA_SUPPORTED,
-    Cache,
-    Decoder,
-    DecoderConfig,
-    LoRAConfig,
-    add_lora,
-    decoder_config,
-    family_of,
-    lora_parameters,
-    merge_lora,
-    names_of,
-)
-from encoder import (
-    Encoder,
-    EncoderConfig,
-    encoder_config,
-    encoder_tensors,
-    open_clip_pixels,
-    pixel_config,
-    preprocess,
-)
+from decoder import Cache, Decoder, DecoderConfig, decoder_config, family_of, names_of
+from encoder import Encoder, EncoderConfig, encoder_config, encoder_tensors
+from lora import LORA_SUPPORTED, LoRAConfig, add_lora, lora_parameters, merge_lora
+from plumbing import checkpoint, cli
+from plumbing.checkpoint import Source
+from plumbing.pixels import open_clip_pixels, pixel_config, preprocess
 from tac import MLPConnector, make_connector
 from tokenizer import IMAGE, IMAGE_END, IMAGE_START, IMAGE_TEXT, Tokenizer, template_of
 
@@ -259,9 +240,9 @@ class Libra(nn.Module):
         dtype = find_dtype(dtype, device, raw)
         config, decoder = libra_config(raw, folder), decoder_config(raw, folder)
         tokenizer = Tokenizer(parts.weights.folder, sentencepiece_first=raw["model_type"] == "libra")
-        stored = checkpoint.stored_tensors(parts.weights)
+        stored = checkpoint.list_tensors(parts.weights)
         for file in parts.overlays:
-            stored |= {_published(name): tensor for name, tensor in checkpoint.index(file).items()}
+            stored |= {_published(name): tensor for name, tensor in checkpoint.file_tensors(file).items()}
         groups = {ours: {} for ours in ("connector", "encoder", "decoder")}
         for name, tensor in stored.items():
             prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
@@ -271,7 +252,7 @@ class Libra(nn.Module):
             groups["decoder"].pop("lm_head.weight", None)
         beside = None if groups["connector"] or fresh else checkpoint.find_file(parts.weights, CONNECTOR_FILES)
         if beside:
-            tensors = checkpoint.index(beside).items()
+            tensors = checkpoint.file_tensors(beside).items()
             groups["connector"] = {_published(name).split("mm_projector.")[-1]: tensor for name, tensor in tensors}
 
         tower, settings, encoder_stored = find_encoder(config, parts.config_source, encoder)
@@ -281,7 +262,7 @@ class Libra(nn.Module):
         with torch.device("meta"):
             libra = cls(config, encoder_settings, decoder)
         groups["encoder"] = encoder_tensors(libra.encoder, encoder_stored)
-        groups["decoder"] = checkpoint.translate(groups["decoder"], names_of(raw), libra.decoder)
+        groups["decoder"] = checkpoint.rename_tensors(groups["decoder"], names_of(raw), libra.decoder)
         connector_from = beside or (parts.overlays or (folder,))[-1]
         complaints = {
             "connector": f"the connector in {connector_from} is no {config.mm_projector_type}, as {folder} names it",
@@ -292,13 +273,13 @@ class Libra(nn.Module):
         for part, held in groups.items():
             if part == "connector" and fresh:
                 continue
-            checkpoint.match(dict(getattr(libra, part).named_parameters()), held, complaints[part])
+            checkpoint.check_fit(dict(getattr(libra, part).named_parameters()), held, complaints[part])
             tensors |= {f"{part}.{name}": tensor for name, tensor in held.items()}
         checkpoint.check_memory(sum(p.numel() for p in libra.parameters()) * dtype.itemsize, device, dtype)
         libra.to(dtype).to_empty(device=device)
         if fresh:
             libra.connector = cls.new_connector(config, encoder_settings, decoder).to(device, dtype)
-        checkpoint.load({name: p for name, p in libra.named_parameters() if name in tensors}, tensors, progress)
+        checkpoint.load_tensors({name: p for name, p in libra.named_parameters() if name in tensors}, tensors, progress)
 
         pad = config.mm_image_pad or ("mean" if config.image_aspect_ratio == "pad" else "none")
         if "vision_cfg" in settings:
@@ -537,14 +518,14 @@ def find_encoder(config: LibraConfig, source: Source, encoder=None) -> tuple[Sou
     """
     if encoder or not config.mm_vision_tower_config:
         tower = checkpoint.locate(encoder) if encoder else checkpoint.locate(config.mm_vision_tower, source.folder)
-        return tower, checkpoint.read_json(tower.folder / "config.json"), checkpoint.stored_tensors(tower)
+        return tower, checkpoint.read_json(tower.folder / "config.json"), checkpoint.list_tensors(tower)
     files = []
     for name in (config.mm_vision_tower_config, config.mm_vision_tower_checkpoint or ""):
         place = source.folder / name
         files.append(place if place.is_file() else checkpoint.find_file(source, [place.name]))
         if files[-1] is None:
             raise FileNotFoundError(f"{source} lacks the encoder's file {name}, also beside its config.json: fetch it")
-    return Source(files[0].parent), checkpoint.read_json(files[0]), checkpoint.index(files[1])
+    return Source(files[0].parent), checkpoint.read_json(files[0]), checkpoint.file_tensors(files[1])
 
 
 def load_adapter(libra: Libra, source: Source):
@@ -560,7 +541,7 @@ def load_adapter(libra: Libra, source: Source):
     if file is None:
         raise FileNotFoundError(f"{source} holds no adapter ({' or '.join(ADAPTER_FILES)}): fetch it again")
     clean = lambda name: re.sub(r"^base_model\.model\.model\.|(?<=lora_[AB])\.default(?=\.weight$)", "", name)
-    stored = {clean(name): tensor for name, tensor in checkpoint.index(file).items()}
+    stored = {clean(name): tensor for name, tensor in checkpoint.file_tensors(file).items()}
     held = sorted({name.split(".lora_")[0].split(".")[-1] for name in stored})
     named = raw.get("target_modules", held)
     if isinstance(named, list) and sorted(named) != held:
@@ -570,9 +551,9 @@ def load_adapter(libra: Libra, source: Source):
     )
     names = names_of(libra.parts.config)
     add_lora(libra.decoder, names, libra.lora)
-    tensors, parameters = checkpoint.translate(stored, names, libra.decoder), lora_parameters(libra.decoder)
-    checkpoint.match(parameters, tensors, f"the adapter in {source} does not fit its base {libra.base}")
-    checkpoint.load(parameters, tensors)
+    tensors, parameters = checkpoint.rename_tensors(stored, names, libra.decoder), lora_parameters(libra.decoder)
+    checkpoint.check_fit(parameters, tensors, f"the adapter in {source} does not fit its base {libra.base}")
+    checkpoint.load_tensors(parameters, tensors)
 
 
 def find_device(name: str) -> torch.device:

@@ -11,8 +11,8 @@ import argparse
 import os
 import sys
 
-from cli import Parser, atomic, guard, parallel, print_table, progress
-from mimic import SECTIONS
+from plumbing.cli import Parser, atomic, guard, parallel, print_table, progress
+from sources.mimic import SECTIONS
 
 
 def parse(arguments=None):
@@ -99,9 +99,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-import checkpoint
-import mimic
-import phantom
 from data import (
     FINDINGS_PROMPT,
     FRAMES,
@@ -115,8 +112,11 @@ from data import (
     parse_index,
 )
 from data import check as check_records
-from encoder import PixelConfig, open_clip_pixels, pixel_config
-from mimic import directory, on_disk, only_one, read_csv, require, root_of
+from phantom import hospital as phantom
+from plumbing import checkpoint
+from plumbing.pixels import PixelConfig, open_clip_pixels, pixel_config
+from sources import mimic
+from sources.mimic import directory, on_disk, only_one, read_csv, require, root_of
 from tokenizer import IMAGE_TEXT
 
 PROMPTS = {"findings": FINDINGS_PROMPT, "impression": FINDINGS_PROMPT.replace("findings", "impression")}

@@ -8,7 +8,7 @@ A study's prompt and images are computed once (`prefill`); every beam and sample
 import argparse
 import sys
 
-from cli import Parser, add_decoding_flags, add_model_flags, fail, guard, progress
+from plumbing.cli import Parser, add_decoding_flags, add_model_flags, fail, guard, progress
 
 DEFAULT_MODEL = "X-iZhang/libra-v1.0-7b"
 
@@ -53,9 +53,10 @@ from dataclasses import asdict, dataclass, fields
 
 import torch
 
-from data import Study, load_image
+from data import Study
 from decoder import Cache
 from model import Libra
+from plumbing.image import load_image
 from tokenizer import IMAGE, Prompt, find_template, render
 
 
@@ -235,7 +236,7 @@ def _sample(libra, prefix, options, stream, should_stop):
             tokens = logits.argmax(-1).tolist()
         else:
             draws = torch.tensor([[torch.rand((), generator=g).item() for g in row] for row in generators])
-            tokens = draw(logits, draws.to(logits.device), options).tolist()
+            tokens = sample_tokens(logits, draws.to(logits.device), options).tolist()
         for b in range(B):
             for k in range(K):
                 if not done[b][k]:
@@ -255,7 +256,7 @@ def _generator(seed: int, study, sequence: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
-def draw(logits, draws, options: Options):
+def sample_tokens(logits, draws, options: Options):
     """logits [..., V], one uniform number in [0, 1) for each row [...] -> ids [...].
 
     Temperature, then the top_k likeliest, then the fewest of these that reach top_p together, renormalised.

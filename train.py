@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-from cli import atomic, fail, guard, progress
+from plumbing.cli import atomic, fail, guard, progress
 
 
 @dataclass(frozen=True)
@@ -157,16 +157,25 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.checkpoint import checkpoint as recompute
 
-import parts
 from attention import attention
-from data import IGNORED, Batch, ImageCache, ImageFolder, Record, Records, Study
-from decoder import PROJECTIONS, Decoder, LoRAConfig, add_lora, names_of
-from log import TRACKERS, Log
-from metrics import METRICS, score_of, statistics
+from data import IGNORED, Batch, ImageCache, ImageFolder, Record, Records, StepLoader, Study, TrainingSet
+from decoder import Decoder, names_of
+from evaluation.metrics import METRICS, score_of, statistics
+from lora import PROJECTIONS, LoRAConfig, add_lora
 from model import Libra, find_device
-from processes import Processes, assign, is_sharded, joined, local, shard, together, whole
+from plumbing import fresh as parts
+from plumbing.distributed import (
+    World,
+    copy_full,
+    full_tensor,
+    init_distributed,
+    is_sharded,
+    local_tensor,
+    shard,
+    unsharded,
+)
+from plumbing.log import TRACKERS, Log
 from sample import generate
-from steps import Rows, Steps
 from tokenizer import IMAGE, IMAGE_TEXT, find_template
 
 # ------------------------------------------------------------------------------------------ what learns
@@ -213,7 +222,7 @@ def build(config: TrainConfig, show=lambda done, total: None) -> Libra:
             getattr(libra, part).requires_grad_(True).train()
     libra.decoder.train("lora" in config.train or "decoder" in config.train)
     libra.decoder.gradient_checkpointing = config.gradient_checkpointing
-    for parameter in trained(libra).values():
+    for parameter in trainable_parameters(libra).values():
         parameter.data = parameter.data.float()
     return libra
 
@@ -231,7 +240,7 @@ def new_parts(config: TrainConfig) -> tuple[Path, Path]:
     return folder / "decoder", folder / "encoder"
 
 
-def trained(libra: Libra) -> dict[str, torch.nn.Parameter]:
+def trainable_parameters(libra: Libra) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in libra.named_parameters() if parameter.requires_grad}
 
 
@@ -240,7 +249,7 @@ def make_optimizer(libra: Libra, config: TrainConfig) -> torch.optim.AdamW:
     rates = {"connector": config.mm_projector_lr or config.lr, "encoder": config.encoder_lr or config.lr}
     norms = [f"{name}." for name, module in libra.named_modules() if "Norm" in type(module).__name__]
     groups: dict[tuple, list] = {}  # sharded parameters and others cannot be updated in one call
-    for name, parameter in trained(libra).items():
+    for name, parameter in trainable_parameters(libra).items():
         decays = not (name.endswith("bias") or any(name.startswith(norm) for norm in norms))
         rate = rates.get(name.split(".")[0], config.lr)
         key = (rate, config.weight_decay if decays else 0.0, is_sharded(parameter))
@@ -249,7 +258,7 @@ def make_optimizer(libra: Libra, config: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(settings, betas=(0.9, config.beta2), eps=1e-8)
 
 
-def rate_at(step: int, steps: int, warmup: float) -> float:
+def lr_at(step: int, steps: int, warmup: float) -> float:
     """Share of the learning rate in a step: linear warm-up from 0, then half a cosine to 0, as published."""
     rising = math.ceil(steps * warmup)
     if step < rising:
@@ -293,21 +302,21 @@ CHUNK = 1024  # positions whose logits are in memory at once
 # ------------------------------------------------------------------------------------------ data
 
 
-def open_rows(config: TrainConfig, files: tuple[str, ...], libra: Libra, show=lambda done, total: None) -> Rows:
+def open_training_set(config: TrainConfig, files: tuple[str, ...], libra: Libra, show=lambda done, total: None):
     if not files:
         raise ValueError("the config names no records")
     if bool(config.image_folder) == bool(config.image_cache):
         raise ValueError("the config must name one of image_folder and image_cache")
     kind, place = (ImageFolder, config.image_folder) if config.image_folder else (ImageCache, config.image_cache)
     images, template = kind(place, libra.pixels), find_template(libra.template)
-    return Rows(files, images, libra.tokenizer, template, libra.image_positions, config.max_length, show)
+    return TrainingSet(files, images, libra.tokenizer, template, libra.image_positions, config.max_length, show)
 
 
-def open_steps(config: TrainConfig, rows: Rows, libra: Libra, processes: Processes) -> Steps:
+def open_loader(config: TrainConfig, rows: TrainingSet, libra: Libra, world: World) -> StepLoader:
     shares = config.share_prefix and not find_template(libra.template).drops_question
     names = ("batch_size", "micro_batch", "epochs", "max_steps", "seed", "workers")
     settings = {name: getattr(config, name) for name in names}
-    return Steps(rows, processes, max_shared=config.max_shared if shares else 1, even=config.fsdp, **settings)
+    return StepLoader(rows, world, max_shared=config.max_shared if shares else 1, even=config.fsdp, **settings)
 
 
 # ------------------------------------------------------------------------------------------ checkpoints
@@ -319,8 +328,8 @@ class Checkpoints:
     Tensors go by their names and are whole, so that any number of processes goes on, with fsdp or without.
     """
 
-    def __init__(self, config: TrainConfig, processes: Processes):
-        self.config, self.main, self.folder = config, processes.rank == 0, Path(config.out_dir, "checkpoints")
+    def __init__(self, config: TrainConfig, world: World):
+        self.config, self.main, self.folder = config, world.rank == 0, Path(config.out_dir, "checkpoints")
 
     def files(self) -> list[Path]:
         return sorted(self.folder.glob("step-*.pt"))
@@ -328,10 +337,10 @@ class Checkpoints:
     def save(self, step: int, libra: Libra, optimizer, best: float):
         """The state after `step` steps, which all processes must give; older checkpoints than the newest `keep` go."""
         state = dict(config=asdict(self.config), step=step, best=best, weights={}, optimizer={})
-        for name, parameter in trained(libra).items():
+        for name, parameter in trainable_parameters(libra).items():
             moments = optimizer.state[parameter]
-            state["weights"][name] = whole(parameter.detach(), self.main)
-            state["optimizer"][name] = {key: whole(value, self.main) for key, value in moments.items()}
+            state["weights"][name] = full_tensor(parameter.detach(), self.main)
+            state["optimizer"][name] = {key: full_tensor(value, self.main) for key, value in moments.items()}
         if not self.main:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -358,15 +367,15 @@ class Checkpoints:
                 before = state["config"].get(name)
                 if name not in RUNTIME and before != value:
                     raise ValueError(f"{file} was made with {name}={before!r}, not {value!r}: use another out_dir")
-            weights, moments, ours = state["weights"], state["optimizer"], trained(libra)
+            weights, moments, ours = state["weights"], state["optimizer"], trainable_parameters(libra)
             same = weights.keys() == moments.keys() == ours.keys()
             if not same or any(weights[name].shape != ours[name].shape for name in ours):
                 raise ValueError(f"{file} holds other weights than this config trains: use another out_dir")
             with torch.no_grad():
                 for name, parameter in ours.items():
-                    assign(parameter, weights[name])
+                    copy_full(parameter, weights[name])
                     optimizer.state[parameter] = {
-                        key: value.clone() if key == "step" else assign(torch.empty_like(parameter), value)
+                        key: value.clone() if key == "step" else copy_full(torch.empty_like(parameter), value)
                         for key, value in moments[name].items()
                     }
             return state["step"], state["best"]
@@ -376,7 +385,7 @@ class Checkpoints:
 def export(libra: Libra, config: TrainConfig, folder: Path, main: bool):
     """The main process writes what was trained, in the published layout, which `sample.py --model` reads."""
     if any(map(is_sharded, libra.decoder.parameters())):  # a model beside it then, with the whole decoder
-        tensors = {name: whole(parameter.detach(), main) for name, parameter in libra.decoder.named_parameters()}
+        tensors = {name: full_tensor(parameter.detach(), main) for name, parameter in libra.decoder.named_parameters()}
         libra = copy.copy(libra)
         libra._modules = dict(libra._modules)
         with torch.device("meta"):
@@ -399,11 +408,11 @@ def export(libra: Libra, config: TrainConfig, folder: Path, main: bool):
 
 
 @torch.no_grad()
-def validate(libra: Libra, config: TrainConfig, rows: Rows, processes: Processes) -> dict[str, float]:
+def validate(libra: Libra, config: TrainConfig, rows: TrainingSet, world: World) -> dict[str, float]:
     """Loss, and scores of written answers, over the first validation_records records."""
     count, modes = min(config.validation_records, len(rows)), [(module, module.training) for module in libra.modules()]
     libra.eval()
-    mine = list(range(count))[processes.rank :: processes.count]
+    mine = list(range(count))[world.rank :: world.size]
     total = labels = 0.0
     for first in range(0, len(mine), config.micro_batch):
         batch = rows.collate([rows[(number,)] for number in mine[first : first + config.micro_batch]])
@@ -412,7 +421,7 @@ def validate(libra: Libra, config: TrainConfig, rows: Rows, processes: Processes
         if len(batch.ids):
             total += float(loss_sum(libra, batch))
             labels += int((batch.labels != IGNORED).sum())
-    total, labels = processes.sum(total, labels)
+    total, labels = world.all_reduce(total, labels)
     scores = {"loss": total / max(labels, 1)}
     if config.metrics:
         studies, answers = [], []
@@ -426,7 +435,7 @@ def validate(libra: Libra, config: TrainConfig, rows: Rows, processes: Processes
         for first in range(0, len(studies), config.micro_batch):
             outputs = generate(libra, studies[first : first + config.micro_batch], max_new_tokens=config.max_new_tokens)
             written += [output[0].text for output in outputs]
-        written, answers = (list(itertools.chain(*processes.gather(texts))) for texts in (written, answers))
+        written, answers = (list(itertools.chain(*world.all_gather(texts))) for texts in (written, answers))
         if not answers:
             raise ValueError("the validation records have no image to ask about: take out metrics, or give others")
         table = statistics(written, answers)
@@ -462,9 +471,9 @@ def return_memory_at_once():
         ctypes.CDLL(None).mallopt(-3, 2**24)  # M_MMAP_THRESHOLD
 
 
-def run(config: TrainConfig, resume: bool, processes: Processes):
-    main, out, device = processes.rank == 0, Path(config.out_dir), processes.device(find_device(config.device))
-    checkpoints = Checkpoints(config, processes)
+def run(config: TrainConfig, resume: bool, world: World):
+    main, out, device = world.rank == 0, Path(config.out_dir), world.local_device(find_device(config.device))
+    checkpoints = Checkpoints(config, world)
     check_config(config)
     if checkpoints.files() and not resume:
         raise ValueError(f"{out} holds a run already: go on with --resume, or give another out_dir")
@@ -472,18 +481,19 @@ def run(config: TrainConfig, resume: bool, processes: Processes):
         return_memory_at_once()
     if main and config.new_decoder:
         new_parts(config)
-    processes.meet()
+    world.barrier()
     libra = build(replace(config, device=str(device)), progress("loading", "GiB", 2**30))
-    if config.fsdp and processes.count > 1:
-        shard(libra.decoder, libra.decoder.layers, processes)
-    weights, optimizer = list(trained(libra).values()), make_optimizer(libra, config)
-    rows = open_rows(config, config.records, libra, progress("checking records"))
-    held_out = config.validate_every and open_rows(config, config.validation, libra, progress("checking records"))
-    steps = open_steps(config, rows, libra, processes)
+    if config.fsdp and world.size > 1:
+        shard(libra.decoder, libra.decoder.layers, world)
+    weights, optimizer = list(trainable_parameters(libra).values()), make_optimizer(libra, config)
+    checking = progress("checking records")
+    rows = open_training_set(config, config.records, libra, checking)
+    held_out = config.validate_every and open_training_set(config, config.validation, libra, checking)
+    steps = open_loader(config, rows, libra, world)
     first, best = checkpoints.load(libra, optimizer) if resume else (0, math.inf * (1 if config.best == "loss" else -1))
     learning, frozen = sizes(libra)
     work = 4 * frozen + 6 * learning  # FLOP of a position; 2 of a parameter are for its own gradient
-    log = Log(out, asdict(config), config.report_to, config.log_every, first, steps.count, work, processes)
+    log = Log(out, asdict(config), config.report_to, config.log_every, first, steps.num_steps, work, world)
     if main:
         describe(libra, config, rows, steps)
     asked = Asked()
@@ -492,17 +502,17 @@ def run(config: TrainConfig, resume: bool, processes: Processes):
     for step, batches in steps.batches(first):
         done, losses = step + 1, []
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * rate_at(step, steps.count, config.warmup)
-        torch.manual_seed(draw(config.seed, step, processes.rank))
-        (labels,) = processes.sum(sum((batch.labels != IGNORED).sum() for _, batch in batches))  # of the global batch
+            group["lr"] = group["peak"] * lr_at(step, steps.num_steps, config.warmup)
+        torch.manual_seed(step_seed(config.seed, step, world.rank))
+        (labels,) = world.all_reduce(sum((batch.labels != IGNORED).sum() for _, batch in batches))
         for _, batch in batches:
             with autocast():
                 loss = loss_sum(libra, batch) / max(labels, 1)
             loss.backward()
             losses.append(float(loss.detach()))
-        processes.sum_gradients(weights)
-        norm = processes.clip(weights, config.grad_clip or math.inf)
-        (loss,) = processes.sum(sum(losses))
+        world.all_reduce_gradients(weights)
+        norm = world.clip_grad_norm(weights, config.grad_clip or math.inf)
+        (loss,) = world.all_reduce(sum(losses))
         if not math.isfinite(loss + norm):
             bad = [micro for (micro, _), value in zip(batches, losses, strict=True) if not math.isfinite(value)]
             names = ", ".join(str(name) for micro in bad for name in rows.ids(micro)) or "of another process, or none"
@@ -511,24 +521,24 @@ def run(config: TrainConfig, resume: bool, processes: Processes):
         optimizer.zero_grad(set_to_none=True)
 
         positions = sum(int((batch.segments >= 0).sum()) for _, batch in batches)
-        log.step(done, dict(loss=loss, lr=optimizer.param_groups[0]["lr"], norm=norm), positions, steps.waited)
-        if held_out and (done % config.validate_every == 0 or done == steps.count):
-            with autocast(), together(libra.decoder):
-                scores = validate(libra, config, held_out, processes)
+        log.step(done, dict(loss=loss, lr=optimizer.param_groups[0]["lr"], norm=norm), positions, steps.seconds_waited)
+        if held_out and (done % config.validate_every == 0 or done == steps.num_steps):
+            with autocast(), unsharded(libra.decoder):
+                scores = validate(libra, config, held_out, world)
             log.scores(done, scores)
             if (scores[config.best] < best) if config.best == "loss" else (scores[config.best] > best):
                 best = scores[config.best]
                 export(libra, config, out / "best", main)
-        (leave,) = processes.sum(asked.to_leave)
-        if leave or done % config.save_every == 0 or done == steps.count:
+        (leave,) = world.all_reduce(asked.to_leave)
+        if leave or done % config.save_every == 0 or done == steps.num_steps:
             checkpoints.save(done, libra, optimizer, best)
-        if leave and done < steps.count:
-            print(f"train.py: stopped after step {done} of {steps.count}; --resume goes on", file=sys.stderr)
+        if leave and done < steps.num_steps:
+            print(f"train.py: stopped after step {done} of {steps.num_steps}; --resume goes on", file=sys.stderr)
             raise KeyboardInterrupt
     export(libra, config, out / "last", main)
     if main:
-        log.draw()
-    processes.meet()  # all is written then: were one to go down badly at its end, torchrun would stop the others
+        log.plot_loss()
+    world.barrier()  # all is written then: were one to go down badly at its end, torchrun would stop the others
 
 
 def check_config(config: TrainConfig):
@@ -545,22 +555,22 @@ def check_config(config: TrainConfig):
 
 def sizes(libra: Libra) -> tuple[int, int]:
     """(parameters that learn, parameters that are frozen)."""
-    learning = sum(parameter.numel() for parameter in trained(libra).values())
+    learning = sum(parameter.numel() for parameter in trainable_parameters(libra).values())
     return learning, sum(parameter.numel() for parameter in libra.parameters()) - learning
 
 
-def describe(libra: Libra, config: TrainConfig, rows: Rows, steps: Steps):
+def describe(libra: Libra, config: TrainConfig, rows: TrainingSet, steps: StepLoader):
     """What differs from the defaults, what learns, what it takes."""
     plain, (learning, frozen) = asdict(TrainConfig()), sizes(libra)
     print(*(f"{name}={value!r}" for name, value in asdict(config).items() if value != plain[name]))
-    tensors = [(local(parameter), parameter.requires_grad) for parameter in libra.parameters()]
+    tensors = [(local_tensor(parameter), parameter.requires_grad) for parameter in libra.parameters()]
     held = sum(tensor.nbytes + 12 * tensor.numel() * learns for tensor, learns in tensors)
     duplicates = sum(checked.duplicates for checked in rows.checked)
     print(
         f"{'+'.join(config.train)} learns: {learning / 1e6:.2f} M parameters, {frozen / 1e6:.2f} M are frozen; "
         f"weights, gradients and optimizer {held / 2**30:.2f} GiB{' of each process' * config.fsdp}; "
         f"{len(rows):,} records ({duplicates:,} with the id of an earlier one) in {len(steps.rows):,} rows; "
-        f"{steps.count:,} steps"
+        f"{steps.num_steps:,} steps"
     )
 
 
@@ -578,14 +588,14 @@ class Asked:
         self.to_leave = True
 
 
-def draw(*key) -> int:
+def step_seed(*key) -> int:
     """A seed from numbers: dropout depends on nothing else."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "little")
 
 
 def main(arguments) -> int:
-    with joined() as processes:
-        return guard("train.py", lambda arguments: run(*arguments, processes), arguments)
+    with init_distributed() as world:
+        return guard("train.py", lambda arguments: run(*arguments, world), arguments)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,9 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
 import report  # noqa: E402
-from phantom import FAINT, PAPER, few_colours, history, paragraph, picture, write_lines  # noqa: E402
-from radiograph import font  # noqa: E402
+
+from phantom.hospital import FAINT, PAPER, few_colours, history, paragraph, picture, write_lines  # noqa: E402
+from phantom.radiograph import font  # noqa: E402
 
 SIZE, GAP, WIDTH = 280, 24, 620  # of an image, around everything, of the texts: pixels
 

@@ -14,7 +14,8 @@ from conftest import relative
 from test_attention import by_the_book, draw
 
 import attention
-from attention import constexpr, jit
+import kernel
+from kernel import constexpr, jit
 
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -97,9 +98,9 @@ def test_exactly_the_blocks_that_hold_something_visible_are_visited(mask):
     seen = attention._visible(segments, T, S, window, positions) if given else torch.ones(1, 1, T, S, dtype=torch.bool)
     B = len(seen)
     devices = (x if x is None else x.to(DEVICE) for x in (segments, positions))
-    prepared = attention._mask(*devices, mask, bool(given), window, T, S, torch.device(DEVICE))
+    prepared = kernel._mask(*devices, mask, bool(given), window, T, S, torch.device(DEVICE))
     for by_key in (False, True):
-        visits, stride, inner = attention._visits(prepared, M, N, by_key)
+        visits, stride, inner = kernel._visits(prepared, M, N, by_key)
         assert stride == (B > 1) * visits[0].numel()
         for b, outer in torch.cartesian_prod(*map(torch.arange, visits.shape[:2])).tolist():
             full, mixed, *places = visits[b, outer].tolist()
@@ -147,7 +148,7 @@ def test_what_is_not_dense_is_copied():
 def _copy_kernel(x, y, count, D: constexpr, WIDTH: constexpr, M: constexpr):
     t = tl.program_id(0) * M + tl.arange(0, M)
     b, h = tl.program_id(1) * 0, tl.program_id(2)
-    attention._store(y, b, h, t, count, attention._load(x, b, h, t, count, D, WIDTH).to(tl.float32), D, WIDTH)
+    kernel._store(y, b, h, t, count, kernel._load(x, b, h, t, count, D, WIDTH).to(tl.float32), D, WIDTH)
 
 
 @pytest.mark.parametrize("D", [16, 24, 80])
@@ -155,5 +156,5 @@ def test_bfloat16_is_loaded_cast_and_stored(D):
     x = draw(1, 37, 2, D, dtype=torch.bfloat16).transpose(1, 2).to(DEVICE)
     y = torch.full_like(x, 7)
     width = triton.next_power_of_2(D)
-    _copy_kernel[3, 1, 2](attention._strided(x), attention._strided(y), 35, D=D, WIDTH=width, M=16)
+    _copy_kernel[3, 1, 2](kernel._strided(x), kernel._strided(y), 35, D=D, WIDTH=width, M=16)
     assert torch.equal(y[:, :, :35], x[:, :, :35]) and (y[:, :, 35:] == 7).all()

@@ -14,9 +14,10 @@ import transformers
 from conftest import FAMILIES, GOLDEN, ROOT, load, read, relative, study_of
 from safetensors.torch import load_file, save_file
 
-import checkpoint
-from decoder import LoRAConfig, LoRALinear, add_lora, lora_parameters, names_of
+from decoder import names_of
+from lora import LoRAConfig, LoRALinear, add_lora, lora_parameters
 from model import CONNECTOR_FILES, Libra
+from plumbing import checkpoint
 from sample import generate, prefill
 from tokenizer import TEMPLATES, render
 
@@ -105,7 +106,7 @@ def test_a_saved_checkpoint_reads_back_bit_for_bit(tmp_path, family, shard_size)
 
 
 def load_names(folder):
-    return checkpoint.stored_tensors(checkpoint.locate(folder))
+    return checkpoint.list_tensors(checkpoint.locate(folder))
 
 
 CLASSES = {"libra": "Llama", "libra_mistral": "Mistral", "libra_qwen2": "Qwen2", "libra_qwen3": "Qwen3",
@@ -297,7 +298,7 @@ def test_the_image_can_stand_between_marks_of_its_own(tmp_path):
     refused("no rows for", tmp_path / "model")
     weights = {}
     for name, stored in load_names(SEVEN).items():
-        weights[name] = checkpoint.read(stored)
+        weights[name] = checkpoint.read_tensor(stored)
         if name in ("model.embed_tokens.weight", "lm_head.weight"):
             weights[name] = torch.cat((weights[name], torch.randn(2, weights[name].shape[1])))
     for file in [*(tmp_path / "model").glob("*.safetensors"), tmp_path / "model" / "model.safetensors.index.json"]:

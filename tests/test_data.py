@@ -7,7 +7,8 @@ import pytest
 from conftest import GOLDEN
 from PIL import Image
 
-from data import Study, load_image
+from data import Study
+from plumbing.image import load_image
 
 GREY = np.random.default_rng(0).integers(0, 256, (9, 13), dtype=np.uint8)
 COLOUR = np.random.default_rng(1).integers(0, 256, (9, 13, 3), dtype=np.uint8)

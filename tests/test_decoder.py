@@ -6,19 +6,9 @@ import transformers
 from conftest import relative
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-import checkpoint
-from decoder import (
-    Cache,
-    Decoder,
-    LoRAConfig,
-    LoRALinear,
-    add_lora,
-    decoder_config,
-    lora_parameters,
-    merge_lora,
-    names_of,
-    rope_frequencies,
-)
+from decoder import Cache, Decoder, decoder_config, names_of, rope_frequencies
+from lora import LoRAConfig, LoRALinear, add_lora, lora_parameters, merge_lora
+from plumbing import checkpoint
 
 LLAMA3 = dict(
     rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
@@ -69,13 +59,13 @@ def read(folder):
     """Our decoder from what `transformers` saved."""
     config = checkpoint.read_json(folder / "config.json")
     decoder = Decoder(decoder_config(config, folder))
-    stored = checkpoint.stored_tensors(checkpoint.locate(folder))
+    stored = checkpoint.list_tensors(checkpoint.locate(folder))
     stored = {name.removeprefix("model."): tensor for name, tensor in stored.items()}
     if decoder.config.tie_word_embeddings:
         stored.pop("lm_head.weight", None)
-    tensors, parameters = checkpoint.translate(stored, names_of(config), decoder), dict(decoder.named_parameters())
-    checkpoint.match(parameters, tensors, "")
-    checkpoint.load(parameters, tensors)
+    tensors, parameters = checkpoint.rename_tensors(stored, names_of(config), decoder), dict(decoder.named_parameters())
+    checkpoint.check_fit(parameters, tensors, "")
+    checkpoint.load_tensors(parameters, tensors)
     return decoder.requires_grad_(False), names_of(config)
 
 

@@ -7,11 +7,11 @@ import shlex
 from conftest import ROOT
 from PIL import Image
 
-import metrics
 import sample
 from data import Study
+from evaluation import metrics
 from model import Libra
-from phantom import history, picture, read_report, truth_of
+from phantom.hospital import history, picture, read_report, truth_of
 
 QUERY = "Provide a detailed description of the findings in the radiology image."  # sample.py's own
 

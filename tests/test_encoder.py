@@ -23,16 +23,9 @@ from transformers import (
     SiglipVisionModel,
 )
 
-import checkpoint
-from encoder import (
-    Encoder,
-    PixelConfig,
-    encoder_config,
-    encoder_tensors,
-    open_clip_pixels,
-    pixel_config,
-    preprocess,
-)
+from encoder import Encoder, encoder_config, encoder_tensors
+from plumbing import checkpoint
+from plumbing.pixels import PixelConfig, open_clip_pixels, pixel_config, preprocess
 
 
 @pytest.mark.parametrize(("family", "case"), cases(), ids=lambda value: getattr(value, "name", value))
@@ -72,8 +65,8 @@ def read_encoder(settings, stored, **options):
     config = encoder_config(settings, "folder", stored, **options)
     encoder = Encoder(config)
     tensors, parameters = encoder_tensors(encoder, stored), dict(encoder.named_parameters())
-    checkpoint.match(parameters, tensors, "")
-    checkpoint.load(parameters, tensors)
+    checkpoint.check_fit(parameters, tensors, "")
+    checkpoint.load_tensors(parameters, tensors)
     return encoder
 
 
@@ -83,7 +76,7 @@ def pair(request, tmp_path_factory):
     theirs, folder = random_weights(MODELS[request.param]()), tmp_path_factory.mktemp("encoder")
     theirs.save_pretrained(folder)
     settings = checkpoint.read_json(folder / "config.json")
-    stored = checkpoint.stored_tensors(checkpoint.locate(folder))
+    stored = checkpoint.list_tensors(checkpoint.locate(folder))
     ours = [read_encoder(settings, stored, final_norm=final_norm) for final_norm in (False, True)]
     return getattr(theirs, "vision_model", theirs), *ours
 
@@ -155,7 +148,7 @@ def test_an_open_clip_checkpoint_gives_what_the_same_weights_give_in_transformer
     state |= {"module.logit_scale": torch.ones(()), "module.text.transformer.embeddings.weight": torch.ones(3, 2)}
     torch.save({"epoch": 7, "name": "x", "state_dict": state, "optimizer": {"lr": [0.1]}}, tmp_path / "checkpoint.pt")
     settings = {"vision_cfg": {"timm_model_name": "vit_base_patch14_dinov2.lvd142m", "image_size": 30}}
-    ours = read_encoder(settings, checkpoint.index(tmp_path / "checkpoint.pt"))
+    ours = read_encoder(settings, checkpoint.file_tensors(tmp_path / "checkpoint.pt"))
     pixels = torch.randn(2, 3, 30, 30)
     with torch.no_grad():
         hidden = theirs(pixels, output_hidden_states=True).hidden_states

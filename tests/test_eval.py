@@ -17,8 +17,8 @@ import pytest
 from conftest import ROOT, read, seconds_of_children
 
 import eval as evaluation
-import metrics
-import phantom
+from evaluation import metrics
+from phantom import hospital as phantom
 
 LEXICAL, TEMPORAL = read("text", "lexical.json"), read("text", "temporal_f1.json")
 GOLDEN_NAMES = {"METEOR": "meteor", "ROUGE-L": "rougeL", "Temporal_entity_score": "temporal_f1"}

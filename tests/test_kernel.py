@@ -10,16 +10,17 @@ from conftest import GOLDEN, ROOT
 from test_attention import qkv
 
 import attention
+import kernel
 
 sys.path.insert(0, str(ROOT / "assets"))
 import mask
 
-needs_triton = pytest.mark.skipif(attention.triton is None, reason="Triton is for Linux")
+needs_triton = pytest.mark.skipif(kernel.triton is None, reason="Triton is for Linux")
 
 
 def run(*arguments, **environment):
     """A program of its own: Triton decides as it is imported whether it compiles or interprets."""
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT / "tests", env=os.environ | environment,
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=os.environ | environment,
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
     return done.stdout
@@ -28,12 +29,12 @@ def run(*arguments, **environment):
 @needs_triton
 @pytest.mark.parametrize("interpreted", ["1", "0"] if torch.cuda.is_available() else ["1"])
 def test_the_kernel_s_numbers(interpreted):
-    assert " passed" in run("-m", "pytest", "kernel_numbers.py", TRITON_INTERPRET=interpreted)
+    assert " passed" in run("-m", "pytest", "tests/kernel_numbers.py", TRITON_INTERPRET=interpreted)
 
 
 @needs_triton
 def test_the_kernel_s_machine_code(tmp_path):
-    printed = run("kernel_compile.py", "--quick", TRITON_CACHE_DIR=str(tmp_path))
+    printed = run("-m", "bench.kernel_compile", "--quick", TRITON_CACHE_DIR=str(tmp_path))
     assert printed.count("wgmma") == printed.count("mma.sync") == 6  # two head sizes, three kernels
 
 
@@ -66,7 +67,7 @@ def test_the_kernel_is_chosen_for_what_pytorch_s_do_not_know(monkeypatch, given,
 
 
 def test_without_a_gpu_the_kernel_is_refused_in_one_line():
-    assert not attention.kernel_available("cpu")
+    assert not kernel.kernel_available("cpu")
     with pytest.raises(ValueError, match=r"^the Triton kernel does not run on cpu: .*leave impl out$"):
         attention.attention(*qkv(1, 1, 1, 5, 5, 16), causal=True, impl="triton")
 

@@ -13,7 +13,7 @@ from conftest import FAMILIES, GOLDEN, ROOT, cases, load, read, seconds_of_child
 import sample
 from data import Study
 from decoder import Cache, Decoder, decoder_config
-from sample import Chat, Options, Prefix, _Stream, decode, draw, generate
+from sample import Chat, Options, Prefix, _Stream, decode, generate, sample_tokens
 from tokenizer import Prompt
 
 CASES = pytest.mark.parametrize("family, folder", cases(), ids=lambda value: getattr(value, "name", value))
@@ -170,7 +170,7 @@ def test_draws_follow_the_warped_distribution_of_transformers(temperature, top_k
     expected = transformers.TopPLogitsWarper(top_p)(None, warped).softmax(-1)
     draws = (torch.arange(20_000) / 20_000)[:, None].expand(-1, 2)  # an even grid in place of chance
     options = Options(temperature=temperature, top_k=top_k, top_p=top_p)
-    ids = draw(logits.expand(20_000, -1, -1), draws, options)
+    ids = sample_tokens(logits.expand(20_000, -1, -1), draws, options)
     found = torch.stack([torch.bincount(ids[:, row], minlength=20) for row in range(2)]) / 20_000
     assert (found - expected).abs().max() < 2e-4
     assert not found[expected == 0].any()

@@ -3,9 +3,8 @@ import json
 import pytest
 from conftest import GOLDEN, load
 
-from data import IGNORED, ImageFolder
-from processes import Processes
-from steps import NOTHING, Rows, Steps
+from data import EMPTY_BATCH, IGNORED, ImageFolder, StepLoader, TrainingSet
+from plumbing.distributed import World
 from tokenizer import IMAGE, TEMPLATES
 from train import loss_sum
 
@@ -23,13 +22,13 @@ def rows(tmp_path):
                 said = [{"from": "human", "value": question}, {"from": "gpt", "value": "It has."}]
                 file.write(json.dumps({"id": f"{name}{number}", "conversations": said}) + "\n")
     images, template = ImageFolder(GOLDEN / "images", libra.pixels), TEMPLATES[libra.template]
-    return Rows([tmp_path / "a", tmp_path / "b"], images, libra.tokenizer, template, libra.image_positions, 100)
+    return TrainingSet([tmp_path / "a", tmp_path / "b"], images, libra.tokenizer, template, libra.image_positions, 100)
 
 
 @pytest.mark.parametrize("count", range(1, 6))
 def test_processes_share_each_step_and_resume_at_it(rows, count):
-    every = [Steps(rows, Processes(rank, count), **SETTINGS) for rank in range(count)]
-    assert {(steps.per_epoch, steps.count) for steps in every} == {(11, 22)}
+    every = [StepLoader(rows, World(rank, count), **SETTINGS) for rank in range(count)]
+    assert {(steps.per_epoch, steps.num_steps) for steps in every} == {(11, 22)}
     for epoch in range(2):
         seen = []
         for step in range(11 * epoch, 11 * epoch + 11):
@@ -44,19 +43,19 @@ def test_processes_share_each_step_and_resume_at_it(rows, count):
 
 @pytest.mark.parametrize("count", range(1, 6))
 def test_even_processes_have_as_many_forward_passes_in_every_step(rows, count):
-    every = [Steps(rows, Processes(rank, count), even=True, **SETTINGS) for rank in range(count)]
-    plain = [Steps(rows, Processes(rank, count), **SETTINGS) for rank in range(count)]
+    every = [StepLoader(rows, World(rank, count), even=True, **SETTINGS) for rank in range(count)]
+    plain = [StepLoader(rows, World(rank, count), **SETTINGS) for rank in range(count)]
     passes = [[len(found) for _, found in steps.batches(0)] for steps in every]
     assert all(found == passes[0] for found in passes)
     ids = lambda steps: [
-        [rows.ids(micro) for micro, batch in found if batch is not NOTHING] for _, found in steps.batches(0)
+        [rows.ids(micro) for micro, batch in found if batch is not EMPTY_BATCH] for _, found in steps.batches(0)
     ]
     assert list(map(ids, every)) == list(map(ids, plain))
 
 
 def test_rows_of_about_the_same_length_go_together(rows):
-    steps = Steps(rows, Processes(0, 1), **SETTINGS | dict(batch_size=40, micro_batch=8))
-    for step in range(steps.count):
+    steps = StepLoader(rows, World(0, 1), **SETTINGS | dict(batch_size=40, micro_batch=8))
+    for step in range(steps.num_steps):
         sizes = [len(rows[row].ids) for micro in steps.micro_batches(step) for row in micro]
         sizes = [size for size in sizes if size]  # 0: max_length leaves nothing of a long question
         assert sizes == sorted(sizes)
@@ -74,8 +73,9 @@ def test_records_of_the_same_images_share_a_row_whatever_their_files(tmp_path):
                 record = {"id": f"{name}{number}", "conversations": said} | ({"image": images} if images else {})
                 file.write(json.dumps(record) + "\n")
     images, template = ImageFolder(GOLDEN / "images", libra.pixels), TEMPLATES[libra.template]
-    rows = Rows([tmp_path / name for name in asked], images, libra.tokenizer, template, libra.image_positions, 100)
-    steps = Steps(rows, Processes(), **SETTINGS | dict(batch_size=7, max_shared=3))
+    files = [tmp_path / name for name in asked]
+    rows = TrainingSet(files, images, libra.tokenizer, template, libra.image_positions, 100)
+    steps = StepLoader(rows, World(), **SETTINGS | dict(batch_size=7, max_shared=3))
     assert [row.tolist() for row in steps.rows] == [[0, 2, 3], [1, 6], [4], [5]]
     assert rows.ids([[3, 6]]) == ["b0", "c1"] and rows.records.place(6) == f"{tmp_path / 'c'} line 2"
     text = libra.tokenizer.decode(rows[0, 2, 3].ids[rows[0, 2, 3].ids.index(IMAGE) + 1 :])
@@ -88,9 +88,9 @@ def test_nothing_has_no_loss_and_gradients_of_zero():
     libra = load("libra-7b")
     weight = libra.decoder.layers[0].mlp.up_proj.weight
     try:
-        loss = loss_sum(libra.requires_grad_(True), NOTHING)
+        loss = loss_sum(libra.requires_grad_(True), EMPTY_BATCH)
         loss.backward()
         assert float(loss.detach()) == 0 and weight.grad is not None and not weight.grad.any()
     finally:
         libra.requires_grad_(False).zero_grad()
-    assert (NOTHING.labels == IGNORED).all() and (NOTHING.segments < 0).all()  # nor does it count
+    assert (EMPTY_BATCH.labels == IGNORED).all() and (EMPTY_BATCH.segments < 0).all()  # nor does it count

@@ -22,8 +22,18 @@ from safetensors.torch import load_file
 import train
 from data import IGNORED
 from model import Libra
-from processes import Processes
-from train import TrainConfig, build, loss_sum, make_optimizer, open_rows, open_steps, rate_at, read_config, trained
+from plumbing.distributed import World
+from train import (
+    TrainConfig,
+    build,
+    loss_sum,
+    lr_at,
+    make_optimizer,
+    open_loader,
+    open_training_set,
+    read_config,
+    trainable_parameters,
+)
 
 SEVEN, IMAGES = str(GOLDEN / "libra-7b" / "model"), str(GOLDEN / "images")
 RECORDS = str(GOLDEN / "training" / "records.json")
@@ -31,7 +41,7 @@ BASE = TrainConfig(model=SEVEN, records=(RECORDS,), image_folder=IMAGES, device=
 
 
 def rows_of(libra, config=BASE):
-    return open_rows(config, config.records, libra)
+    return open_training_set(config, config.records, libra)
 
 
 # ------------------------------------------------------------------------------------------------ golden
@@ -54,7 +64,7 @@ def test_golden_loss_and_gradients_of_the_connector(family, kept):
             # this scalar's gradient is what thousands of terms leave over: in float32 the golden value is 3.7e-4 from
             # the one in float64, and ours 1.7e-4
             assert relative(mine, value) < (1e-3 if name.endswith("LFE_prior_bias") else 1e-4), name
-    assert all(name.startswith("connector.") for name in trained(libra))
+    assert all(name.startswith("connector.") for name in trainable_parameters(libra))
 
 
 def test_golden_loss_and_gradients_of_lora():
@@ -85,7 +95,8 @@ def test_recomputing_layers_and_logits_in_chunks_changes_nothing(monkeypatch, ch
         libra.decoder.train()
         loss = loss_sum(libra, rows.collate([rows[(number,)] for number in range(3)]))
         loss.backward()
-        results.append({"loss": loss.detach()} | {name: parameter.grad for name, parameter in trained(libra).items()})
+        grads = {name: parameter.grad for name, parameter in trainable_parameters(libra).items()}
+        results.append({"loss": loss.detach()} | grads)
     close(*results)
 
 
@@ -189,7 +200,7 @@ def test_four_questions_behind_one_prefix_are_one_row(records):
     config = replace(TrainConfig(), **SMALL | dict(records=(records,)))
     libra = build(config)
     rows = rows_of(libra, config)
-    steps = open_steps(config, rows, libra, Processes())
+    steps = open_loader(config, rows, libra, World())
     found = [row for step in range(steps.per_epoch) for micro in steps.micro_batches(step) for row in micro]
     assert sorted(number for row in found for number in row) == list(range(23))  # every record once an epoch
     assert all(len({tuple(rows.records[number]["image"]) for number in row}) == 1 for row in found)
@@ -205,7 +216,7 @@ def test_a_sliding_window_is_the_same_behind_a_shared_prefix(records):
         libra.decoder.config = replace(whole, sliding_window=window)
         for split in ([(number,) for number in numbers], [(0, 5, 10, 15), (1, 6)]):
             loss = loss_sum(libra, rows.collate([rows[row] for row in split]))
-            parameters = trained(libra)
+            parameters = trainable_parameters(libra)
             gradients = torch.autograd.grad(loss, parameters.values(), allow_unused=True)
             grads = {name: grad for name, grad in zip(parameters, gradients, strict=True) if grad is not None}
             results.append({"loss": loss.detach()} | grads)
@@ -276,7 +287,7 @@ def test_a_lora_run_has_the_losses_of_peft_and_adamw(tmp_path, records):
     config = replace(TrainConfig(), **SMALL | dict(records=(records,), share_prefix=False) | settings)
     libra = build(config)  # for its fresh LoRA, embeddings and order
     rows = rows_of(libra, config)
-    steps = open_steps(config, rows, libra, Processes())
+    steps = open_loader(config, rows, libra, World())
     changed = json.loads((GOLDEN / "libra-7b" / "model" / "config.json").read_text()) | {"model_type": "llama"}
     theirs = transformers.LlamaForCausalLM.from_pretrained(SEVEN, config=transformers.LlamaConfig(**changed))
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -298,7 +309,7 @@ def test_a_lora_run_has_the_losses_of_peft_and_adamw(tmp_path, records):
             inputs = inputs.masked_scatter((batch.ids == -200)[..., None], images)
         out = theirs(inputs_embeds=inputs, attention_mask=(batch.segments >= 0).long(), labels=batch.labels)
         for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * rate_at(step, steps.count, 0.3)
+            group["lr"] = 1e-3 * lr_at(step, steps.count, 0.3)
         out.loss.backward()
         torch.nn.utils.clip_grad_norm_(learning, 1.0)
         optimizer.step()
@@ -314,7 +325,7 @@ def test_the_learning_rate_is_that_of_the_published_schedule():
         rising = -int(-steps * warmup // 1)
         theirs = transformers.get_cosine_schedule_with_warmup(optimizer, rising, steps)
         for step in range(steps):
-            assert rate_at(step, steps, warmup) == pytest.approx(theirs.lr_lambdas[0](step), abs=1e-12)
+            assert lr_at(step, steps, warmup) == pytest.approx(theirs.lr_lambdas[0](step), abs=1e-12)
 
 
 def test_biases_and_norms_do_not_decay_and_the_connector_has_a_rate_of_its_own():

@@ -23,12 +23,13 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-import checkpoint
 import sample
-from cli import atomic, progress
-from data import ImageFolder, Question, Records, Study, check, image_names, load_image
+from data import ImageFolder, Question, Records, Study, check, image_names
 from model import ADAPTER_FILES, Libra, Parts, find_device, find_dtype, find_parts
-from processes import Processes
+from plumbing import checkpoint
+from plumbing.cli import atomic, progress
+from plumbing.distributed import World
+from plumbing.image import load_image
 from sample import Options
 
 MOST = 16  # studies in a batch that --batch-size does not name
@@ -142,7 +143,7 @@ def shuffle_priors(records: Records, seed: int) -> Callable[[Question], str]:
     return draw
 
 
-def fitting(libra: Libra, positions: int, options: Options, processes: Processes) -> int:
+def fitting(libra: Libra, positions: int, options: Options, world: World) -> int:
     """Studies in a batch, 1 to MOST: as many as have room for cache and logits in half of the free memory.
 
     The other half is for what does not grow with them, or little: a prefill, and copies while suffixes grow and move.
@@ -151,8 +152,8 @@ def fitting(libra: Libra, positions: int, options: Options, processes: Processes
     config = libra.decoder.config
     position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * libra.dtype.itemsize
     suffixes = options.num_beams * (options.max_new_tokens * position + 4 * 4 * libra.vocabulary)  # float32, 4 copies
-    free = checkpoint.free_memory(libra.device) // (processes.count if libra.device.type == "cpu" else 1)
-    return min(processes.gather(max(1, min(MOST, free // 2 // (positions * position + suffixes)))))
+    free = checkpoint.free_memory(libra.device) // (world.size if libra.device.type == "cpu" else 1)
+    return min(world.all_gather(max(1, min(MOST, free // 2 // (positions * position + suffixes)))))
 
 
 def fingerprint(parts: Parts) -> str:
@@ -168,8 +169,8 @@ def fingerprint(parts: Parts) -> str:
     return digest.hexdigest()[:16]
 
 
-def load_model(arguments, processes: Processes) -> Libra:
-    arguments.device = str(processes.device(find_device(arguments.device)))
+def load_model(arguments, world: World) -> Libra:
+    arguments.device = str(world.local_device(find_device(arguments.device)))
     return sample.load(arguments)
 
 
@@ -256,7 +257,7 @@ def begun_with(answers: Path, settings: dict) -> dict | None:
     return begun
 
 
-def write_answers(arguments, asked: Asked, answers: Path, load: Callable[[], Libra], processes: Processes):
+def write_answers(arguments, asked: Asked, answers: Path, load: Callable[[], Libra], world: World):
     """Write an answer file, or what is missing of it.
 
     Batches are cut from all the questions before it is looked what is answered, so that a rerun, or more processes,
@@ -265,28 +266,28 @@ def write_answers(arguments, asked: Asked, answers: Path, load: Callable[[], Lib
     """
     if not answers.parent.is_dir():
         raise FileNotFoundError(f"no folder {answers.parent} for {answers.name}: make it, or check the path")
-    settings, rank = settings_of(arguments, asked), processes.rank
+    settings, rank = settings_of(arguments, asked), world.rank
     with own_work_file(answers, rank) as work:
         begun = begun_with(answers, settings)
         whole = answers.exists()
-        processes.meet()
+        world.barrier()
         if not whole:
             asked.find_images()  # before the model is read
             libra = load()
             options, template = sample.options_of(arguments), arguments.template
             lengths = asked.lengths(libra, template, options)
             size = arguments.batch_size or (begun and begun["batch_size"])
-            size = size or fitting(libra, max(lengths.values()), options, processes)
+            size = size or fitting(libra, max(lengths.values()), options, world)
             order = sorted(asked.rows, key=lengths.get, reverse=True)  # what does not fit shows at once
             batches = [order[i : i + size] for i in range(0, len(order), size)]
             done = find_answers(answers).keys()
-            mine = [batch for batch in batches if not done >= set(batch)][rank :: processes.count]
-            processes.meet()
+            mine = [batch for batch in batches if not done >= set(batch)][rank :: world.size]
+            world.barrier()
             if rank == 0 and not begun:
                 with atomic(sidecar_of(answers)) as file:
                     file.write(json.dumps(settings | {"batch_size": size}, indent=1) + "\n")
-            processes.meet()
-            among = f" (process 1 of {processes.count})" * (processes.count > 1)
+            world.barrier()
+            among = f" (process 1 of {world.size})" * (world.size > 1)
             show = progress(f"answering {answers.name}{among}", "studies")
             finished, total = 0, sum(map(len, mine))
             for lines in decode_batches(libra, asked, mine, template, options, arguments.model):
@@ -297,7 +298,7 @@ def write_answers(arguments, asked: Asked, answers: Path, load: Callable[[], Lib
                 finished += len(lines)
                 if rank == 0:
                     show(finished, total)
-            processes.meet()
+            world.barrier()
             if rank == 0:
                 merge(answers, asked.rows)
         if rank == 0:
@@ -305,7 +306,7 @@ def write_answers(arguments, asked: Asked, answers: Path, load: Callable[[], Lib
                 path.unlink()
             there = ", all there before" if whole else ""
             print(f"{answers}: {len(asked.rows):,} answers{there}", file=sys.stderr)
-        processes.meet()
+        world.barrier()
 
 
 def decode_batches(libra: Libra, asked: Asked, batches: list[list[str]], template, options: Options, model: str):

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-import phantom
-import radiograph
+from phantom import hospital as phantom
+from phantom import radiograph
 
 
 def states(patients):

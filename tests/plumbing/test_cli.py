@@ -7,7 +7,7 @@ import time
 import pytest
 from conftest import ROOT
 
-import cli
+from plumbing import cli
 
 
 def test_an_unknown_flag_names_the_nearest_and_ends_with_status_2(capsys):

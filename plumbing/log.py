@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-import report
-from cli import atomic
-from costs import GPUS
-from processes import Processes
+from bench.costs import GPUS
+from evaluation import page as report
+from plumbing.cli import atomic
+from plumbing.distributed import World
 
 
 class Log:
@@ -18,11 +18,11 @@ class Log:
 
     def __init__(
         self, out, settings: dict, trackers: tuple[str, ...], every: int, first: int, steps: int, work: int,
-        processes: Processes,
+        world: World,
     ):  # fmt: skip
-        self.out, self.processes, self.every, self.steps, self.work = Path(out), processes, every, steps, work
+        self.out, self.world, self.every, self.steps, self.work = Path(out), world, every, steps, work
         self.file, self.trackers = self.out / "log.jsonl", []
-        if processes.rank == 0:
+        if world.rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
             lines = self.file.read_text().splitlines() if self.file.exists() and first else []
             lines = [line for line in lines if line.endswith("}")]  # a full disk may have torn the last
@@ -40,24 +40,24 @@ class Log:
         self.positions += positions
         if done % self.every and done != self.steps:
             return
-        (positions,) = self.processes.sum(self.positions)
+        (positions,) = self.world.all_reduce(self.positions)
         seconds, steps = time.monotonic() - self.last, done - self.done
         rate, waiting = positions / seconds, (waited - self.waited) / seconds
         self.last, self.done, self.positions, self.waited = time.monotonic(), done, 0, waited
-        if self.processes.rank:
+        if self.world.rank:
             return
         shown = f"step {done}/{self.steps} loss {values['loss']:.4f} lr {values['lr']:.2e} norm {values['norm']:.3f}"
         shown += f" {rate:,.0f} positions/s waiting {waiting:.0%}"
         values = values | {"positions_per_second": rate, "waiting": waiting}
         if self.peak:
-            values["mfu"] = self.work * rate / self.peak / self.processes.count
+            values["mfu"] = self.work * rate / self.peak / self.world.size
             shown += f" MFU {values['mfu']:.0%}"
         print(f"{shown} {(self.steps - done) * seconds / steps / 60:.0f} min left", flush=True)
         self._write(done, values)
 
     def scores(self, done: int, scores: dict[str, float]):
         """After a validation."""
-        if self.processes.rank == 0:
+        if self.world.rank == 0:
             print(f"step {done} validation: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
             self._write(done, {f"validation {name}": value for name, value in scores.items()})
 
@@ -67,7 +67,7 @@ class Log:
         for track in self.trackers:
             track(values, done)
 
-    def draw(self):
+    def plot_loss(self):
         """loss.svg."""
         lines = [json.loads(line) for line in self.file.read_text().splitlines()]
         names = {"loss": "training", "validation loss": "validation"}

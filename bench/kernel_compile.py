@@ -1,7 +1,7 @@
 """Compiles the kernels for GPUs that are not here, and reads in what comes out whether they can be fast.
 
-    python tests/kernel_compile.py            every target, head size and type: some ten minutes on one core
-    python tests/kernel_compile.py --quick    bfloat16 at head sizes 64 and 128 for sm_80 and sm_90
+    python -m bench.kernel_compile            every target, head size and type: some ten minutes on one core
+    python -m bench.kernel_compile --quick    bfloat16 at head sizes 64 and 128 for sm_80 and sm_90
 
 It calls `attention` itself, with Triton's driver replaced by one that knows a target and launches nothing: what is
 compiled is what a GPU would run, with the same block sizes and the same divisibility of pointers and strides. Each
@@ -20,12 +20,12 @@ from pathlib import Path
 
 import torch
 import triton
-from conftest import ROOT  # noqa: F401 (the path to attention.py)
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import attention
+import kernel as fused
 
 KB = 1024
 TARGETS = {  # name -> (Triton's name, row of the table, shared memory of a program)
@@ -99,8 +99,8 @@ def compiled(name: str, D: int, dtype, segments=None, H=1) -> list:
     """(name of a kernel, what it is compiled to): all of attention over one row, forward and backward."""
     target, row, _ = TARGETS[name]
     driver.set_active(Elsewhere(target))
-    attention._target = lambda device: row
-    attention._visits.cache_clear()
+    fused._target = lambda device: row
+    fused._visits.cache_clear()
     found = []
 
     def run(kernel, *arguments, grid, warmup, **options):
@@ -111,7 +111,7 @@ def compiled(name: str, D: int, dtype, segments=None, H=1) -> list:
     try:
         segments = torch.zeros(1, 256, dtype=torch.long) if segments is None else segments
         q, k, v = (torch.empty(1, segments.shape[1], H, D, dtype=dtype).transpose(1, 2).requires_grad_() for _ in "qkv")
-        out = attention._fused(q, k, v, True, segments, None, None)
+        out = fused.fused_attention(q, k, v, True, segments, None, None)
         out.backward(torch.empty_like(out))
     finally:
         JITFunction.run = launch
@@ -163,7 +163,7 @@ def roofline():
             if kernel == "visits":
                 continue
             found = facts(made)
-            own, visited, options = attention._tile(torch.empty(0, D, dtype=torch.bfloat16), kernel != "forward")
+            own, visited, options = fused._tile(torch.empty(0, D, dtype=torch.bfloat16), kernel != "forward")
             M, N = (visited, own) if kernel == "dkdv" else (own, visited)
             blocks = sum(bool(block.any()) for rows in seen.split(M) for block in rows.split(N, 1))
             pairs = H * blocks * M * N

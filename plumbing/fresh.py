@@ -11,9 +11,9 @@ import torch
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 
-import checkpoint
 from decoder import Decoder, decoder_config
 from encoder import Encoder, encoder_config
+from plumbing import checkpoint
 
 DINOV2_NAMES = (  # our parameter names -> those of DINOv2 on disk; the way back is in encoder.FAMILIES
     (r"^patch_embed\.", "embeddings.patch_embeddings.projection."), (r"^class_token", "embeddings.cls_token"),
@@ -30,7 +30,7 @@ def disk_name(name: str) -> str:
     return name
 
 
-def draw(module: nn.Module, seed: int):
+def init_weights(module: nn.Module, seed: int):
     """Fresh weights, as language models take them: normal with a spread of 0.02, biases 0, norms and scales 1."""
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -47,7 +47,7 @@ def write_encoder(folder: Path, fields: dict, mean: float = 0.5, std: float = 0.
     """A DINOv2 encoder of these config.json fields, for square images that are not cropped."""
     fields = dict(model_type="dinov2", layer_norm_eps=1e-6) | fields
     encoder = Encoder(encoder_config(fields, folder, {}))
-    draw(encoder, seed)
+    init_weights(encoder, seed)
     side = fields["image_size"]
     pixels = dict(size={"shortest_edge": side}, crop_size={"height": side, "width": side}, do_center_crop=True,
                   image_mean=[mean] * 3, image_std=[std] * 3, resample=3, rescale_factor=1 / 255)  # fmt: skip
@@ -72,7 +72,7 @@ def write_decoder(folder: Path, fields: dict, texts, seed: int = 0):
     fields = dict(model_type="llama", rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2, torch_dtype="float32") | fields
     fields |= {"vocab_size": tokenizer.get_vocab_size()}
     decoder = Decoder(decoder_config(fields, folder))
-    draw(decoder, seed)
+    init_weights(decoder, seed)
     names = lambda name: name if name == "lm_head.weight" else f"model.{name}"
     with checkpoint.atomic_folder(folder) as partial:
         checkpoint.write_json(partial / "config.json", fields)

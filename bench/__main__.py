@@ -12,7 +12,7 @@ With one thread on a CPU, the default, seconds are CPU seconds: waiting for a co
 import argparse
 import sys
 
-from cli import Parser, atomic, guard, print_table, progress
+from plumbing.cli import Parser, atomic, guard, print_table, progress
 
 
 def parse(arguments=None):
@@ -78,14 +78,16 @@ import torch
 from PIL import Image
 from torch import nn
 
-import checkpoint
-import costs
-import parts
 from attention import attention
-from data import IGNORED, Item, Study, collate
-from decoder import PROJECTIONS, Cache, decoder_config
-from encoder import encoder_config, preprocess
+from bench import costs
+from data import IGNORED, Row, Study, collate
+from decoder import Cache, decoder_config
+from encoder import encoder_config
+from lora import PROJECTIONS
 from model import Libra, find_device
+from plumbing import checkpoint
+from plumbing import fresh as parts
+from plumbing.pixels import preprocess
 from sample import generate, prompt_of
 from tokenizer import IMAGE, find_template
 from train import TrainConfig, build, loss_sum, make_optimizer, return_memory_at_once
@@ -156,7 +158,7 @@ def batch(given: dict, numbers: list[int], questions: int, shared: bool):
                 ids += question + answer
                 labels += [IGNORED] * len(question) + answer
                 segments += [segment] * len(question + answer)
-            items.append(Item(ids, labels, segments, pixels, 0, 0))
+            items.append(Row(ids, labels, segments, pixels, 0, 0))
     return collate(items, given["positions"])
 
 

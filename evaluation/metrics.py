@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from phantom import DEVICES, FINDINGS, SIDED, level, read_report
+from phantom.hospital import DEVICES, FINDINGS, SIDED, level, read_report
 
 RESAMPLES = 1000  # of the bootstrap
 

@@ -16,9 +16,9 @@ from conftest import GOLDEN, ROOT
 from safetensors.torch import save_file
 from torch import nn
 
-import checkpoint
 import sample
-from checkpoint import Source
+from plumbing import checkpoint
+from plumbing.checkpoint import Source
 
 CPU = torch.device("cpu")
 SEED = torch.Generator().manual_seed(0)
@@ -86,12 +86,12 @@ def refusal(kinds, *words):
 @pytest.mark.parametrize("write", LAYOUTS)
 def test_every_layout_gives_names_shapes_types_and_values(tmp_path, write):
     write(tmp_path)
-    stored = checkpoint.stored_tensors(checkpoint.locate(tmp_path))
+    stored = checkpoint.list_tensors(checkpoint.locate(tmp_path))
     assert {name: (s.shape, s.dtype) for name, s in stored.items()} == {
         name: (tuple(tensor.shape), tensor.dtype) for name, tensor in TENSORS.items()
     }
     for name, tensor in TENSORS.items():
-        assert same_bits(checkpoint.read(stored[name]), tensor), name
+        assert same_bits(checkpoint.read_tensor(stored[name]), tensor), name
 
 
 @pytest.mark.parametrize("write", LAYOUTS)
@@ -99,11 +99,11 @@ def test_a_module_is_filled_in_the_type_that_is_asked_for(tmp_path, write):
     write(tmp_path)
     names = ["f16", "bf16", "single", "f64", "scalar", "empty", "special"]
     module = nn.ParameterDict({name: nn.Parameter(torch.empty_like(TENSORS[name], device="meta")) for name in names})
-    stored = {name: s for name, s in checkpoint.stored_tensors(Source(tmp_path)).items() if name in names}
+    stored = {name: s for name, s in checkpoint.list_tensors(Source(tmp_path)).items() if name in names}
     parameters = dict(module.float().to_empty(device="cpu").named_parameters())
-    checkpoint.match(parameters, stored, "")
+    checkpoint.check_fit(parameters, stored, "")
     progress = []
-    checkpoint.load(parameters, stored, lambda *state: progress.append(state))
+    checkpoint.load_tensors(parameters, stored, lambda *state: progress.append(state))
     for name in names:
         assert same_bits(module[name].detach(), TENSORS[name].float()), name
     assert progress == sorted(progress) and len(progress) == len(names)
@@ -116,16 +116,16 @@ def test_other_weights_beside_the_checkpoint_are_not_read(tmp_path, write):
     for name in ("aaa.safetensors", "model-00001-of-00009.safetensors", "dino_head.safetensors"):
         save_file({"single": torch.zeros(1), "other": torch.zeros(1)}, tmp_path / name)
     torch.save({"other": torch.zeros(1)}, tmp_path / "training_args.bin")
-    stored = checkpoint.stored_tensors(Source(tmp_path))
+    stored = checkpoint.list_tensors(Source(tmp_path))
     assert set(stored) == set(TENSORS)
-    assert same_bits(checkpoint.read(stored["single"]), TENSORS["single"])
+    assert same_bits(checkpoint.read_tensor(stored["single"]), TENSORS["single"])
 
 
 def test_safetensors_go_before_bin_and_an_index_before_a_single_file(tmp_path):
     shards_of_safetensors(tmp_path)
     save_file({"other": torch.zeros(1)}, tmp_path / "model.safetensors")
     torch.save({"other": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
-    assert set(checkpoint.stored_tensors(Source(tmp_path))) == set(TENSORS)
+    assert set(checkpoint.list_tensors(Source(tmp_path))) == set(TENSORS)
 
 
 # --------------------------------------------------------------------------------------------- refusals
@@ -134,7 +134,7 @@ def test_safetensors_go_before_bin_and_an_index_before_a_single_file(tmp_path):
 def refused(folder, *words):
     """Reading the names of a folder's tensors is refused with one line that holds the words."""
     with refusal((ValueError, OSError), *words):
-        checkpoint.stored_tensors(checkpoint.locate(folder))
+        checkpoint.list_tensors(checkpoint.locate(folder))
 
 
 def test_no_weights_and_missing_shards_are_named(tmp_path):
@@ -180,10 +180,10 @@ def test_a_bin_without_named_tensors_is_refused(tmp_path, content):
 def test_what_does_not_fit_is_counted_and_named_before_data_is_read(tmp_path):
     extra = {f"extra.{n}": torch.ones(1) for n in range(7)}
     save_file(extra | {"weight": torch.ones(3, 2)}, tmp_path / "model.safetensors")
-    stored = checkpoint.stored_tensors(Source(tmp_path))
+    stored = checkpoint.list_tensors(Source(tmp_path))
     counts = "it does not fit: 1 missing, 7 unexpected, 1 wrongly shaped"
     with refusal(ValueError, counts, "bias", "extra.4, …", "weight [3, 2] instead of [2, 3]"):
-        checkpoint.match(dict(nn.Linear(3, 2, device="meta").named_parameters()), stored, "it does not fit")
+        checkpoint.check_fit(dict(nn.Linear(3, 2, device="meta").named_parameters()), stored, "it does not fit")
 
 
 def test_a_model_that_cannot_fit_is_refused_with_both_figures():
@@ -216,17 +216,17 @@ LOAD = """
 import re, sys, torch
 from pathlib import Path
 from torch import nn
-import checkpoint
+from plumbing import checkpoint
 status = lambda field: int(re.search(field + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) // 1024
 before = status("VmRSS")
 with torch.device("meta"):
     part = lambda: nn.ModuleDict({name: nn.Linear(1024, 1024, bias=False) for name in "abcd"})
     module = nn.ModuleDict({f"layer{n}": part() for n in range(16)})
-stored = checkpoint.stored_tensors(checkpoint.Source(Path(sys.argv[1])))
-stored = checkpoint.translate(stored, checkpoint.Names(fused={"abcd": tuple("abcd")}), module)
+stored = checkpoint.list_tensors(checkpoint.Source(Path(sys.argv[1])))
+stored = checkpoint.rename_tensors(stored, checkpoint.NameMap(fused={"abcd": tuple("abcd")}), module)
 parameters = dict(module.to_empty(device="cpu").named_parameters())
-checkpoint.match(parameters, stored, "")
-checkpoint.load(parameters, stored)
+checkpoint.check_fit(parameters, stored, "")
+checkpoint.load_tensors(parameters, stored)
 print(status("VmHWM") - before)
 """
 
@@ -257,15 +257,15 @@ def test_names_are_translated_and_fused_rows_are_split(tmp_path):
     }  # fmt: skip
     torch.save({"epoch": 3, "state_dict": weights}, tmp_path / "trainer.pt")
     save_file(weights, tmp_path / "weights.safetensors")
-    names = checkpoint.Names(keys=((r"^model\.", ""),), dropped=r"^text\.", fused={"qkv": ("q", "k")})
+    names = checkpoint.NameMap(keys=((r"^model\.", ""),), dropped=r"^text\.", fused={"qkv": ("q", "k")})
     module = nn.ModuleDict({"layer": nn.ModuleDict({"q": nn.Linear(3, 4), "k": nn.Linear(3, 3)})})
     for part in module.layer.values():
         part.lora_A = nn.Linear(3, 5, bias=False)
     module.scale = nn.Parameter(torch.ones(4))
     for file in ("trainer.pt", "weights.safetensors"):
-        stored = checkpoint.translate(checkpoint.index(tmp_path / file), names, module)
-        checkpoint.match(dict(module.named_parameters()), stored, "")
-        checkpoint.load(dict(module.named_parameters()), stored)
+        stored = checkpoint.rename_tensors(checkpoint.file_tensors(tmp_path / file), names, module)
+        checkpoint.check_fit(dict(module.named_parameters()), stored, "")
+        checkpoint.load_tensors(dict(module.named_parameters()), stored)
         for name, rows in (("q", slice(0, 4)), ("k", slice(4, 7))):
             part = module.layer[name]
             assert torch.equal(part.weight, weights["model.layer.qkv.weight"][rows])
@@ -277,20 +277,20 @@ def test_names_are_translated_and_fused_rows_are_split(tmp_path):
 def test_a_fused_tensor_of_too_few_rows_does_not_fit(tmp_path):
     save_file({"l.qkv.weight": torch.randn(6, 3)}, tmp_path / "model.safetensors")
     module = nn.ModuleDict({"l": nn.ModuleDict({"q": nn.Linear(3, 4, bias=False), "k": nn.Linear(3, 3, bias=False)})})
-    names = checkpoint.Names(fused={"qkv": ("q", "k")})
-    stored = checkpoint.translate(checkpoint.index(tmp_path / "model.safetensors"), names, module)
+    names = checkpoint.NameMap(fused={"qkv": ("q", "k")})
+    stored = checkpoint.rename_tensors(checkpoint.file_tensors(tmp_path / "model.safetensors"), names, module)
     with refusal(ValueError, "l.k.weight [2, 3] instead of [3, 3]"):
-        checkpoint.match(dict(module.named_parameters()), stored, "")
+        checkpoint.check_fit(dict(module.named_parameters()), stored, "")
 
 
 @pytest.mark.parametrize(("size", "files"), [(10**9, 1), (130, 4), (1, 8)])
 def test_what_is_written_reads_back_bit_for_bit_whatever_the_shards(tmp_path, size, files):
     checkpoint.write_tensors(tmp_path, iter(TENSORS.items()), size)
-    stored = checkpoint.stored_tensors(Source(tmp_path))
+    stored = checkpoint.list_tensors(Source(tmp_path))
     assert len({tensor.file for tensor in stored.values()}) == files == len(list(tmp_path.glob("*.safetensors")))
     assert stored.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
-        assert same_bits(checkpoint.read(stored[name]), tensor), name
+        assert same_bits(checkpoint.read_tensor(stored[name]), tensor), name
 
 
 def test_weights_can_be_read_by_whom_the_files_beside_them_can(tmp_path):

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from cli import progress
+from plumbing.cli import progress
 
 # ----------------------------------------------------------------------------------- reports -> sections
 

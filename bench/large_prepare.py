@@ -1,6 +1,6 @@
 """Time and peak memory on made-up inputs of the size of MIMIC-CXR and larger; a command of its own.
 
-    python tests/large_prepare.py [ROWS …]          (377,110 images and 1,200,000 by default; needs 3 GB in TMPDIR)
+    python -m bench.large_prepare [ROWS …]          (377,110 images and 1,200,000 by default; needs 3 GB in TMPDIR)
 
 First the cache: an image of 2,544 × 3,056 decoded, as a frame of 518 px from its file, and the same frame from the
 cache. Then every number of rows, each in a process of its own: the metadata's data base, a CSV of as many difference

@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT, read
 from PIL import Image
 
-import phantom
+from phantom import hospital as phantom
 
 PATIENTS = 60
 KEYWORDS = set(read("text", "temporal_f1.json")["keywords"])

@@ -18,10 +18,10 @@ import torch
 from conftest import FAMILIES, GOLDEN, ROOT, load
 from PIL import Image
 
-import checkpoint
 import prepare
 from data import ImageCache, ImageFolder
-from encoder import normalise, preprocess
+from plumbing import checkpoint
+from plumbing.pixels import normalise, preprocess
 
 MODEL = GOLDEN / "libra-7b" / "model"
 PADS = "black", "mean", "none"

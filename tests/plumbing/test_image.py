@@ -27,8 +27,8 @@ from pydicom.uid import (
 )
 from test_data import pixels, refused
 
-import image
 import sample
+from plumbing import image
 
 RANDOM = np.random.default_rng(0)
 U8 = RANDOM.integers(10, 240, (6, 9), dtype=np.uint8)

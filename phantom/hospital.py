@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw
 
-from cli import atomic, parallel
-from radiograph import Acquisition, Anatomy, Finding, expose, font, frontal, lateral
+from phantom.radiograph import Acquisition, Anatomy, Finding, expose, font, frontal, lateral
+from plumbing.cli import atomic, parallel
 
 # ------------------------------------------------------------------------------------- patients and their histories
 

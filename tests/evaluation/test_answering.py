@@ -25,15 +25,14 @@ from conftest import GOLDEN, ROOT, load
 from PIL import Image
 from test_house import commands
 
-import answer as answering
-import checkpoint
 import eval as evaluation
-import metrics
-import phantom
 import sample
 from data import Records, Study
 from decoder import Cache
-from processes import Processes
+from evaluation import answering, metrics
+from phantom import hospital as phantom
+from plumbing import checkpoint
+from plumbing.distributed import World
 from sample import Options, generate
 
 MODEL, IMAGES = GOLDEN / "libra-7b" / "model", GOLDEN / "images"
@@ -380,7 +379,7 @@ def test_a_batch_is_what_fits_half_the_memory(monkeypatch):
     one = held + 3 * 4 * 4 * libra.vocabulary
     for free, size in {0: 1, 2 * one: 1, 2 * 7 * one + 1: 7, 2 * 7 * one - 1: 6, 10**12: 16}.items():
         monkeypatch.setattr(checkpoint, "free_memory", lambda device, free=free: free)
-        assert answering.fitting(libra, 100, options, Processes()) == size
+        assert answering.fitting(libra, 100, options, World()) == size
 
 
 # ------------------------------------------------------------------------------------------ priors

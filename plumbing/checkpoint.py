@@ -32,7 +32,7 @@ CONFIG_FILES = ("*.json", "tokenizer.model")  # small; the index files of the we
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in this order; FILE.index.json lists its shards
 
 
-class Stored(NamedTuple):
+class StoredTensor(NamedTuple):
     """A tensor on disk, or some of its rows: nothing of it is in memory."""
 
     file: Path
@@ -110,9 +110,9 @@ def weight_files(source: Source) -> list[Path]:
     raise FileNotFoundError(f"{folder} holds no weights ({' or '.join(WEIGHT_FILES)}, or their index): fetch it again")
 
 
-def stored_tensors(source: Source) -> dict[str, Stored]:
+def list_tensors(source: Source) -> dict[str, StoredTensor]:
     """Every tensor of a checkpoint by its name; no data is read."""
-    return {name: stored for file in weight_files(source) for name, stored in index(file).items()}
+    return {name: stored for file in weight_files(source) for name, stored in file_tensors(file).items()}
 
 
 def has_weights(source: Source) -> bool:
@@ -143,19 +143,19 @@ def read_json(path: Path) -> dict:
 # ---------------------------------------------------------------------------------------------- what
 
 
-def index(file: Path) -> dict[str, Stored]:
+def file_tensors(file: Path) -> dict[str, StoredTensor]:
     """Names, shapes and types of the tensors in a .safetensors or .bin file; no data is read."""
     if file.suffix == ".safetensors":
         with _open_safetensors(file) as tensors:
             slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 (not a dict)
             return {
-                name: Stored(file, name, tuple(part.get_shape()), _DTYPES[part.get_dtype()])
+                name: StoredTensor(file, name, tuple(part.get_shape()), _DTYPES[part.get_dtype()])
                 for name, part in slices.items()
             }
-    return {name: Stored(file, name, tuple(t.shape), t.dtype) for name, t in _open_pickle(file).items()}
+    return {name: StoredTensor(file, name, tuple(t.shape), t.dtype) for name, t in _open_pickle(file).items()}
 
 
-def read(stored: Stored) -> torch.Tensor:
+def read_tensor(stored: StoredTensor) -> torch.Tensor:
     """The tensor itself, memory-mapped; the mapping goes when the tensor does.
 
     The file is opened anew for every tensor: pages that were read count as resident memory until they are
@@ -200,7 +200,7 @@ def _open_pickle(file: Path) -> dict[str, torch.Tensor]:
 
 
 @dataclass(frozen=True)
-class Names:
+class NameMap:
     """How a family names its parameters on disk."""
 
     keys: tuple = ()  # (regular expression, replacement), in this order: names on disk -> ours
@@ -208,7 +208,7 @@ class Names:
     fused: dict = field(default_factory=dict)  # a module on disk that stacks the rows of several of ours -> their names
 
 
-def translate(stored: dict[str, Stored], names: Names, module: torch.nn.Module) -> dict[str, Stored]:
+def rename_tensors(stored: dict[str, StoredTensor], names: NameMap, module: torch.nn.Module) -> dict[str, StoredTensor]:
     """Tensors by their names on disk -> by the names of a module's parameters.
 
     Of a fused tensor each part gets its rows, and only these are read: splitting costs no memory. One that has as many
@@ -234,7 +234,7 @@ def translate(stored: dict[str, Stored], names: Names, module: torch.nn.Module) 
     return renamed
 
 
-def match(parameters: dict[str, torch.Tensor], tensors: dict[str, Stored], complaint: str):
+def check_fit(parameters: dict[str, torch.Tensor], tensors: dict[str, StoredTensor], complaint: str):
     """Check that `tensors` (parameter name -> where it lies) fill the parameters, all of them and no more.
 
     Leading dimensions of 1 do not count: families differ in them. ValueError otherwise, with the complaint, counts and
@@ -264,9 +264,9 @@ def _without_leading_ones(shape):
     return tuple(shape[next((i for i, size in enumerate(shape) if size != 1), len(shape)) :])
 
 
-def load(
+def load_tensors(
     parameters: dict[str, torch.nn.Parameter],
-    tensors: dict[str, Stored],
+    tensors: dict[str, StoredTensor],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ):
     """Fill parameters, in their type and on their device, with the tensors that `match` has found to fit.
@@ -276,7 +276,7 @@ def load(
     total, done = sum(parameter.nbytes for parameter in parameters.values()), 0
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(read(tensors[name]).view_as(parameter))
+            parameter.copy_(read_tensor(tensors[name]).view_as(parameter))
             done += parameter.nbytes
             progress(done, total)
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from cli import atomic
-from data import load_image
+from plumbing.cli import atomic
+from plumbing.image import load_image
 
 SIDE = 224  # pixels of a thumbnail's longer side: some 6 kB each
 

@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 from conftest import read
 
-import mimic
-from mimic import Frontal, priors, section_name, sections, split_report, study_sections
+from sources import mimic
+from sources.mimic import Frontal, priors, section_name, sections, split_report, study_sections
 
 REPORT = """                                 FINAL REPORT
  EXAMINATION:  CHEST (PA AND LAT)

@@ -14,8 +14,8 @@ import pytest
 from conftest import GOLDEN, read
 from PIL import Image
 
-import metrics
-import report
+from evaluation import metrics
+from evaluation import page as report
 
 HOSTILE = [
     "</script><script>window.hacked = 1</script>", "<!--<script>", "<img src=x onerror=window.hacked=1>",
