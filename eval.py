@@ -8,7 +8,8 @@
 import argparse
 import sys
 
-from plumbing.cli import Parser, add_decoding_flags, add_model_flags, atomic, guard, print_table, progress
+from plumbing.cli import Parser, add_decoding_flags, add_model_flags, guard, print_table, progress
+from plumbing.files import atomic
 
 CONDITIONS = {  # --prior: what the model sees beside the current image
     "true": "the patient's prior",
@@ -155,11 +156,10 @@ from evaluation.metrics import (
     intervals,
     published,
     score_of,
-    severity_flips,
     statistics,
     temporal_f1_score,
-    truth_statistics,
 )
+from evaluation.truth import severity_flips, truth_statistics
 from plumbing.distributed import init_distributed
 
 __all__ = ["evaluate_report", "temporal_f1_score"]  # what others import, beside the command line

@@ -22,6 +22,7 @@ from encoder import Encoder, EncoderConfig, encoder_config, encoder_tensors
 from lora import LORA_SUPPORTED, LoRAConfig, add_lora, lora_parameters, merge_lora
 from plumbing import checkpoint, cli
 from plumbing.checkpoint import Source
+from plumbing.files import atomic_folder, read_json, write_json
 from plumbing.pixels import open_clip_pixels, pixel_config, preprocess
 from tac import MLPConnector, make_connector
 from tokenizer import IMAGE, IMAGE_END, IMAGE_START, IMAGE_TEXT, Tokenizer, template_of
@@ -111,14 +112,14 @@ def find_parts(place, base=None, relative_to: Path | None = None) -> Parts:
     config_file, adapter_file = (source.folder / name for name in ("config.json", "adapter_config.json"))
     is_adapter = connector is None and adapter_file.exists()
     needs_config = connector is None and not is_adapter
-    config = checkpoint.read_json(config_file) if config_file.exists() or needs_config else {}
+    config = read_json(config_file) if config_file.exists() or needs_config else {}
     if needs_config and not checkpoint.has_weights(source):
         connector = checkpoint.find_file(source, CONNECTOR_FILES)
     if connector is None and not is_adapter:
         if base:
             raise ValueError(f"{source} is a whole checkpoint: --base goes with an adapter or a connector")
         return Parts(source, config, source)
-    recorded = checkpoint.read_json(adapter_file) if is_adapter else config
+    recorded = read_json(adapter_file) if is_adapter else config
     recorded = recorded.get("base_model_name_or_path")
     if not (base or recorded):
         kind = "an adapter" if is_adapter else "a connector"
@@ -215,7 +216,7 @@ class Libra(nn.Module):
         images become square, in training and after.
         """
         source, tower = checkpoint.locate(decoder), checkpoint.locate(encoder)
-        config = checkpoint.read_json(source.folder / "config.json")
+        config = read_json(source.folder / "config.json")
         family = family_of(config)
         decoder_config(config, source.folder)  # a family that we lack shows before its name is changed
         config |= dict(
@@ -285,7 +286,7 @@ class Libra(nn.Module):
         if "vision_cfg" in settings:
             libra.pixels = open_clip_pixels(encoder_settings.image_size, pad)
         else:
-            libra.pixels = pixel_config(checkpoint.read_json(tower.folder / "preprocessor_config.json"), tower, pad)
+            libra.pixels = pixel_config(read_json(tower.folder / "preprocessor_config.json"), tower, pad)
         libra.parts, libra.base, libra.lora = parts, parts.weights, None
         libra.tower, libra.encoder_stored = tower, groups["encoder"]
         libra.tokenizer, libra.template = tokenizer, template_of(raw, tokenizer)
@@ -312,12 +313,12 @@ class Libra(nn.Module):
         """
         if with_encoder and self.encoder.config.model_type == "open_clip":
             raise ValueError("an open_clip encoder is two files of its own: it is named, not copied")
-        with checkpoint.atomic_folder(folder) as partial:
+        with atomic_folder(folder) as partial:
             config = self._config(Path(folder)) | {"torch_dtype": str(dtype or self.dtype).removeprefix("torch.")}
             if with_encoder:
                 config["mm_vision_tower"] = "encoder"
                 self._save_encoder(partial / "encoder")
-            checkpoint.write_json(partial / "config.json", config)
+            write_json(partial / "config.json", config)
             _copy(self.parts.weights.folder, TOKENIZER_FILES, partial)
             connector = ((f"model.mm_projector.{name}", p) for name, p in self.connector.named_parameters())
             tower = self._encoder_tensors() if self.config.unfreeze_mm_vision_tower else ()
@@ -332,24 +333,24 @@ class Libra(nn.Module):
         """Write encoder and language model as stock parts, in folders of their own below this one."""
         folder, config = Path(folder), self.parts.config
         self._save_encoder(folder / "encoder")
-        with checkpoint.atomic_folder(folder / "decoder") as partial:
+        with atomic_folder(folder / "decoder") as partial:
             decoder = {
                 name: value for name, value in config.items() if not name.startswith("mm_") and name not in LIBRA_KEYS
             }
-            checkpoint.write_json(partial / "config.json", decoder | {"model_type": family_of(config)})
+            write_json(partial / "config.json", decoder | {"model_type": family_of(config)})
             _copy(self.parts.weights.folder, TOKENIZER_FILES, partial)
             checkpoint.write_tensors(partial, self._decoder_tensors())
 
     def _save_encoder(self, folder):
-        with checkpoint.atomic_folder(folder) as partial:
+        with atomic_folder(folder) as partial:
             _copy(self.tower.folder, ("config.json", "preprocessor_config.json"), partial)
             checkpoint.write_tensors(partial, self._encoder_tensors())
 
     def save_connector(self, folder):
         """Write the connector alone, under the published names, and a config.json that records the model below it."""
-        with checkpoint.atomic_folder(folder) as partial:
+        with atomic_folder(folder) as partial:
             tensors = {f"model.mm_projector.{name}": p for name, p in self.connector.named_parameters()}
-            checkpoint.write_json(partial / "config.json", self._config(Path(folder)) | self._base(Path(folder)))
+            write_json(partial / "config.json", self._config(Path(folder)) | self._base(Path(folder)))
             checkpoint.write_safetensors(partial / CONNECTOR_FILES[0], tensors)
             checkpoint.write_bin(partial / CONNECTOR_FILES[-1], tensors)
 
@@ -372,9 +373,9 @@ class Libra(nn.Module):
         if self.config.unfreeze_mm_vision_tower:
             prefix = "base_model.model.model.vision_tower.vision_tower."
             trained |= {prefix + name: tensor for name, tensor in self._encoder_tensors()}
-        with checkpoint.atomic_folder(folder) as partial:
-            checkpoint.write_json(partial / "config.json", self._config(Path(folder)))
-            checkpoint.write_json(partial / "adapter_config.json", record)
+        with atomic_folder(folder) as partial:
+            write_json(partial / "config.json", self._config(Path(folder)))
+            write_json(partial / "adapter_config.json", record)
             held = {name: stack(name, parts) for name, parts in tensors.items()}
             checkpoint.write_safetensors(partial / ADAPTER_FILES[0], held)
             checkpoint.write_bin(partial / TRAINED_FILES[0], trained)
@@ -518,20 +519,20 @@ def find_encoder(config: LibraConfig, source: Source, encoder=None) -> tuple[Sou
     """
     if encoder or not config.mm_vision_tower_config:
         tower = checkpoint.locate(encoder) if encoder else checkpoint.locate(config.mm_vision_tower, source.folder)
-        return tower, checkpoint.read_json(tower.folder / "config.json"), checkpoint.list_tensors(tower)
+        return tower, read_json(tower.folder / "config.json"), checkpoint.list_tensors(tower)
     files = []
     for name in (config.mm_vision_tower_config, config.mm_vision_tower_checkpoint or ""):
         place = source.folder / name
         files.append(place if place.is_file() else checkpoint.find_file(source, [place.name]))
         if files[-1] is None:
             raise FileNotFoundError(f"{source} lacks the encoder's file {name}, also beside its config.json: fetch it")
-    return Source(files[0].parent), checkpoint.read_json(files[0]), checkpoint.file_tensors(files[1])
+    return Source(files[0].parent), read_json(files[0]), checkpoint.file_tensors(files[1])
 
 
 def load_adapter(libra: Libra, source: Source):
     """Put a LoRA adapter in PEFT's layout beside a model's layers; ValueError where it does not fit."""
     where = source.folder / "adapter_config.json"
-    raw = checkpoint.read_json(where)
+    raw = read_json(where)
     for name, value in LORA_SUPPORTED.items():
         if raw.get(name) and raw[name] != value:
             raise ValueError(f"{where}: {name} {raw[name]!r} is not supported, only {value!r}")
@@ -590,7 +591,7 @@ NEUTRAL = {  # settings of generation_config.json that `generate` does not have 
 def eos_token_ids(folder: Path, config: dict) -> list[int]:
     """The ids that end a report; other settings of generation_config.json that would change one warn, once."""
     file = folder / "generation_config.json"
-    generation = checkpoint.read_json(file) if file.exists() else {}
+    generation = read_json(file) if file.exists() else {}
     for name, neutral in NEUTRAL.items():
         if generation.get(name) not in (None, neutral):
             warnings.warn(f"{file}: {name} {generation[name]!r} is not applied", stacklevel=2)

@@ -11,7 +11,7 @@ import argparse
 import os
 import sys
 
-from plumbing.cli import Parser, atomic, guard, parallel, print_table, progress
+from plumbing.cli import Parser, guard, parallel, print_table, progress
 from sources.mimic import SECTIONS
 
 
@@ -114,6 +114,7 @@ from data import (
 from data import check as check_records
 from phantom import hospital as phantom
 from plumbing import checkpoint
+from plumbing.files import atomic, read_json
 from plumbing.pixels import PixelConfig, open_clip_pixels, pixel_config
 from sources import mimic
 from sources.mimic import directory, on_disk, only_one, read_csv, require, root_of
@@ -509,15 +510,15 @@ def pixels_of(source: checkpoint.Source, pad: str) -> PixelConfig:
     """How an encoder, or the encoder of a checkpoint, is shown images; no weights are looked for."""
     folder = source.folder
     if not (folder / "preprocessor_config.json").exists():
-        config = checkpoint.read_json(folder / "config.json")
+        config = read_json(folder / "config.json")
         if config.get("mm_vision_tower_config"):  # open_clip's, at this path or beside the checkpoint's own
             file = Path(folder, config["mm_vision_tower_config"])
-            settings = checkpoint.read_json(file if file.is_file() else folder / file.name)
+            settings = read_json(file if file.is_file() else folder / file.name)
             return open_clip_pixels(settings["vision_cfg"]["image_size"], pad)
         if not config.get("mm_vision_tower"):
             raise ValueError(f"{folder} has no preprocessor_config.json and names no encoder: give the encoder")
         folder = checkpoint.locate(config["mm_vision_tower"], folder).folder
-    return pixel_config(checkpoint.read_json(folder / "preprocessor_config.json"), folder, pad)
+    return pixel_config(read_json(folder / "preprocessor_config.json"), folder, pad)
 
 
 def append(names: list[str], images: ImageFolder, frames, index, workers: int) -> dict[str, str]:

@@ -15,7 +15,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-from plumbing.cli import atomic, fail, guard, progress
+from plumbing.cli import fail, guard, progress
+from plumbing.files import atomic
 
 
 @dataclass(frozen=True)

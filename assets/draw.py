@@ -16,10 +16,10 @@ from PIL import Image, ImageDraw
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-import report  # noqa: E402
 
 from phantom.hospital import FAINT, PAPER, few_colours, history, paragraph, picture, write_lines  # noqa: E402
 from phantom.radiograph import font  # noqa: E402
+from plumbing.log import curves  # noqa: E402
 
 SIZE, GAP, WIDTH = 280, 24, 620  # of an image, around everything, of the texts: pixels
 
@@ -61,14 +61,14 @@ def reports(priors: Path, hospital: Path, count: int = 3):
     few_colours(sheet).save(HERE / "reports.png", optimize=True)
 
 
-def curves(runs: Path):
+def losses(runs: Path):
     stages = {"0: everything": "phantom_pretrain", "1: TAC alone": "phantom_align", "2: LoRA and TAC": "phantom_lora"}
     logs = {name: _lines(runs / folder / "log.jsonl") for name, folder in stages.items()}
     points = {
         name: [(line["step"], line["validation loss"]) for line in log if "validation loss" in line]
         for name, log in logs.items()
     }
-    (HERE / "phantom_loss.svg").write_text(report.curves("validation loss", "step of its stage", points))
+    (HERE / "phantom_loss.svg").write_text(curves("validation loss", "step of its stage", points))
 
 
 def _lines(path: Path) -> list[dict]:
@@ -81,6 +81,6 @@ if __name__ == "__main__":
     elif sys.argv[1:2] == ["reports"] and len(sys.argv) == 4:
         reports(Path(sys.argv[2]), Path(sys.argv[3]))
     elif sys.argv[1:2] == ["curves"] and len(sys.argv) == 3:
-        curves(Path(sys.argv[2]))
+        losses(Path(sys.argv[2]))
     else:
         sys.exit(__doc__)

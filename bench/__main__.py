@@ -12,7 +12,7 @@ With one thread on a CPU, the default, seconds are CPU seconds: waiting for a co
 import argparse
 import sys
 
-from plumbing.cli import Parser, atomic, guard, print_table, progress
+from plumbing.cli import Parser, guard, print_table, progress
 
 
 def parse(arguments=None):
@@ -85,8 +85,8 @@ from decoder import Cache, decoder_config
 from encoder import encoder_config
 from lora import PROJECTIONS
 from model import Libra, find_device
-from plumbing import checkpoint
 from plumbing import fresh as parts
+from plumbing.files import atomic, read_json
 from plumbing.pixels import preprocess
 from sample import generate, prompt_of
 from tokenizer import IMAGE, find_template
@@ -646,7 +646,7 @@ def show_plan(arguments):
         raise ValueError(f"--model {name} is neither a folder with a config.json nor one of {', '.join(costs.MODELS)}")
     if arguments.gpu not in costs.GPUS:
         raise ValueError(f"--gpu {arguments.gpu} is not one of {', '.join(costs.GPUS)}")
-    fields = costs.MODELS.get(name) or checkpoint.read_json(Path(name, "config.json"))
+    fields = costs.MODELS.get(name) or read_json(Path(name, "config.json"))
     sizes = encoder_config(RAD_DINO, "RAD-DINO", {}), decoder_config(fields, name)
     counts = (arguments.gpus, arguments.rows, arguments.questions, arguments.records)
     found = costs.plan(*sizes, arguments.gpu, *counts)

@@ -27,8 +27,9 @@ import sample
 from data import ImageFolder, Question, Records, Study, check, image_names
 from model import ADAPTER_FILES, Libra, Parts, find_device, find_dtype, find_parts
 from plumbing import checkpoint
-from plumbing.cli import atomic, progress
+from plumbing.cli import progress
 from plumbing.distributed import World
+from plumbing.files import atomic, read_json
 from plumbing.image import load_image
 from sample import Options
 
@@ -248,7 +249,7 @@ def begun_with(answers: Path, settings: dict) -> dict | None:
         return None
     if not sidecar.exists():
         raise FileExistsError(f"{there[0]} is there, and no {sidecar.name} says how it was made: delete it, or move it")
-    begun = checkpoint.read_json(sidecar)
+    begun = read_json(sidecar)
     settings = settings | {"batch_size": settings["batch_size"] or begun.get("batch_size")}
     changed = [f"{name} {begun.get(name)}, not {value}" for name, value in settings.items() if begun.get(name) != value]
     if changed:

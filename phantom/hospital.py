@@ -23,7 +23,8 @@ import numpy as np
 from PIL import Image, ImageColor, ImageDraw
 
 from phantom.radiograph import Acquisition, Anatomy, Finding, expose, font, frontal, lateral
-from plumbing.cli import atomic, parallel
+from plumbing.cli import parallel
+from plumbing.files import atomic
 
 # ------------------------------------------------------------------------------------- patients and their histories
 

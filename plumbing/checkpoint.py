@@ -10,14 +10,11 @@ A user's mistake raises ValueError, OSError or MemoryError with one line: what, 
 
 import io
 import itertools
-import json
 import os
 import pickle
 import re
-import shutil
 import zipfile
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +24,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+
+from plumbing.files import read_json, write_json
 
 CONFIG_FILES = ("*.json", "tokenizer.model")  # small; the index files of the weights are among them
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # in this order; FILE.index.json lists its shards
@@ -125,19 +124,6 @@ def find_file(source: Source, names: Iterable[str]) -> Path | None:
     """The first of some files that a checkpoint has, downloaded if need be."""
     source.fetch(names)
     return next((source.folder / name for name in names if (source.folder / name).exists()), None)
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file; ValueError where it holds something else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path} is missing: is {path.parent} a model folder?") from None
-    except ValueError as error:  # covers wrong JSON and wrong UTF-8
-        raise ValueError(f"{path} is not JSON ({error}): fetch it again") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a {type(value).__name__}, not a JSON object: fetch it again")
-    return value
 
 
 # ---------------------------------------------------------------------------------------------- what
@@ -311,34 +297,6 @@ def free_memory(device: torch.device) -> int:
 # ---------------------------------------------------------------------------------------------- save
 
 
-@contextmanager
-def atomic_folder(folder: Path):
-    """A new folder to fill, which takes the place of `folder` when it is whole and on the disk.
-
-    A reader sees the old folder or the new one; whatever fails leaves the old one as it was.
-    """
-    folder = Path(folder)
-    if folder.exists() and not (folder.is_dir() and ((folder / "config.json").exists() or not any(folder.iterdir()))):
-        raise FileExistsError(f"{folder} holds something that is not a checkpoint: give another folder")
-    partial, old = (folder.with_name(f".{folder.name}.{word}") for word in ("partial", "old"))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-    partial.mkdir()
-    try:
-        yield partial
-        for file in [*partial.iterdir(), partial]:
-            descriptor = os.open(file, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def write_tensors(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], shard_size: int = 5 * 10**9):
     """Write `model.safetensors`, or shards of at most `shard_size` bytes (or one tensor) and their index.
 
@@ -382,7 +340,3 @@ def write_bin(file: Path, tensors: dict[str, torch.Tensor]):
     data = io.BytesIO()
     torch.save({name: tensor.detach().cpu() for name, tensor in tensors.items()}, data)
     file.write_bytes(data.getvalue())  # so that a full disk is an OSError, which torch's own writing does not raise
-
-
-def write_json(path: Path, value: dict):
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -15,9 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from multiprocessing.connection import wait
-from pathlib import Path
 
 
 class Parser(argparse.ArgumentParser):
@@ -121,25 +119,6 @@ def progress(label: str, unit: str = "", scale: int = 1):
 def _duration(seconds: float) -> str:
     hours, minutes = divmod(round(seconds / 60), 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min" if seconds > 90 else f"{seconds:.0f} s"
-
-
-@contextmanager
-def atomic(path, mode: str = "w"):
-    """A file to write that takes the place of `path` when it is whole and on the disk, and leaves nothing otherwise."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")  # one name, so that a killed process leaves one file at most
-    text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
-    try:
-        with open(partial, mode, **text) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException as error:
-        partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # a full disk does not say where
-            error.filename = str(path)
-        raise
 
 
 def parallel(function: Callable, items: Iterable, workers: int) -> Iterator:

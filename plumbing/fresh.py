@@ -14,6 +14,7 @@ from torch import nn
 from decoder import Decoder, decoder_config
 from encoder import Encoder, encoder_config
 from plumbing import checkpoint
+from plumbing.files import atomic_folder, write_json
 
 DINOV2_NAMES = (  # our parameter names -> those of DINOv2 on disk; the way back is in encoder.FAMILIES
     (r"^patch_embed\.", "embeddings.patch_embeddings.projection."), (r"^class_token", "embeddings.cls_token"),
@@ -51,9 +52,9 @@ def write_encoder(folder: Path, fields: dict, mean: float = 0.5, std: float = 0.
     side = fields["image_size"]
     pixels = dict(size={"shortest_edge": side}, crop_size={"height": side, "width": side}, do_center_crop=True,
                   image_mean=[mean] * 3, image_std=[std] * 3, resample=3, rescale_factor=1 / 255)  # fmt: skip
-    with checkpoint.atomic_folder(folder) as partial:
-        checkpoint.write_json(partial / "config.json", fields)
-        checkpoint.write_json(partial / "preprocessor_config.json", pixels)
+    with atomic_folder(folder) as partial:
+        write_json(partial / "config.json", fields)
+        write_json(partial / "preprocessor_config.json", pixels)
         checkpoint.write_tensors(partial, ((disk_name(name), p) for name, p in encoder.named_parameters()))
 
 
@@ -74,9 +75,9 @@ def write_decoder(folder: Path, fields: dict, texts, seed: int = 0):
     decoder = Decoder(decoder_config(fields, folder))
     init_weights(decoder, seed)
     names = lambda name: name if name == "lm_head.weight" else f"model.{name}"
-    with checkpoint.atomic_folder(folder) as partial:
-        checkpoint.write_json(partial / "config.json", fields)
+    with atomic_folder(folder) as partial:
+        write_json(partial / "config.json", fields)
         tokens = dict(zip(("unk_token", "bos_token", "eos_token"), special, strict=True))
-        checkpoint.write_json(partial / "tokenizer_config.json", tokens)
+        write_json(partial / "tokenizer_config.json", tokens)
         (partial / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
         checkpoint.write_tensors(partial, ((names(name), p) for name, p in decoder.named_parameters()))

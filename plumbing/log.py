@@ -1,16 +1,21 @@
 """The log of a training run: clean lines on stdout, log.jsonl, a picture of the loss, other trackers where asked."""
 
+import html
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from bench.costs import GPUS
-from evaluation import page as report
-from plumbing.cli import atomic
 from plumbing.distributed import World
+from plumbing.files import atomic
+
+PEAK_FLOPS = {  # name of a GPU -> dense FLOP/s in bfloat16, from the makers' data sheets
+    "A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12, "A6000": 155e12,
+    "3090": 71e12, "4090": 165e12, "5090": 210e12, "MI300X": 1307e12,
+}  # fmt: skip
 
 
 class Log:
@@ -32,7 +37,7 @@ class Log:
                 json.dump(settings, file, indent=1)
             self.trackers = [TRACKERS[name](self.out, settings) for name in trackers]
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-        self.peak = next((flops for chip, (flops, *_) in GPUS.items() if chip in name), None)
+        self.peak = next((flops for chip, flops in PEAK_FLOPS.items() if chip in name), None)
         self.last, self.done, self.positions, self.waited = time.monotonic(), first, 0, 0.0
 
     def step(self, done: int, values: dict[str, float], positions: int, waited: float):
@@ -73,7 +78,7 @@ class Log:
         names = {"loss": "training", "validation loss": "validation"}
         found = {shown: [(line["step"], line[name]) for line in lines if name in line] for name, shown in names.items()}
         with atomic(self.out / "loss.svg") as file:
-            file.write(report.curves("loss", "step", {name: points for name, points in found.items() if points}))
+            file.write(curves("loss", "step", {name: points for name, points in found.items() if points}))
 
 
 Track = Callable[[dict[str, float], int], None]  # values of a step
@@ -98,3 +103,38 @@ def _wandb(out: Path, settings: dict) -> Track:
 
 
 TRACKERS = {"tensorboard": _tensorboard, "wandb": _wandb}
+
+
+# ------------------------------------------------------------------------------------------ the picture
+
+COLOURS = ("#0b7285", "#e8590c", "#5f3dc4", "#2b8a3e")
+
+
+def curves(title: str, unit: str, lines: dict[str, list[tuple[float, float]]]) -> str:
+    """Lines by their names, each a list of points (x, y), as an SVG picture; y on a logarithmic axis."""
+    points = [point for line in lines.values() for point in line]
+    (left, right), (low, high) = ((min(values), max(values)) for values in zip(*points, strict=True))
+    low, high = math.log(max(low, 1e-9)), math.log(max(high, 2e-9))
+    place = lambda x, y: (
+        60 + 640 * (x - left) / max(right - left, 1e-9),
+        340 - 300 * (math.log(max(y, 1e-9)) - low) / max(high - low, 1e-9),
+    )
+    drawn = []
+    for tick in range(5):
+        value = math.exp(low + (high - low) * tick / 4)
+        y = place(left, value)[1]
+        drawn.append(f'<path d="M60 {y:.1f}H700" stroke="#8886"/>')
+        drawn.append(f'<text x="52" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>')
+    for tick in range(5):
+        value = left + (right - left) * tick / 4
+        drawn.append(f'<text x="{place(value, 1)[0]:.1f}" y="360" text-anchor="middle">{value:,.0f}</text>')
+    for number, (name, line) in enumerate(lines.items()):
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in line))
+        colour = COLOURS[number % len(COLOURS)]
+        drawn.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+        label = f'<text x="690" y="{60 + 18 * number}" text-anchor="end" fill="{colour}">'
+        drawn.append(f"{label}{html.escape(name)}</text>")
+    drawn.append(f'<text x="60" y="22">{html.escape(title)}</text>')
+    drawn.append(f'<text x="700" y="380" text-anchor="end">{html.escape(unit)}</text>')
+    look = 'font-family="sans-serif" font-size="13" fill="#888"'
+    return "\n".join((f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 390" {look}>', *drawn, "</svg>\n"))

@@ -9,6 +9,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from decoder import Cache, Decoder, decoder_config, names_of, rope_frequencies
 from lora import LoRAConfig, LoRALinear, add_lora, lora_parameters, merge_lora
 from plumbing import checkpoint
+from plumbing.files import read_json
 
 LLAMA3 = dict(
     rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16
@@ -57,7 +58,7 @@ def random_model(row):
 
 def read(folder):
     """Our decoder from what `transformers` saved."""
-    config = checkpoint.read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     decoder = Decoder(decoder_config(config, folder))
     stored = checkpoint.list_tensors(checkpoint.locate(folder))
     stored = {name.removeprefix("model."): tensor for name, tensor in stored.items()}

@@ -9,7 +9,7 @@ from PIL import Image
 
 import sample
 from data import Study
-from evaluation import metrics
+from evaluation import truth as truth_scores
 from model import Libra
 from phantom.hospital import history, picture, read_report, truth_of
 
@@ -62,14 +62,14 @@ def test_the_demo_tells_the_change_and_with_the_images_exchanged_its_opposite(ca
 
 
 def test_findings_are_seen():
-    table = metrics.truth_statistics(reports("true"), [truth_of(state) for state, *_ in held_out()])
+    table = truth_scores.truth_statistics(reports("true"), [truth_of(state) for state, *_ in held_out()])
     hits, chances = table["findings F1"].sum(0)
     assert hits / chances > 0.8
 
 
 def test_change_is_read_from_the_prior():
     truths = [truth_of(state) for state, *_ in held_out()]
-    told = lambda name: metrics.truth_statistics(reports(name), truths)["direction of change"].sum(0)[0]
+    told = lambda name: truth_scores.truth_statistics(reports(name), truths)["direction of change"].sum(0)[0]
     assert told("true") > 1.5 * max(told("dummy"), 1)
-    turned, changes = zip(*map(metrics.severity_flips, reports("true"), reports("reversed"), truths), strict=True)
+    turned, changes = zip(*map(truth_scores.severity_flips, reports("true"), reports("reversed"), truths), strict=True)
     assert sum(turned) > 0.4 * sum(changes)  # none where the prior is not looked at

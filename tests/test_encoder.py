@@ -25,6 +25,7 @@ from transformers import (
 
 from encoder import Encoder, encoder_config, encoder_tensors
 from plumbing import checkpoint
+from plumbing.files import read_json
 from plumbing.pixels import PixelConfig, open_clip_pixels, pixel_config, preprocess
 
 
@@ -75,7 +76,7 @@ def pair(request, tmp_path_factory):
     """A random encoder of odd sizes in `transformers`, and ours, read from what it saves, plain and with the norm."""
     theirs, folder = random_weights(MODELS[request.param]()), tmp_path_factory.mktemp("encoder")
     theirs.save_pretrained(folder)
-    settings = checkpoint.read_json(folder / "config.json")
+    settings = read_json(folder / "config.json")
     stored = checkpoint.list_tensors(checkpoint.locate(folder))
     ours = [read_encoder(settings, stored, final_norm=final_norm) for final_norm in (False, True)]
     return getattr(theirs, "vision_model", theirs), *ours

@@ -18,6 +18,7 @@ from conftest import ROOT, read, seconds_of_children
 
 import eval as evaluation
 from evaluation import metrics
+from evaluation import truth as truth_scores
 from phantom import hospital as phantom
 
 LEXICAL, TEMPORAL = read("text", "lexical.json"), read("text", "temporal_f1.json")
@@ -446,9 +447,9 @@ def test_a_change_of_severity_is_turned_round_where_two_reports_tell_opposites()
     edema, nodule = "Mild pulmonary edema has {}.", "The small left mid lung nodule has {}."
     one = " ".join((edema.format("worsened"), nodule.format("decreased"), "New left basilar atelectasis is seen."))
     other = " ".join((edema.format("improved"), nodule.format("decreased"), "Left basilar atelectasis has improved."))
-    assert metrics.severity_flips(one, other, truth) == metrics.severity_flips(other, one, truth) == (1, 2)
-    assert metrics.severity_flips(one, one, truth) == metrics.severity_flips("", other, truth) == (0, 2)
-    assert metrics.severity_flips(one, other, {"changes": {}}) == (0, 0)
+    assert truth_scores.severity_flips(one, other, truth) == truth_scores.severity_flips(other, one, truth) == (1, 2)
+    assert truth_scores.severity_flips(one, one, truth) == truth_scores.severity_flips("", other, truth) == (0, 2)
+    assert truth_scores.severity_flips(one, other, {"changes": {}}) == (0, 0)
 
 
 def test_phantom_truth_is_scored(files, tmp_path, capsys):
@@ -486,5 +487,5 @@ def test_phantom_truth_is_scored(files, tmp_path, capsys):
 def test_the_phantom_s_own_reports_score_all():
     states = [state for patient in range(60) for state in phantom.history(0, patient)]
     texts = [re.search("FINDINGS:(.*)IMPRESSION:", phantom.report(state), re.S)[1] for state in states]
-    for key, column in metrics.truth_statistics(texts, list(map(phantom.truth_of, states))).items():
+    for key, column in truth_scores.truth_statistics(texts, list(map(phantom.truth_of, states))).items():
         assert metrics.score_of(column.sum(0), len(states)) == 100, key

@@ -19,14 +19,14 @@ import prepare
 import sample
 
 FLOORS = [
-    {"plumbing.cli", "plumbing.distributed", "kernel"},
+    {"plumbing.cli", "plumbing.files", "plumbing.distributed", "kernel"},
     {"attention", "plumbing.checkpoint", "tokenizer", "plumbing.image", "plumbing.pixels",
      "phantom.radiograph", "sources.mimic"},
     {"encoder", "tac", "decoder", "phantom.hospital"},
     {"lora"},
-    {"model", "data", "plumbing.fresh", "evaluation.metrics", "bench.costs"},
+    {"model", "data", "plumbing.fresh", "evaluation.metrics", "evaluation.truth", "bench.costs", "plumbing.log"},
     {"sample", "prepare", "evaluation.page"},
-    {"evaluation.answering", "plumbing.log"},
+    {"evaluation.answering"},
     {"eval"},
     {"train"},
     {"bench.__main__", "bench.kernel_compile", "bench.large_prepare"},

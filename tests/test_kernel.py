@@ -56,14 +56,14 @@ def test_the_kernel_is_chosen_for_what_pytorch_s_do_not_know(monkeypatch, given,
     tensors = {name: torch.zeros(1, sizes[1], dtype=torch.long) if name in ("segments", "positions") else value
                for name, value in given.items()}  # fmt: skip
     asked = []
-    for name in ("fused", "plain"):
-        monkeypatch.setattr(attention, f"_{name}", lambda *arguments, name=name: asked.append(name))
-    for available, expected in ((True, {"triton": "fused", "torch": "plain"}[chosen]), (False, "plain")):
+    for name in ("fused_attention", "_plain"):
+        monkeypatch.setattr(attention, name, lambda *arguments, name=name: asked.append(name))
+    for available, expected in ((True, {"triton": "fused_attention", "torch": "_plain"}[chosen]), (False, "_plain")):
         monkeypatch.setattr(attention, "kernel_available", lambda device, available=available: available)
         attention.attention(*qkv(1, 1, 1, *sizes), **tensors)
         assert asked.pop() == expected
     attention.attention(*qkv(1, 1, 1, *sizes), **tensors, impl="torch")
-    assert asked == ["plain"]
+    assert asked == ["_plain"]
 
 
 def test_without_a_gpu_the_kernel_is_refused_in_one_line():

@@ -300,7 +300,7 @@ def test_a_lora_run_has_the_losses_of_peft_and_adamw(tmp_path, records):
     learning = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=1.0, weight_decay=0.1)
     found = []
-    for step in range(steps.count):
+    for step in range(steps.num_steps):
         (micro,) = steps.micro_batches(step)
         batch = rows.collate([rows[row] for row in micro])
         with torch.no_grad():
@@ -309,7 +309,7 @@ def test_a_lora_run_has_the_losses_of_peft_and_adamw(tmp_path, records):
             inputs = inputs.masked_scatter((batch.ids == -200)[..., None], images)
         out = theirs(inputs_embeds=inputs, attention_mask=(batch.segments >= 0).long(), labels=batch.labels)
         for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * lr_at(step, steps.count, 0.3)
+            group["lr"] = 1e-3 * lr_at(step, steps.num_steps, 0.3)
         out.loss.backward()
         torch.nn.utils.clip_grad_norm_(learning, 1.0)
         optimizer.step()

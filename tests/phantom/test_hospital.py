@@ -79,7 +79,8 @@ def test_the_same_bytes_on_any_number_of_workers_and_after_a_loss(tmp_path, hosp
 
 def test_the_same_bytes_after_kills(tmp_path, hospital):
     out = tmp_path / "killed"
-    code = f"import phantom\nif __name__ == '__main__': phantom.write({str(out)!r}, {PATIENTS}, 3, 48, workers=2)"
+    code = "import phantom.hospital as phantom\n"
+    code += f"if __name__ == '__main__': phantom.write({str(out)!r}, {PATIENTS}, 3, 48, workers=2)"
     script = tmp_path / "run.py"
     script.write_text(code)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -95,7 +96,7 @@ def test_the_same_bytes_after_kills(tmp_path, hospital):
 
 def test_a_full_disk_is_one_error_and_leaves_no_part(tmp_path):
     out, limit = tmp_path / "full", 8000
-    code = f"import phantom, resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit},) * 2); "
+    code = f"import phantom.hospital as phantom, resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit},) * 2); "
     code += f"phantom.write({str(out)!r}, 3, size=400, workers=1)"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert f"OSError: [Errno 27] File too large: '{out}" in run.stderr

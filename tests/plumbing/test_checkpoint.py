@@ -19,6 +19,7 @@ from torch import nn
 import sample
 from plumbing import checkpoint
 from plumbing.checkpoint import Source
+from plumbing.files import atomic_folder, read_json, write_json
 
 CPU = torch.device("cpu")
 SEED = torch.Generator().manual_seed(0)
@@ -204,10 +205,10 @@ def test_config_json_must_be_a_json_object(tmp_path):
     for content, words in ((b"{", "is not JSON"), (b"[]", "holds a list"), (b"\xff", "is not JSON")):
         file.write_bytes(content)
         with refusal(ValueError, str(file), words, "fetch it again"):
-            checkpoint.read_json(file)
+            read_json(file)
     file.unlink()
     with refusal(OSError, str(file), "is missing"):
-        checkpoint.read_json(file)
+        read_json(file)
 
 
 # ----------------------------------------------------------------------------------------------- memory
@@ -294,7 +295,7 @@ def test_what_is_written_reads_back_bit_for_bit_whatever_the_shards(tmp_path, si
 
 
 def test_weights_can_be_read_by_whom_the_files_beside_them_can(tmp_path):
-    checkpoint.write_json(tmp_path / "config.json", {})
+    write_json(tmp_path / "config.json", {})
     checkpoint.write_safetensors(tmp_path / "model.safetensors", {"a": torch.zeros(2)})
     modes = {file.stat().st_mode for file in tmp_path.iterdir()}
     assert len(modes) == 1 and modes.pop() & 0o444 != 0o400
@@ -303,10 +304,10 @@ def test_weights_can_be_read_by_whom_the_files_beside_them_can(tmp_path):
 def test_a_folder_changes_whole_or_not_at_all(tmp_path):
     folder = tmp_path / "model"
     for content in ("first", "second"):
-        with checkpoint.atomic_folder(folder) as partial:
+        with atomic_folder(folder) as partial:
             (partial / "config.json").write_text(content)
         assert (folder / "config.json").read_text() == content
-    with pytest.raises(KeyboardInterrupt), checkpoint.atomic_folder(folder) as partial:
+    with pytest.raises(KeyboardInterrupt), atomic_folder(folder) as partial:
         (partial / "config.json").write_text("third")
         raise KeyboardInterrupt
     assert (folder / "config.json").read_text() == "second"
@@ -315,7 +316,7 @@ def test_a_folder_changes_whole_or_not_at_all(tmp_path):
 
 def test_a_folder_of_something_else_is_never_replaced(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
-    with refusal(OSError, str(tmp_path), "not a checkpoint"), checkpoint.atomic_folder(tmp_path):
+    with refusal(OSError, str(tmp_path), "not a checkpoint"), atomic_folder(tmp_path):
         pass
     assert (tmp_path / "thesis.tex").exists()
 

@@ -7,7 +7,7 @@ import time
 import pytest
 from conftest import ROOT
 
-from plumbing import cli
+from plumbing import cli, files
 
 
 def test_an_unknown_flag_names_the_nearest_and_ends_with_status_2(capsys):
@@ -60,23 +60,24 @@ def test_progress_off_a_terminal_is_a_line_every_thirty_seconds(capsys, monkeypa
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
     path = tmp_path / "records.json"
     path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), cli.atomic(path) as file:
+    with pytest.raises(KeyboardInterrupt), files.atomic(path) as file:
         file.write("half")
         raise KeyboardInterrupt
     assert path.read_text() == "old"
-    with cli.atomic(path) as file:
+    with files.atomic(path) as file:
         file.write("new ä\n")
         assert path.read_text() == "old"
     assert path.read_bytes() == "new ä\n".encode()
-    with cli.atomic(path, "wb") as file:
+    with files.atomic(path, "wb") as file:
         file.write(b"\r\n")
     assert path.read_bytes() == b"\r\n"
     assert list(tmp_path.iterdir()) == [path]
 
 
 WRITE = """
-import cli, sys
-with cli.atomic(sys.argv[1]) as file:
+import sys
+from plumbing import files
+with files.atomic(sys.argv[1]) as file:
     file.write("x" * 10**6)
     file.flush()
     print("written", flush=True)

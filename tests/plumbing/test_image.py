@@ -327,7 +327,7 @@ def test_a_cut_file_is_refused(tmp_path, share, compressed):
 
 def test_a_missing_package_is_named(monkeypatch):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.modules['pylibjpeg'] = None\n" + (
-        "from image import load_image\ntry: load_image(sys.argv[1])\nexcept ValueError as error: print(error)"
+        "from plumbing.image import load_image\ntry: load_image(sys.argv[1])\nexcept ValueError as error: print(error)"
     )
     for name, package in (("jpeg_ls_lossless", "pylibjpeg-libjpeg"), ("RLE", "")):
         file = get_testdata_file(f"MR_small_{name}.dcm", download=False)
