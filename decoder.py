@@ -1,13 +1,16 @@
-"""The decoder (Llama family), its key-value cache, and LoRA beside its layers.
+"""One Llama-family decoder for every language model, and its key-value cache.
 
-A family is a row of FAMILIES; which one a folder holds is read from its `config.json`. Modules bear the published
-parameter names. The cache is passed in, never stored in modules: a layer hands its queries, keys and values to
-`attend`, and what that does (training, prefill, a decoding step) is the caller's choice.
+A family is a row of FAMILIES; which one a folder holds is read from its `config.json`. Modules have the published
+parameter names, so that weights load by name.
+
+Modules store no keys and values. A layer hands its queries, keys and values to `attend`, and the caller chooses what
+that is: `WholeRows` (training, no cache), `Prefill` (fill the cache with a prompt) or `DecodingStep` (one more token).
 """
 
 import math
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +18,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from attention import attention, shared_prefix_attention
-from plumbing.checkpoint import NameMap
+from plumbing.checkpoint import NameMap, check_supported
 
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """The fields of config.json that the decoder is made of, under their published names; last, the switches."""
+    """The fields of config.json that define the decoder, under their published names; the switches come last."""
 
     vocab_size: int
     hidden_size: int
@@ -38,19 +41,22 @@ class DecoderConfig:
     partial_rotary_factor: float
     original_max_position_embeddings: int | None
     sliding_window: int | None
-    max_window_layers: int  # layers below it see everything
+    max_window_layers: int  # layers below this one have no window
     qkv_bias: bool = False
     qk_norm: bool = False
-    norm_offset: float = 0.0  # Gemma stores the norms' weights less one
-    scaled_embeddings: bool = False  # by √hidden_size
+    norm_offset: float = 0.0  # Gemma stores its norm weights minus one
+    scaled_embeddings: bool = False  # multiply embeddings by √hidden_size
 
     def window(self, layer: int) -> int | None:
+        """Number of latest positions that a layer sees; None: all of them."""
         return self.sliding_window if layer >= self.max_window_layers else None
 
     @property
     def rope_switch(self) -> int | None:
-        """longrope has two sets of frequencies, one for rows up to this length and one for longer rows."""
-        return self.original_max_position_embeddings if self.rope_scaling["rope_type"] == "longrope" else None
+        """Row length above which longrope uses its second set of frequencies; None for other rope types."""
+        if self.rope_scaling["rope_type"] != "longrope":
+            return None
+        return self.original_max_position_embeddings
 
 
 NAMES = NameMap(dropped=r"rotary_emb\.inv_freq$|position_ids$")
@@ -58,9 +64,9 @@ NAMES = NameMap(dropped=r"rotary_emb\.inv_freq$|position_ids$")
 
 @dataclass(frozen=True)
 class DecoderFamily:
-    defaults: dict  # what `transformers` takes where config.json is silent
+    defaults: dict  # what `transformers` assumes where config.json is silent
     switches: dict = field(default_factory=dict)
-    supported: dict = field(default_factory=dict)  # fields that change the result -> the one value we compute with
+    supported: dict = field(default_factory=dict)  # fields that change the result -> the only value we compute
     names: NameMap = NAMES
 
 
@@ -78,7 +84,7 @@ _QWEN = _LLAMA.defaults | dict(
     use_sliding_window=False, sliding_window=4096, max_window_layers=28,
 )  # fmt: skip
 
-FAMILIES = {  # model_type, less the published "libra_"
+FAMILIES = {  # key: model_type without the published prefix "libra_"
     "llama": _LLAMA,  # Llama 2 and 3, Vicuna, Meditron
     "mistral": replace(
         _LLAMA,
@@ -114,7 +120,7 @@ FAMILIES = {  # model_type, less the published "libra_"
 
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh")}
 
-ROPE_FIELDS = {  # rope type -> the fields that it needs
+ROPE_FIELDS = {  # rope type -> fields it needs
     "default": (),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "longrope": ("short_factor", "long_factor"),
@@ -122,9 +128,9 @@ ROPE_FIELDS = {  # rope type -> the fields that it needs
 
 
 def family_of(config: dict) -> str | None:
-    """The row of FAMILIES that a parsed config.json belongs to, published or stock."""
+    """The key in FAMILIES for a parsed config.json, of a published Libra or of a stock model."""
     model_type = str(config.get("model_type")).removeprefix("libra_")
-    return {"libra": "llama"}.get(model_type, model_type)
+    return "llama" if model_type == "libra" else model_type
 
 
 def names_of(config: dict) -> NameMap:
@@ -133,73 +139,119 @@ def names_of(config: dict) -> NameMap:
 
 
 def decoder_config(config: dict, source) -> DecoderConfig:
-    """A parsed config.json -> DecoderConfig; ValueError that names the field where a value is not supported."""
+    """Reads a parsed config.json. ValueError names the field whose value is not supported."""
     where = f"{source}/config.json"
     if family_of(config) not in FAMILIES:
-        known = ", ".join(["libra", *(f"libra_{name}" for name in FAMILIES if name != "llama"), *FAMILIES])
+        ours = [f"libra_{name}" for name in FAMILIES if name != "llama"]
+        known = ", ".join(["libra", *ours, *FAMILIES])
         raise ValueError(f"{where}: model_type {config.get('model_type')!r} is not one of {known}")
     family = FAMILIES[family_of(config)]
     values = family.defaults | config | family.switches
-    for name, value in family.supported.items():
-        if values.get(name, value) != value:
-            raise ValueError(f"{where}: {name} {values[name]!r} is not supported, only {value!r}")
+
+    # refuse what we would compute differently
+    check_supported(values, family.supported, where)
     if values["hidden_act"] not in ACTIVATIONS:
         raise ValueError(f"{where}: hidden_act {values['hidden_act']!r} is not one of {', '.join(ACTIVATIONS)}")
+
+    # fields that may be absent or null
     heads = values["num_attention_heads"]
-    for name, default in (("num_key_value_heads", heads), ("head_dim", values["hidden_size"] // heads)):
-        values[name] = values.get(name) or default  # both may be null
+    values["num_key_value_heads"] = values.get("num_key_value_heads") or heads
+    values["head_dim"] = values.get("head_dim") or values["hidden_size"] // heads
     if not values.get("use_sliding_window", True):
         values["sliding_window"] = None
-    scaling = values.get("rope_parameters") or values.get("rope_scaling") or {}  # `transformers` 5 renamed it
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    lacking = [name for name in ROPE_FIELDS.get(kind, ()) if name not in scaling]
-    if kind not in ROPE_FIELDS or lacking:
-        reason = f"lacks {', '.join(lacking)}" if lacking else f"is none of {', '.join(ROPE_FIELDS)}"
-        raise ValueError(f"{where}: rope_scaling of type {kind!r} {reason}")
+
+    values |= rope_settings(values, where)
+    names = [field.name for field in fields(DecoderConfig)]
+    return DecoderConfig(**{name: values[name] for name in names if name in values})
+
+
+def rope_settings(values: dict, where: str) -> dict:
+    """The config fields about rotary embeddings, with `rope_scaling` in one layout.
+
+    `transformers` 5 renamed `rope_scaling` to `rope_parameters` and moved three fields into it.
+    """
+    scaling = values.get("rope_parameters") or values.get("rope_scaling") or {}
+    rope_type = scaling.get("rope_type", scaling.get("type", "default"))
+    if rope_type not in ROPE_FIELDS:
+        raise ValueError(f"{where}: rope_scaling of type {rope_type!r} is none of {', '.join(ROPE_FIELDS)}")
+    missing = [name for name in ROPE_FIELDS[rope_type] if name not in scaling]
+    if missing:
+        raise ValueError(f"{where}: rope_scaling of type {rope_type!r} lacks {', '.join(missing)}")
+
     moved = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
-    values |= {name: scaling[name] for name in moved if name in scaling}
-    values["rope_scaling"] = scaling | {"rope_type": kind}
-    return DecoderConfig(**{field.name: values[field.name] for field in fields(DecoderConfig) if field.name in values})
+    settings = {name: scaling[name] for name in moved if name in scaling}
+    settings["rope_scaling"] = scaling | {"rope_type": rope_type}
+    return settings
+
+
+# ------------------------------------------------------------------------------------------ rotary embeddings
 
 
 def rope_frequencies(config: DecoderConfig, device) -> torch.Tensor:
-    """Angle per position of each rotated pair of channels, [R / 2], float32 (Su et al. 2021).
+    """Angle per position of each rotated pair of channels, float32 [R / 2] (Su et al. 2021, RoFormer).
 
-    llama3 scaling as published; longrope (Ding et al. 2024) has two rows, [2, R / 2]: for short and long rows.
+    With longrope (Ding et al. 2024) [2, R / 2]: the frequencies of short rows, then those of long rows.
     """
     R = int(config.head_dim * config.partial_rotary_factor)
     frequencies = config.rope_theta ** -(torch.arange(0, R, 2, device=device).float() / R)
     scaling = config.rope_scaling
     if scaling["rope_type"] == "llama3":
-        turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # in the original context
+        # Llama 3.1: channels that turn often within the original context keep their frequency, slow ones are
+        # stretched by the factor, and those in between are interpolated
+        turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        keep = ((turns - low) / (high - low)).clamp(0, 1)  # fast channels stay, slow ones stretch by the factor
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
         frequencies = keep * frequencies + (1 - keep) * frequencies / scaling["factor"]
     if scaling["rope_type"] == "longrope":
-        frequencies = frequencies / torch.tensor([scaling["short_factor"], scaling["long_factor"]], device=device)
+        factors = [scaling["short_factor"], scaling["long_factor"]]
+        frequencies = frequencies / torch.tensor(factors, device=device)
     return frequencies
 
 
-def rope(config: DecoderConfig, positions, lengths):
-    """cos and sin [B, 1, T, R] of positions [B, T] in rows whose prefix has lengths [B], for `rotate`."""
+class Rotation(NamedTuple):
+    """cos and sin of every position's angles, each [B, 1, T, R]."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+def rope(config: DecoderConfig, positions, lengths, dtype) -> Rotation:
+    """The rotation of each position; positions [B, T], lengths [B] of each row's prefix (longrope needs them)."""
     frequencies, scale = rope_frequencies(config, positions.device), 1.0
     if config.rope_switch:
-        frequencies = frequencies[(lengths > config.rope_switch).long()][:, None, None]  # [B, 1, 1, R / 2]
+        # each row uses the frequencies for its own length, and attention is sharpened by a constant
+        is_long = (lengths > config.rope_switch).long()
+        frequencies = frequencies[is_long][:, None, None]  # [B, 1, 1, R / 2]
         factor = config.max_position_embeddings / config.rope_switch
-        scale = math.sqrt(1 + math.log(factor) / math.log(config.rope_switch)) if factor > 1 else 1.0
+        if factor > 1:
+            scale = math.sqrt(1 + math.log(factor) / math.log(config.rope_switch))
         scale = config.rope_scaling.get("attention_factor") or scale
     angles = positions[:, None, :, None].float() * frequencies  # [B, 1, T, R / 2]
-    angles = torch.cat((angles, angles), -1)
-    return angles.cos() * scale, angles.sin() * scale
+    angles = torch.cat((angles, angles), -1)  # [B, 1, T, R]
+    return Rotation((angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype))
 
 
-def rotate(x, cos, sin):
-    """Rotary embedding: x [B, H, T, D], cos and sin [B, 1, T, R]; of the first R channels, i pairs with i + R / 2."""
-    R = cos.shape[-1]
-    if x.shape[-1] > R:
-        return torch.cat((rotate(x[..., :R], cos, sin), x[..., R:]), -1)
+def rotate(x, rotation: Rotation):
+    """Rotates the first R of D channels; x [B, H, T, D]. Channel i is paired with channel i + R / 2."""
+    R = rotation.cos.shape[-1]
+    if x.shape[-1] > R:  # partial rotary: the other channels stay
+        return torch.cat((rotate(x[..., :R], rotation), x[..., R:]), -1)
     left, right = x.chunk(2, -1)
-    return x * cos + torch.cat((-right, left), -1) * sin
+    return x * rotation.cos + torch.cat((-right, left), -1) * rotation.sin
+
+
+# ------------------------------------------------------------------------------------------ layers
+
+
+def recomputed(function, *tensors):
+    """Calls function(*tensors); its intermediate results are computed again in the backward pass, not kept.
+
+    For what is cheap to compute and large to keep. On the random model of middle size a training step of LoRA (rank
+    128, two rows) takes 3.3 GiB with it and 4.6 without, a step of the connector (four rows) 4.9 and 5.4.
+    """
+    if not torch.is_grad_enabled():
+        return function(*tensors)
+    return checkpoint(function, *tensors, use_reentrant=False)
 
 
 class RMSNorm(nn.Module):
@@ -209,6 +261,7 @@ class RMSNorm(nn.Module):
         self.eps, self.offset = config.rms_norm_eps, config.norm_offset
 
     def forward(self, x):
+        # in float32, whatever the weights are
         h = x.float()
         h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
         return (h * (self.weight.float() + self.offset)).to(x.dtype)
@@ -217,33 +270,24 @@ class RMSNorm(nn.Module):
 class SelfAttention(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
-        C, self.D = config.hidden_size, config.head_dim
-        self.q_proj = nn.Linear(C, config.num_attention_heads * self.D, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(C, config.num_key_value_heads * self.D, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(C, config.num_key_value_heads * self.D, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * self.D, C, bias=False)
-        if config.qk_norm:
-            self.q_norm, self.k_norm = RMSNorm(self.D, config), RMSNorm(self.D, config)
+        C, D, self.D = config.hidden_size, config.head_dim, config.head_dim
+        self.q_proj = nn.Linear(C, config.num_attention_heads * D, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(C, config.num_key_value_heads * D, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias=False)
         self.qk_norm = config.qk_norm
+        if self.qk_norm:
+            self.q_norm = RMSNorm(D, config)
+            self.k_norm = RMSNorm(D, config)
 
-    def forward(self, x, cos, sin, attend):
-        q, k, v = (
-            project(x).unflatten(-1, (-1, self.D)).transpose(1, 2)  # [B, H, T, D]
-            for project in (self.q_proj, self.k_proj, self.v_proj)
-        )
+    def forward(self, x, rotation: Rotation, attend):
+        q = self.q_proj(x).unflatten(-1, (-1, self.D)).transpose(1, 2)  # [B, H, T, D]
+        k = self.k_proj(x).unflatten(-1, (-1, self.D)).transpose(1, 2)  # [B, H_kv, T, D]
+        v = self.v_proj(x).unflatten(-1, (-1, self.D)).transpose(1, 2)  # [B, H_kv, T, D]
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
-        out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)  # [B, H, T, D]
-        return self.o_proj(out.transpose(1, 2).flatten(2))
-
-
-def recomputed(function, *tensors):
-    """function(*tensors), whose inner results are not kept for the backward pass but computed there again.
-
-    For what is cheap to compute and large to keep: on the random model of middle size a training step of LoRA (rank
-    128, two rows) takes 3.3 GiB with it and 4.6 without, one of the connector (four rows) 4.9 and 5.4.
-    """
-    return checkpoint(function, *tensors, use_reentrant=False) if torch.is_grad_enabled() else function(*tensors)
+        out = attend(rotate(q, rotation), rotate(k, rotation), v)  # [B, H, T, D]
+        return self.o_proj(out.transpose(1, 2).flatten(2))  # [B, T, C]
 
 
 class MLP(nn.Module):
@@ -256,7 +300,9 @@ class MLP(nn.Module):
         self.activation = ACTIVATIONS[config.hidden_act]
 
     def forward(self, x):
-        gated = lambda gate, up: self.activation(gate) * up
+        def gated(gate, up):
+            return self.activation(gate) * up
+
         return self.down_proj(recomputed(gated, self.gate_proj(x), self.up_proj(x)))
 
 
@@ -268,8 +314,8 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, attend):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, attend)
+    def forward(self, x, rotation: Rotation, attend):
+        x = x + self.self_attn(self.input_layernorm(x), rotation, attend)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -280,25 +326,32 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config)
-        self.gradient_checkpointing = False  # in training, compute each layer again in the backward pass: less memory
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # in training: compute each layer again in the backward pass, which saves memory and costs time
+        self.gradient_checkpointing = False
 
     def forward(self, x, positions, attend=None, lengths=None):
-        """embeddings [B, T, C], positions [B, T] -> hidden [B, T, C], normed.
+        """embeddings [B, T, C], positions [B, T] -> hidden states [B, T, C] after the final norm.
 
-        attend(layer, q, k, v) -> [B, H, T, D]; by default plain causal attention, without a cache.
-        lengths [B]: of each row's prefix, which chooses longrope's frequencies; by default of the row.
+        attend(layer, q, k, v) -> [B, H, T, D]; without it, plain causal attention over the row.
+        lengths [B]: length of each row's prefix, which selects longrope's frequencies; without it, of the row.
         """
         config = self.config
-        attend = attend or (lambda layer, q, k, v: attention(q, k, v, causal=True, window=config.window(layer)))
-        cos, sin = rope(config, positions, positions.amax(1) + 1 if lengths is None else lengths)
-        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        if attend is None:
+            attend = WholeRows(config)
+        if lengths is None:
+            lengths = positions.amax(1) + 1
+        rotation = rope(config, positions, lengths, x.dtype)
         if config.scaled_embeddings:
             x = x * torch.tensor(config.hidden_size**0.5, dtype=x.dtype)
+
         for index, layer in enumerate(self.layers):
-            run = partial(checkpoint, layer, use_reentrant=False) if self.gradient_checkpointing else layer
-            x = run(x, cos, sin, partial(attend, index))
+            attend_here = partial(attend, index)
+            if self.gradient_checkpointing:
+                x = checkpoint(layer, x, rotation, attend_here, use_reentrant=False)
+            else:
+                x = layer(x, rotation, attend_here)
         return self.norm(x)
 
     def head(self, hidden, vocabulary: int):
@@ -307,72 +360,124 @@ class Decoder(nn.Module):
         return F.linear(hidden, weight[:vocabulary])
 
 
-class Cache:
-    """Keys and values of B studies: of each, one prefix, stored once, and K short suffixes behind it.
+# ------------------------------------------------------------------------------------------ the cache
 
-    prefix[layer] is (keys, values), each [B, H_kv, P, D], of which lengths[b] positions are filled.
-    suffix[layer] is [2, B, K, H_kv, S, D], of which `steps` positions are filled.
+
+class Cache:
+    """Keys and values of B studies: one prefix per study, stored once, and K short continuations behind each.
+
+    prefix[layer]: keys and values, each [B, H_kv, P, D]; study b has filled its first lengths[b] positions.
+    suffix[layer]: [2, B, K, H_kv, S, D], keys then values; every continuation has filled `steps` positions.
+
+    The model computes all layers of some positions, which write behind the filled ones; then it calls `advance`.
     """
 
-    BLOCK = 64  # suffixes grow by this many positions: a copy of the suffixes every 64 steps, never of a prefix
+    # suffixes grow by this many positions at a time: one copy of the suffixes every 64 steps, never of a prefix
+    BLOCK = 64
 
     def __init__(self, config: DecoderConfig, studies: int, positions: int, device, dtype):
-        self.config, self.lengths, self.steps = config, torch.zeros(studies, dtype=torch.long, device=device), 0
+        self.config = config
+        self.lengths = torch.zeros(studies, dtype=torch.long, device=device)
+        self.steps = 0
         shape = (studies, config.num_key_value_heads, positions, config.head_dim)
-        # zeros: positions behind a shorter prompt take part with weight 0, and 0 * NaN would be NaN
-        empty = lambda: torch.zeros(shape, device=device, dtype=dtype)
-        self.prefix = [(empty(), empty()) for _ in range(config.num_hidden_layers)]
+        # zeros, not empty: positions behind a shorter prompt get weight 0, and 0 * NaN would be NaN
+        self.prefix = []
+        for _ in range(config.num_hidden_layers):
+            keys = torch.zeros(shape, device=device, dtype=dtype)
+            self.prefix.append((keys, torch.zeros_like(keys)))
 
     def reserve(self, positions: int):
-        """Make room for prefixes of this many positions (a chat grows; a report never comes here)."""
-        for layer, pair in enumerate(self.prefix):
-            if (more := positions - pair[0].shape[2]) > 0:
-                self.prefix[layer] = tuple(F.pad(x, (0, 0, 0, more)) for x in pair)
+        """Makes room for prefixes of this many positions. Only a chat, whose prompt grows, needs it."""
+        missing = positions - self.prefix[0][0].shape[2]
+        if missing > 0:
+            self.prefix = [
+                (F.pad(keys, (0, 0, 0, missing)), F.pad(values, (0, 0, 0, missing))) for keys, values in self.prefix
+            ]
 
-    def prefill(self, study: int):
-        """An `attend` that stores one study's next T positions [1, H, T, D] behind its prefix, and attends to it all.
+    def advance(self, positions: int, study: int | None = None):
+        """Counts positions that every layer has stored: of one study's prefix, or of every continuation."""
+        if study is None:
+            self.steps += positions
+        else:
+            self.lengths[study] += positions
 
-        The caller adds T to lengths[study] when every layer has run.
-        """
-        start = int(self.lengths[study])
-
-        def attend(layer, q, k, v):
-            stop = start + q.shape[2]
-            keys, values = (x[study : study + 1, :, :stop] for x in self.prefix[layer])
-            keys[:, :, start:], values[:, :, start:] = k, v
-            return attention(q, keys, values, causal=True, window=self.config.window(layer))
-
-        return attend
+    def rewind(self, length: int, study: int):
+        """Forgets a study's prefix from position `length` on."""
+        self.lengths[study] = length
 
     def start(self, continuations: int):
-        """Begin K continuations of every study."""
+        """Begins K empty continuations of every study."""
         self.steps = 0
         B, H, _, D = self.prefix[0][0].shape
         self.suffix = [keys.new_empty(2, B, continuations, H, 0, D) for keys, _ in self.prefix]
 
-    def step(self):
-        """An `attend` for the next position of every continuation: q, k, v [B, H, K, D].
+    def next_positions(self) -> torch.Tensor:
+        """The position [B, 1] of the next token of each study's continuations."""
+        return self.lengths[:, None] + self.steps
 
-        The caller adds 1 to steps when every layer has run.
-        """
-
-        def attend(layer, q, k, v):
-            if self.steps == self.suffix[layer].shape[4]:
-                self.suffix[layer] = F.pad(self.suffix[layer], (0, 0, 0, self.BLOCK))
-            new = torch.stack((k, v)).transpose(2, 3)  # [2, B, K, H_kv, D]
-            self.suffix[layer][..., self.steps, :] = new
-            suffix_k, suffix_v = self.suffix[layer][..., : self.steps + 1, :]
-            window = self.config.window(layer)
-            return shared_prefix_attention(q, *self.prefix[layer], self.lengths, suffix_k, suffix_v, window)
-
-        return attend
-
-    def reorder(self, parents):
-        """Continuation k of study b goes on from parents[b][k]: the suffixes move, the prefixes stay."""
+    def reorder(self, parents: list[list[int]]):
+        """Continuation k of study b becomes a copy of parents[b][k]. The suffixes move, the prefixes stay."""
         K = len(parents[0])
         if all(row == list(range(K)) for row in parents):
             return
-        rows = torch.tensor([b * K + k for b, row in enumerate(parents) for k in row], device=self.lengths.device)
+        rows = []
+        for b, row in enumerate(parents):
+            rows += [b * K + k for k in row]
+        rows = torch.tensor(rows, device=self.lengths.device)
         for suffix in self.suffix:
             filled = suffix.flatten(1, 2)[..., : self.steps, :]  # [2, B * K, H_kv, steps, D], a view
             filled.copy_(filled[:, rows])
+
+
+# The three kinds of `attend`: what a layer does with its queries, keys and values.
+
+
+@dataclass(frozen=True)
+class WholeRows:
+    """Attention within whole rows, without a cache. Segments and positions [B, T] where rows share a prefix."""
+
+    config: DecoderConfig
+    segments: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
+
+    def __call__(self, layer: int, q, k, v):
+        window = self.config.window(layer)
+        return attention(
+            q, k, v, causal=True, segments=self.segments, window=window, positions=self.positions
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """Stores the next T positions of one study behind its prefix, and attends to all of it."""
+
+    cache: Cache
+    study: int
+    start: int  # positions that the prefix has already
+
+    def __call__(self, layer: int, q, k, v):
+        keys, values = self.cache.prefix[layer]
+        stop = self.start + q.shape[2]
+        keys, values = keys[self.study, None, :, :stop], values[self.study, None, :, :stop]  # [1, H_kv, stop, D]
+        keys[:, :, self.start :] = k
+        values[:, :, self.start :] = v
+        return attention(q, keys, values, causal=True, window=self.cache.config.window(layer))
+
+
+@dataclass(frozen=True)
+class DecodingStep:
+    """Stores the next position of all K continuations of all B studies, and attends to prefix and own suffix."""
+
+    cache: Cache
+
+    def __call__(self, layer: int, q, k, v):
+        """q [B, H, K, D], k and v [B, H_kv, K, D]: the continuations take the place of positions."""
+        cache, steps = self.cache, self.cache.steps
+        suffix = cache.suffix[layer]
+        if steps == suffix.shape[4]:
+            suffix = cache.suffix[layer] = F.pad(suffix, (0, 0, 0, cache.BLOCK))
+        suffix[..., steps, :] = torch.stack((k, v)).transpose(2, 3)  # [2, B, K, H_kv, D]
+        suffix_k, suffix_v = suffix[..., : steps + 1, :]  # each [B, K, H_kv, steps + 1, D]
+        prefix_k, prefix_v = cache.prefix[layer]
+        window = cache.config.window(layer)
+        return shared_prefix_attention(q, prefix_k, prefix_v, cache.lengths, suffix_k, suffix_v, window)

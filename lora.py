@@ -1,4 +1,9 @@
-"""LoRA by hand (Hu et al. 2021): a frozen layer and what is learnt beside it, under PEFT's names."""
+"""LoRA by hand (Hu et al. 2021): a frozen linear layer and a low-rank update that is learnt beside it.
+
+    y = W x + B (A dropout(x)) · scale         W [out, in] is frozen, A [r, in] and B [out, r] learn
+
+Parameters have PEFT's names, so that adapters load in both directions.
+"""
 
 import math
 from dataclasses import dataclass
@@ -6,32 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from decoder import Decoder, recomputed
+from decoder import Decoder, DecoderLayer, recomputed
 from plumbing.checkpoint import NameMap
 
-
-class LoRALinear(nn.Module):
-    """base_layer(x) + lora_B(lora_A(dropout(x))) · scale: a frozen layer and what is learnt beside it (Hu et al. 2021).
-
-    Parameters bear PEFT's names; lora_A starts as PEFT's does, lora_B with zeros, which changes nothing.
-    """
-
-    def __init__(self, base: nn.Linear, lora_A: nn.Linear, scale: float, dropout: float):
-        super().__init__()
-        self.base_layer, self.lora_A, self.scale = base, lora_A, scale
-        self.lora_B = nn.Linear(lora_A.out_features, base.out_features, bias=False, device=lora_A.weight.device)
-        self.dropout = nn.Dropout(dropout)
-        nn.init.zeros_(self.lora_B.weight)
-
-    def forward(self, x):
-        low = recomputed(lambda x: self.lora_A(self.dropout(x)), x)
-        return self.base_layer(x) + self.lora_B(low * self.scale)  # of the two, the narrow one is scaled
-
-    def merged(self) -> torch.Tensor:
-        """The weight of one layer that does the same, in the base layer's type; the sum is made in float32."""
-        weight = self.base_layer.weight
-        delta = self.lora_B.weight.float() @ self.lora_A.weight.float() * self.scale
-        return (weight.float() + delta).to(weight.dtype)
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -49,47 +32,82 @@ class LoRAConfig:
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
 
-LORA_SUPPORTED = dict(  # fields of adapter_config.json that change the result -> the one value we compute with
-    peft_type="LORA", bias="none", use_dora=False, fan_in_fan_out=False, lora_bias=False, rank_pattern={},
-    alpha_pattern={}, modules_to_save=None, layers_to_transform=None, layer_replication=None, use_qalora=False,
-)  # fmt: skip
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+class LoRALinear(nn.Module):
+    """A frozen linear layer and its low-rank update. A fresh update is zero, since B starts with zeros."""
+
+    def __init__(self, base: nn.Linear, lora_A: nn.Linear, scale: float, dropout: float):
+        super().__init__()
+        self.base_layer = base
+        self.lora_A = lora_A
+        self.lora_B = nn.Linear(lora_A.out_features, base.out_features, bias=False, device=lora_A.weight.device)
+        nn.init.zeros_(self.lora_B.weight)
+        self.dropout = nn.Dropout(dropout)
+        self.scale = scale
+
+    def forward(self, x):
+        def narrow(x):
+            return self.lora_A(self.dropout(x))
+
+        # scale the narrow result [..., r], which is cheaper than the wide one
+        low = recomputed(narrow, x)
+        return self.base_layer(x) + self.lora_B(low * self.scale)
+
+    def merged(self) -> torch.Tensor:
+        """The weight of one plain layer that does the same. The sum is made in float32."""
+        weight = self.base_layer.weight
+        delta = self.lora_B.weight.float() @ self.lora_A.weight.float() * self.scale
+        return (weight.float() + delta).to(weight.dtype)
+
+
+def lora_targets(names: NameMap) -> list[str]:
+    """Every module of a family that LoRA can be put beside, as named on disk: fused ones, then single projections."""
+    inside_fused = [part for parts in names.fused.values() for part in parts]
+    return [*names.fused, *(name for name in PROJECTIONS if name not in inside_fused)]
 
 
 def add_lora(decoder: Decoder, names: NameMap, config: LoRAConfig):
-    """Wrap the target projections of every layer. Those that a family fuses on disk share their first matrix.
+    """Puts LoRA beside the target modules of every layer and freezes everything else.
 
-    ValueError where a target is no projection of this family.
+    ValueError where a target is no module of this family.
     """
-    fused = {name: parts for name, parts in names.fused.items() if name in config.target_modules}
-    groups = [*fused.values(), *((name,) for name in config.target_modules if name not in fused)]
-    known = [*names.fused, *(name for name in PROJECTIONS if name not in sum(names.fused.values(), ()))]
-    if unknown := [name for name in config.target_modules if name not in known]:
-        raise ValueError(f"LoRA has no target {unknown[0]!r} in this decoder, only {', '.join(known)}")
+    for target in config.target_modules:
+        if target not in lora_targets(names):
+            raise ValueError(f"LoRA has no target {target!r} in this decoder, only {', '.join(lora_targets(names))}")
+
+    # modules that a family fuses on disk share one A, as PEFT has one for the fused module
+    groups = [parts for name, parts in names.fused.items() if name in config.target_modules]
+    groups += [(name,) for name in config.target_modules if name not in names.fused]
     for layer in decoder.layers:
         for group in groups:
-            lora_A = None
-            for name in group:
-                block = layer.self_attn if hasattr(layer.self_attn, name) else layer.mlp
-                base = getattr(block, name)
-                if lora_A is None:
-                    lora_A = nn.Linear(base.in_features, config.r, bias=False, device=base.weight.device)
-                    nn.init.kaiming_uniform_(lora_A.weight, a=math.sqrt(5))
-                setattr(block, name, LoRALinear(base, lora_A, config.scale, config.lora_dropout))
+            _wrap(layer, group, config)
+
     decoder.requires_grad_(False)
     for parameter in lora_parameters(decoder).values():
         parameter.requires_grad_(True)
 
 
+def _wrap(layer: DecoderLayer, group: tuple[str, ...], config: LoRAConfig):
+    """Wraps projections of one layer that read the same input with the same A."""
+    lora_A = None
+    for name in group:
+        block = layer.self_attn if hasattr(layer.self_attn, name) else layer.mlp
+        base = getattr(block, name)
+        if lora_A is None:
+            # PEFT's initial values
+            lora_A = nn.Linear(base.in_features, config.r, bias=False, device=base.weight.device)
+            nn.init.kaiming_uniform_(lora_A.weight, a=math.sqrt(5))
+        setattr(block, name, LoRALinear(base, lora_A, config.scale, config.lora_dropout))
+
+
 def lora_parameters(decoder: Decoder) -> dict[str, nn.Parameter]:
-    """LoRA's parameters by name; a matrix that several projections share comes under the name of each."""
+    """LoRA's parameters by name. A matrix that several projections share is listed under each of their names."""
     parameters = decoder.named_parameters(remove_duplicate=False)
     return {name: parameter for name, parameter in parameters if ".lora_" in name}
 
 
 @torch.no_grad()
 def merge_lora(decoder: Decoder):
-    """Fold LoRA into the layers it stands beside, in place, one layer at a time."""
+    """Adds the updates into the frozen weights, in place, one layer at a time, and removes the wrappers."""
     for layer in decoder.layers:
         for block in (layer.self_attn, layer.mlp):
             for name, module in list(block.named_children()):

@@ -166,7 +166,7 @@ def prefill(
     logits = torch.empty(len(studies), libra.vocabulary, device=libra.device)
     for number, (study, prompt) in enumerate(zip(studies, prompts, strict=True)):
         image_embeddings = libra.embed_images(pixels[number] if pixels else libra.preprocess(study.images()))
-        logits[number] = libra.extend(cache, number, libra.splice(prompt.ids, image_embeddings))
+        logits[number] = libra.prefill(cache, number, libra.splice(prompt.ids, image_embeddings))
     return Prefix(studies, prompts, cache, logits, stop_string(template or libra.template))
 
 
@@ -246,7 +246,7 @@ def _sample(libra, prefix, options, stream, should_stop):
             stream(sequences[0][0])
         if step + 1 == options.max_new_tokens or all(map(all, done)) or should_stop():
             break
-        logits = libra.step(prefix.cache, tokens)
+        logits = libra.decode_step(prefix.cache, tokens)
     return [[(ids, None) for ids in rows] for rows in sequences]
 
 
@@ -323,7 +323,7 @@ def _beam_search(libra, prefix, options, stream, should_stop):
         if all(ended):
             break
         prefix.cache.reorder(parents)
-        logits = libra.step(prefix.cache, [[beam.ids[-1] for beam in beams] for beams in running])
+        logits = libra.decode_step(prefix.cache, [[beam.ids[-1] for beam in beams] for beams in running])
     return [[(beam.ids, beam.score) for beam in beams[: options.num_return_sequences]] for beams in finished]
 
 
@@ -419,9 +419,9 @@ class Chat:
         if switch and self.cache.lengths[0] <= switch < length:  # the kept keys have the frequencies of short rows
             kept = 0
         self.cache.reserve(length)
-        self.cache.lengths[0] = kept
+        self.cache.rewind(kept, 0)
         self.ids = []  # until the prefill is through: an interrupted one must not be taken for a cached one
-        logits = libra.extend(self.cache, 0, embeddings[kept:])
+        logits = libra.prefill(self.cache, 0, embeddings[kept:])
         self.ids = prompt.ids
         prefix = Prefix([self.study], [prompt], self.cache, logits[None], stop_string(self.template))
         output = decode(libra, prefix, options, on_text, should_stop)[0][0]

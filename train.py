@@ -154,16 +154,13 @@ import zipfile
 
 import torch
 import torch._dynamo  # by the first step of an optimizer otherwise, within the processes' group, which then never ends
-import torch.nn.functional as F
 from PIL import Image
-from torch.utils.checkpoint import checkpoint as recompute
 
-from attention import attention
-from data import IGNORED, Batch, ImageCache, ImageFolder, Record, Records, StepLoader, Study, TrainingSet
+from data import IGNORED, ImageCache, ImageFolder, Record, Records, StepLoader, Study, TrainingSet
 from decoder import Decoder, names_of
 from evaluation.metrics import METRICS, score_of, statistics
-from lora import PROJECTIONS, LoRAConfig, add_lora
-from model import Libra, find_device
+from lora import LoRAConfig, lora_targets
+from model import Libra
 from plumbing import fresh as parts
 from plumbing.distributed import (
     World,
@@ -175,9 +172,10 @@ from plumbing.distributed import (
     shard,
     unsharded,
 )
+from plumbing.layout import find_device
 from plumbing.log import TRACKERS, Log
 from sample import generate
-from tokenizer import IMAGE, IMAGE_TEXT, find_template
+from tokenizer import IMAGE_TEXT, find_template
 
 # ------------------------------------------------------------------------------------------ what learns
 
@@ -194,7 +192,13 @@ def build(config: TrainConfig, show=lambda done, total: None) -> Libra:
     if config.fsdp and "decoder" not in config.train:
         raise ValueError("fsdp is for training the decoder, which train does not name: leave it out")
     torch.manual_seed(config.seed)
-    options = dict(device=config.device, dtype=config.dtype, progress=show)
+    changes = {"mm_image_pad": config.pad}
+    if config.template:
+        find_template(config.template)
+        changes["mm_conversation_template"] = config.template
+    if "encoder" in config.train:
+        changes["unfreeze_mm_vision_tower"] = True
+    options = dict(device=config.device, dtype=config.dtype, changes=changes, progress=show)
     if config.model:
         libra = Libra.from_pretrained(config.model, base=config.base or None, **options)
     elif (config.decoder and config.encoder) or (config.new_decoder and config.new_encoder):
@@ -203,21 +207,12 @@ def build(config: TrainConfig, show=lambda done, total: None) -> Libra:
         libra = Libra.from_parts(*places, config.connector, **more, **options)
     else:
         raise ValueError("the config names no model, nor both decoder and encoder: what is to be trained?")
-    libra.template = config.template or libra.template
     find_template(libra.template)
-    libra.pixels = replace(libra.pixels, pad=config.pad)
-    libra.parts.config.update(mm_conversation_template=libra.template, mm_image_pad=config.pad)
-    if "encoder" in config.train:
-        if libra.encoder.config.model_type == "open_clip":
-            raise ValueError("an open_clip encoder cannot be trained: published checkpoints have no place for it")
-        libra.parts.config["unfreeze_mm_vision_tower"] = True
-        libra.config = replace(libra.config, unfreeze_mm_vision_tower=True)
+    if "encoder" in config.train and libra.encoder_files.is_open_clip:
+        raise ValueError("an open_clip encoder cannot be trained: published checkpoints have no place for it")
     if "lora" in config.train:
-        names = names_of(libra.parts.config)
-        whole = [name for name in PROJECTIONS if name not in sum(names.fused.values(), ())]
-        targets = config.lora_targets or (*names.fused, *whole)
-        libra.lora = LoRAConfig(config.lora_r, config.lora_alpha, tuple(sorted(targets)), config.lora_dropout)
-        add_lora(libra.decoder, names, libra.lora)
+        targets = config.lora_targets or lora_targets(names_of(libra.config.json))
+        libra.add_lora(LoRAConfig(config.lora_r, config.lora_alpha, tuple(sorted(targets)), config.lora_dropout))
     for part in PARTS:
         if part in config.train and part != "lora":
             getattr(libra, part).requires_grad_(True).train()
@@ -265,39 +260,6 @@ def lr_at(step: int, steps: int, warmup: float) -> float:
     if step < rising:
         return step / rising
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
-
-
-# ------------------------------------------------------------------------------------------ the loss
-
-
-def loss_sum(libra: Libra, batch: Batch) -> torch.Tensor:
-    """Sum of the losses of all labels of a batch. Only positions before a label reach the head."""
-    ids, labels, segments, positions = (values.to(libra.device) for values in batch[:4])
-    embeddings = libra.decoder.embed_tokens(ids.clamp(0))  # [B, T, C]
-    pictures = [pixels for pixels in batch.pixels if pixels is not None]
-    if pictures:
-        images = libra.embed_batch(pictures).to(embeddings.dtype)  # [rows with an image, N, C]
-        embeddings = embeddings.masked_scatter((ids == IMAGE)[..., None], images)
-    config = libra.decoder.config
-    shared = bool((segments > 0).any())  # else what is right-padded needs no mask: no position sees what follows it
-
-    def attend(layer, q, k, v):
-        window = config.window(layer)
-        if shared:
-            return attention(q, k, v, segments=segments, window=window, positions=positions)
-        return attention(q, k, v, causal=True, window=window)
-
-    hidden = libra.decoder(embeddings, positions, attend)
-    learnt = labels[:, 1:] != IGNORED
-    hidden, labels = hidden[:, :-1][learnt], labels[:, 1:][learnt]
-    chunks = zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True)
-    score = lambda hidden, labels: F.cross_entropy(libra.logits(hidden), labels, reduction="sum")
-    if len(labels) <= CHUNK:
-        return score(hidden, labels)
-    return sum(recompute(score, *chunk, use_reentrant=False) for chunk in chunks)  # logits of one chunk at a time
-
-
-CHUNK = 1024  # positions whose logits are in memory at once
 
 
 # ------------------------------------------------------------------------------------------ data
@@ -420,7 +382,7 @@ def validate(libra: Libra, config: TrainConfig, rows: TrainingSet, world: World)
         if isinstance(batch, Exception):
             raise batch
         if len(batch.ids):
-            total += float(loss_sum(libra, batch))
+            total += float(libra.loss(batch))
             labels += int((batch.labels != IGNORED).sum())
     total, labels = world.all_reduce(total, labels)
     scores = {"loss": total / max(labels, 1)}
@@ -508,7 +470,7 @@ def run(config: TrainConfig, resume: bool, world: World):
         (labels,) = world.all_reduce(sum((batch.labels != IGNORED).sum() for _, batch in batches))
         for _, batch in batches:
             with autocast():
-                loss = loss_sum(libra, batch) / max(labels, 1)
+                loss = libra.loss(batch) / max(labels, 1)
             loss.backward()
             losses.append(float(loss.detach()))
         world.all_reduce_gradients(weights)

@@ -84,13 +84,14 @@ from data import IGNORED, Row, Study, collate
 from decoder import Cache, decoder_config
 from encoder import encoder_config
 from lora import PROJECTIONS
-from model import Libra, find_device
+from model import Libra
 from plumbing import fresh as parts
 from plumbing.files import atomic, read_json
+from plumbing.layout import find_device
 from plumbing.pixels import preprocess
 from sample import generate, prompt_of
 from tokenizer import IMAGE, find_template
-from train import TrainConfig, build, loss_sum, make_optimizer, return_memory_at_once
+from train import TrainConfig, build, make_optimizer, return_memory_at_once
 
 # ------------------------------------------------------------------------------------------ the model and its inputs
 
@@ -135,7 +136,7 @@ def give(libra: Libra, file: Path):
     given = dict(connector=libra.connector, pixels=libra.pixels, ids=prompt_of(libra, Study("").query).ids,
                  vocabulary=libra.vocabulary, positions=libra.image_positions, dtype=libra.dtype,
                  encoder=libra.encoder.config, decoder=libra.decoder.config,
-                 folders=(libra.tower.folder, libra.parts.weights.folder))  # fmt: skip
+                 folders=(libra.encoder_files.source.folder, libra.weights.folder))  # fmt: skip
     torch.save(given, file)
     return given
 
@@ -198,7 +199,7 @@ def ours(work: str, setup: Setup, separate: bool = False):
         return lambda: sampled(libra.connector(features))
     embeddings = libra.splice(prompt_of(libra, Study("").query).ids, libra.connector(features)[0])
     cache = lambda: Cache(libra.decoder.config, 1, len(embeddings), libra.device, libra.dtype)
-    return lambda: sampled(libra.extend(cache(), 0, embeddings))
+    return lambda: sampled(libra.prefill(cache(), 0, embeddings))
 
 
 def train_ours(work: str, setup: Setup, separate: bool):
@@ -206,7 +207,7 @@ def train_ours(work: str, setup: Setup, separate: bool):
     libra, given = build(config), torch.load(setup.given, weights_only=False)
     rows = batch(given, **TRAINING[work] | ({"shared": False} if separate else {}))
     labels = int((rows.labels != IGNORED).sum())
-    return step(libra, lambda: loss_sum(libra, rows) / labels, make_optimizer(libra, config))
+    return step(libra, lambda: libra.loss(rows) / labels, make_optimizer(libra, config))
 
 
 def step(model: nn.Module, loss_of, optimizer):

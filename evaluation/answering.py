@@ -25,12 +25,13 @@ from PIL import Image
 
 import sample
 from data import ImageFolder, Question, Records, Study, check, image_names
-from model import ADAPTER_FILES, Libra, Parts, find_device, find_dtype, find_parts
+from model import Libra
 from plumbing import checkpoint
 from plumbing.cli import progress
 from plumbing.distributed import World
 from plumbing.files import atomic, read_json
 from plumbing.image import load_image
+from plumbing.layout import ADAPTER_FILES, ModelFiles, find_device, find_dtype, find_model_files
 from sample import Options
 
 MOST = 16  # studies in a batch that --batch-size does not name
@@ -157,7 +158,7 @@ def fitting(libra: Libra, positions: int, options: Options, world: World) -> int
     return min(world.all_gather(max(1, min(MOST, free // 2 // (positions * position + suffixes)))))
 
 
-def fingerprint(parts: Parts) -> str:
+def fingerprint(parts: ModelFiles) -> str:
     """Tells a model from others and from itself after more training: its config, 64 samples of each file of weights."""
     digest = hashlib.sha256(json.dumps(parts.config, sort_keys=True).encode())
     adapters = [checkpoint.find_file(source, ADAPTER_FILES) for source in parts.adapters]
@@ -224,7 +225,7 @@ def sidecar_of(answers: Path) -> Path:
 
 def settings_of(arguments, asked: Asked) -> dict:
     """All that an answer file depends on."""
-    parts, device = find_parts(arguments.model, arguments.base), find_device(arguments.device)
+    parts, device = find_model_files(arguments.model, arguments.base), find_device(arguments.device)
     questions = hashlib.sha256()
     with open(asked.records.path, "rb") as file:
         while block := file.read(1 << 20):

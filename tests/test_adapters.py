@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from decoder import names_of
 from lora import LoRAConfig, LoRALinear, add_lora, lora_parameters
-from model import CONNECTOR_FILES, Libra
+from model import Libra
 from plumbing import checkpoint
+from plumbing.layout import CONNECTOR_FILES
 from sample import generate, prefill
 from tokenizer import TEMPLATES, render
 
@@ -143,8 +144,7 @@ def test_an_encoder_is_written_where_it_was_trained(tmp_path):
     libra = read_again(SEVEN)
     libra.save_pretrained(tmp_path / "stock")
     assert not any("vision_tower" in name for name in load_names(tmp_path / "stock"))
-    libra.parts.config["unfreeze_mm_vision_tower"] = True
-    libra = Libra._read(libra.parts, None, "cpu", "float32", lambda *_: None)
+    libra = read_again(SEVEN, changes={"unfreeze_mm_vision_tower": True})
     with torch.no_grad():
         libra.encoder.layers[3].fc1.bias += 1
     libra.save_pretrained(tmp_path / "trained")
@@ -191,7 +191,7 @@ def test_a_fused_family_s_adapter_is_fused_on_disk(tmp_path):
     base = phi3(tmp_path)
     libra = read_again(base)
     libra.lora = LoRAConfig(3, 6.0, ("down_proj", "gate_up_proj", "o_proj", "qkv_proj"))
-    add_lora(libra.decoder, names_of(libra.parts.config), libra.lora)
+    add_lora(libra.decoder, names_of(libra.config.json), libra.lora)
     torch.manual_seed(1)
     for parameter in lora_parameters(libra.decoder).values():
         torch.nn.init.normal_(parameter, std=0.2)
@@ -237,7 +237,7 @@ def test_an_adapter_over_an_adapter(tmp_path):
     """Each stands on the one below, which is merged first."""
     libra = read_again(ADAPTERS / "lora-connector")
     libra.lora = LoRAConfig(2, 4.0, ("o_proj",))
-    add_lora(libra.decoder, names_of(libra.parts.config), libra.lora)
+    add_lora(libra.decoder, names_of(libra.config.json), libra.lora)
     for parameter in lora_parameters(libra.decoder).values():
         torch.nn.init.normal_(parameter, std=0.2)
     libra.save_adapter(tmp_path / "above")
@@ -341,7 +341,7 @@ def test_an_adapter_or_a_connector_without_its_base_is_refused(adapter):
     spoil(adapter / "adapter_config.json", base_model_name_or_path="../nowhere")
     refused("no model folder ../nowhere", adapter)
     spoil(adapter / "adapter_config.json", base_model_name_or_path=".")
-    refused("stands on itself", adapter)
+    refused("names itself as its base", adapter)
 
 
 def test_a_base_under_a_whole_checkpoint_is_refused():

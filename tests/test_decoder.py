@@ -6,7 +6,7 @@ import transformers
 from conftest import relative
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from decoder import Cache, Decoder, decoder_config, names_of, rope_frequencies
+from decoder import Cache, Decoder, DecodingStep, Prefill, decoder_config, names_of, rope_frequencies
 from lora import LoRAConfig, LoRALinear, add_lora, lora_parameters, merge_lora
 from plumbing import checkpoint
 from plumbing.files import read_json
@@ -107,13 +107,13 @@ def test_a_prefill_in_chunks_and_steps_of_many_continuations_is_one_row_computed
         ours(ours.embed_tokens(ids), positions, attend, torch.tensor([25])), 97
     )
     for chunk in (range(0, 11), range(11, 12), range(12, 25)):
-        out = step(prefix[None, list(chunk)], torch.tensor([list(chunk)]), cache.prefill(0))
-        cache.lengths += len(chunk)
+        out = step(prefix[None, list(chunk)], torch.tensor([list(chunk)]), Prefill(cache, 0, chunk[0]))
+        cache.advance(len(chunk), study=0)
         assert relative(out[0], expected[0, list(chunk)]) < 1e-5
     cache.start(3)
     for place in range(9):
-        out = step(suffixes[None, :, place], torch.full((1, 3), 25 + place), cache.step())
-        cache.steps += 1
+        out = step(suffixes[None, :, place], torch.full((1, 3), 25 + place), DecodingStep(cache))
+        cache.advance(1)
         assert relative(out[0], expected[:, 25 + place]) < 1e-5
 
 

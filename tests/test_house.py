@@ -20,11 +20,12 @@ import sample
 
 FLOORS = [
     {"plumbing.cli", "plumbing.files", "plumbing.distributed", "kernel"},
-    {"attention", "plumbing.checkpoint", "tokenizer", "plumbing.image", "plumbing.pixels",
-     "phantom.radiograph", "sources.mimic"},
-    {"encoder", "tac", "decoder", "phantom.hospital"},
-    {"lora"},
-    {"model", "data", "plumbing.fresh", "evaluation.metrics", "evaluation.truth", "bench.costs", "plumbing.log"},
+    {"attention", "plumbing.checkpoint", "tokenizer", "plumbing.image", "plumbing.pixels", "phantom.radiograph",
+     "sources.mimic"},
+    {"encoder", "tac", "decoder", "phantom.hospital", "data", "evaluation.metrics", "plumbing.log"},
+    {"lora", "plumbing.fresh", "bench.costs", "evaluation.truth"},
+    {"plumbing.layout"},
+    {"model"},
     {"sample", "prepare", "evaluation.page"},
     {"evaluation.answering"},
     {"eval"},

@@ -47,7 +47,7 @@ def prefixes(libra, *lengths):
     ids = [random_ids(length, seed=length) for length in lengths]
     cache = Cache(libra.decoder.config, len(lengths), max(lengths), libra.device, libra.dtype)
     for study, row in enumerate(ids):
-        libra.extend(cache, study, libra.splice(row, None))
+        libra.prefill(cache, study, libra.splice(row, None))
     return cache, ids
 
 
@@ -57,11 +57,11 @@ def test_a_prefill_in_chunks_and_steps_is_one_row_computed_at_once(family):
     reference = uncached(libra, libra.splice(ids, None))
     cache = Cache(libra.decoder.config, 1, 33, libra.device, libra.dtype)
     for chunk in (slice(0, 7), slice(7, 8), slice(8, 33)):
-        logits = libra.extend(cache, 0, libra.splice(ids[chunk], None))
+        logits = libra.prefill(cache, 0, libra.splice(ids[chunk], None))
         assert relative(logits, reference[chunk.stop - 1]) < 1e-5
     cache.start(1)
     for position in range(33, 45):
-        assert relative(libra.step(cache, [[ids[position]]])[0, 0], reference[position]) < 1e-5
+        assert relative(libra.decode_step(cache, [[ids[position]]])[0, 0], reference[position]) < 1e-5
 
 
 @BOTH
@@ -77,7 +77,7 @@ def test_continuations_of_ragged_prefixes_are_rows_computed_at_once(family):
             cache.reorder(orders[step])
             rows = [[list(rows[b][parent]) for parent in orders[step][b]] for b in range(2)]
         tokens = random_ids(2, K, seed=step)
-        logits = libra.step(cache, tokens)
+        logits = libra.decode_step(cache, tokens)
         for b in range(2):
             for k in range(K):
                 rows[b][k].append(tokens[b][k])
@@ -92,11 +92,11 @@ def test_a_prefix_can_grow_and_be_continued_again(family):
     cache, (first,) = prefixes(libra, 7)
     cache.start(2)
     for token in ids[:3]:
-        libra.step(cache, [[token, 5]])
+        libra.decode_step(cache, [[token, 5]])
     cache.reserve(40)
-    libra.extend(cache, 0, libra.splice(ids[:33], None))
+    libra.prefill(cache, 0, libra.splice(ids[:33], None))
     cache.start(1)
-    logits = libra.step(cache, [[ids[33]]])[0, 0]
+    logits = libra.decode_step(cache, [[ids[33]]])[0, 0]
     assert relative(logits, uncached(libra, libra.splice(first + ids[:34], None))[-1]) < 1e-5
 
 
@@ -111,7 +111,7 @@ def test_any_number_of_beams_shares_one_prefix():
     for K in (1, 10):
         cache.start(K)
         for step in range(3):
-            libra.step(cache, random_ids(2, K, seed=step))
+            libra.decode_step(cache, random_ids(2, K, seed=step))
             cache.reorder([[K // 2] * K] * 2)
             assert places() == before
         suffixes[K] = sum(x.untyped_storage().nbytes() for x in cache.suffix)

@@ -108,7 +108,7 @@ def text_prefix(libra, prompts):
     """A prefix of prompts without an image."""
     cache = Cache(libra.decoder.config, len(prompts), max(map(len, prompts)), "cpu", torch.float32)
     with torch.inference_mode():
-        logits = [libra.extend(cache, b, libra.splice(ids, None)) for b, ids in enumerate(prompts)]
+        logits = [libra.prefill(cache, b, libra.splice(ids, None)) for b, ids in enumerate(prompts)]
     studies = [Study("none.png")] * len(prompts)
     return Prefix(studies, [Prompt("", ids, []) for ids in prompts], cache, torch.stack(logits), "</s>")
 

@@ -6,7 +6,6 @@ from conftest import GOLDEN, load
 from data import EMPTY_BATCH, IGNORED, ImageFolder, StepLoader, TrainingSet
 from plumbing.distributed import World
 from tokenizer import IMAGE, TEMPLATES
-from train import loss_sum
 
 SETTINGS = dict(batch_size=10, micro_batch=2, max_shared=1, epochs=2.0, max_steps=0, seed=0)
 
@@ -88,7 +87,7 @@ def test_nothing_has_no_loss_and_gradients_of_zero():
     libra = load("libra-7b")
     weight = libra.decoder.layers[0].mlp.up_proj.weight
     try:
-        loss = loss_sum(libra.requires_grad_(True), EMPTY_BATCH)
+        loss = libra.requires_grad_(True).loss(EMPTY_BATCH)
         loss.backward()
         assert float(loss.detach()) == 0 and weight.grad is not None and not weight.grad.any()
     finally:

@@ -26,7 +26,6 @@ from plumbing.distributed import World
 from train import (
     TrainConfig,
     build,
-    loss_sum,
     lr_at,
     make_optimizer,
     open_loader,
@@ -53,7 +52,7 @@ def test_golden_loss_and_gradients_of_the_connector(family, kept):
     libra = build(replace(BASE, model=str(GOLDEN / family / "model"))).eval()
     expected, rows = load_file(GOLDEN / "training" / f"{family}-align.safetensors"), rows_of(libra)
     batch = rows.collate([rows[(number,)] for number in kept])
-    loss = loss_sum(libra, batch) / (batch.labels != IGNORED).sum()
+    loss = libra.loss(batch) / (batch.labels != IGNORED).sum()
     assert relative(loss.detach(), expected["loss"]) < 1e-5
     loss.backward()
     if len(kept) == 3:
@@ -76,7 +75,7 @@ def test_golden_loss_and_gradients_of_lora():
             if name.startswith("lora:"):
                 libra.decoder.get_parameter(ours(name)).copy_(value)
     batch = rows.collate([rows[(number,)] for number in range(3)])
-    loss = loss_sum(libra, batch) / (batch.labels != IGNORED).sum()
+    loss = libra.loss(batch) / (batch.labels != IGNORED).sum()
     assert relative(loss.detach(), expected["loss"]) < 1e-5
     loss.backward()
     grads = [name for name in expected if name.startswith("grad:")]
@@ -89,11 +88,11 @@ def test_golden_loss_and_gradients_of_lora():
 def test_recomputing_layers_and_logits_in_chunks_changes_nothing(monkeypatch, checkpointing):
     results = []
     for settings, chunk in ((dict(), 10**6), (dict(gradient_checkpointing=checkpointing), 3)):
-        monkeypatch.setattr(train, "CHUNK", chunk)
+        monkeypatch.setattr("model.LOSS_CHUNK", chunk)
         libra = build(replace(BASE, train=("connector", "decoder"), **settings)).eval()
         rows = rows_of(libra)
         libra.decoder.train()
-        loss = loss_sum(libra, rows.collate([rows[(number,)] for number in range(3)]))
+        loss = libra.loss(rows.collate([rows[(number,)] for number in range(3)]))
         loss.backward()
         grads = {name: parameter.grad for name, parameter in trainable_parameters(libra).items()}
         results.append({"loss": loss.detach()} | grads)
@@ -215,7 +214,7 @@ def test_a_sliding_window_is_the_same_behind_a_shared_prefix(records):
     for window in (6, None):  # of the rows' 60 or so positions
         libra.decoder.config = replace(whole, sliding_window=window)
         for split in ([(number,) for number in numbers], [(0, 5, 10, 15), (1, 6)]):
-            loss = loss_sum(libra, rows.collate([rows[row] for row in split]))
+            loss = libra.loss(rows.collate([rows[row] for row in split]))
             parameters = trainable_parameters(libra)
             gradients = torch.autograd.grad(loss, parameters.values(), allow_unused=True)
             grads = {name: grad for name, grad in zip(parameters, gradients, strict=True) if grad is not None}
@@ -521,9 +520,9 @@ def test_an_image_that_goes_missing_names_its_record(tmp_path, records, capsys):
 
 
 def test_a_loss_that_is_no_number_names_the_records(tmp_path, records, capsys, monkeypatch):
-    original = train.loss_sum
+    original = Libra.loss
     calls = iter(range(100))
-    monkeypatch.setattr(train, "loss_sum", lambda *a: original(*a) * (float("nan") if next(calls) == 3 else 1))
+    monkeypatch.setattr(Libra, "loss", lambda *a: original(*a) * (float("nan") if next(calls) == 3 else 1))
     config = replace(TrainConfig(), **SMALL | dict(records=(records,), out_dir=str(tmp_path / "run")))
     assert train.main((config, False)) == 2
     printed = capsys.readouterr().err

@@ -18,7 +18,7 @@ from data import IGNORED
 from decoder import decoder_config
 from encoder import encoder_config
 from model import Libra
-from train import TrainConfig, build, loss_sum
+from train import TrainConfig, build
 
 TINY = (
     bench.RAD_DINO | dict(image_size=56, hidden_size=64, num_hidden_layers=4, num_attention_heads=4),
@@ -140,7 +140,7 @@ def test_flops_on_paper_are_those_that_pytorch_counts(tiny, given):
         libra = build(TrainConfig(model=str(tiny), device="cpu", train=(learns,)))
         batch = bench.batch(given, [0], questions, True)
         length, (prefix, text) = batch.ids.shape[1], (16 + 40, 117)
-        everything = counted(lambda libra=libra, batch=batch: loss_sum(libra, batch).backward())
+        everything = counted(lambda libra=libra, batch=batch: libra.loss(batch).backward())
         # PyTorch's plain attention computes all pairs, on paper only those that are seen count
         seen = prefix**2 / 2 + questions * (text * prefix + text**2 / 2)
         unseen = 3 * costs.mixing_flops(decoder, length**2 - seen)

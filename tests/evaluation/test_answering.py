@@ -374,7 +374,7 @@ def test_a_batch_is_what_fits_half_the_memory(monkeypatch):
     cache = Cache(libra.decoder.config, 1, 100, "cpu", torch.float32)
     cache.start(3)
     for _ in range(64):
-        libra.step(cache, [[5, 5, 5]])
+        libra.decode_step(cache, [[5, 5, 5]])
     held = sum(keys.nbytes + values.nbytes for keys, values in cache.prefix) + sum(x.nbytes for x in cache.suffix)
     one = held + 3 * 4 * 4 * libra.vocabulary
     for free, size in {0: 1, 2 * one: 1, 2 * 7 * one + 1: 7, 2 * 7 * one - 1: 6, 10**12: 16}.items():
