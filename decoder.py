@@ -23,8 +23,9 @@ from plumbing.checkpoint import NameMap, check_supported
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """The fields of config.json that define the decoder, under their published names; the switches come last."""
+    """The fields of config.json that define the decoder, under their published names, and a family's switches."""
 
+    # sizes
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -36,12 +37,15 @@ class DecoderConfig:
     rms_norm_eps: float
     hidden_act: str
     tie_word_embeddings: bool
+    # rotary embeddings
     rope_theta: float
     rope_scaling: dict
     partial_rotary_factor: float
     original_max_position_embeddings: int | None
+    # a sliding window, in layers from max_window_layers on
     sliding_window: int | None
-    max_window_layers: int  # layers below this one have no window
+    max_window_layers: int
+    # switches of the family
     qkv_bias: bool = False
     qk_norm: bool = False
     norm_offset: float = 0.0  # Gemma stores its norm weights minus one
@@ -84,19 +88,25 @@ _QWEN = _LLAMA.defaults | dict(
     use_sliding_window=False, sliding_window=4096, max_window_layers=28,
 )  # fmt: skip
 
-FAMILIES = {  # key: model_type without the published prefix "libra_"
-    "llama": _LLAMA,  # Llama 2 and 3, Vicuna, Meditron
+# key: model_type without the published prefix "libra_"
+FAMILIES = {
+    # Llama 2 and 3, Vicuna, Meditron
+    "llama": _LLAMA,
+    # grouped-query attention and a sliding window in every layer
     "mistral": replace(
         _LLAMA,
         defaults=_LLAMA.defaults | dict(
             intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096
         ),
     ),
+    # biases on q, k and v
     "qwen2": DecoderFamily(_QWEN, switches=dict(qkv_bias=True)),
+    # a norm on each head's q and k instead
     "qwen3": DecoderFamily(
         _QWEN | dict(head_dim=128), switches=dict(qk_norm=True), supported=dict(attention_bias=False)
     ),
-    "phi3": DecoderFamily(  # Phi-3, Phi-4 and Phi-4-mini
+    # Phi-3, Phi-4 and Phi-4-mini: projections fused on disk, partial rotary embeddings, longrope
+    "phi3": DecoderFamily(
         _LLAMA.defaults | dict(
             vocab_size=32064, hidden_size=3072, intermediate_size=8192, max_position_embeddings=4096,
             original_max_position_embeddings=4096, rms_norm_eps=1e-5,
@@ -107,6 +117,7 @@ FAMILIES = {  # key: model_type without the published prefix "libra_"
             fused={"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")},
         ),
     ),
+    # Gemma 1: tied and scaled embeddings, norm weights stored minus one
     "gemma": DecoderFamily(
         _LLAMA.defaults | dict(
             vocab_size=256000, hidden_size=3072, intermediate_size=24576, num_hidden_layers=28, num_attention_heads=16,
@@ -120,7 +131,8 @@ FAMILIES = {  # key: model_type without the published prefix "libra_"
 
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh")}
 
-ROPE_FIELDS = {  # rope type -> fields it needs
+# rope type -> the fields that it needs in rope_scaling
+ROPE_FIELDS = {
     "default": (),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "longrope": ("short_factor", "long_factor"),
@@ -145,6 +157,7 @@ def decoder_config(config: dict, source) -> DecoderConfig:
         ours = [f"libra_{name}" for name in FAMILIES if name != "llama"]
         known = ", ".join(["libra", *ours, *FAMILIES])
         raise ValueError(f"{where}: model_type {config.get('model_type')!r} is not one of {known}")
+    # the file wins over the defaults; switches are not fields of the file
     family = FAMILIES[family_of(config)]
     values = family.defaults | config | family.switches
 
@@ -226,6 +239,7 @@ def rope(config: DecoderConfig, positions, lengths, dtype) -> Rotation:
         if factor > 1:
             scale = math.sqrt(1 + math.log(factor) / math.log(config.rope_switch))
         scale = config.rope_scaling.get("attention_factor") or scale
+    # both halves of the channels turn by the same angles
     angles = positions[:, None, :, None].float() * frequencies  # [B, 1, T, R / 2]
     angles = torch.cat((angles, angles), -1)  # [B, 1, T, R]
     return Rotation((angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype))
@@ -234,8 +248,10 @@ def rope(config: DecoderConfig, positions, lengths, dtype) -> Rotation:
 def rotate(x, rotation: Rotation):
     """Rotates the first R of D channels; x [B, H, T, D]. Channel i is paired with channel i + R / 2."""
     R = rotation.cos.shape[-1]
-    if x.shape[-1] > R:  # partial rotary: the other channels stay
+    # partial rotary embeddings: the channels behind R stay as they are
+    if x.shape[-1] > R:
         return torch.cat((rotate(x[..., :R], rotation), x[..., R:]), -1)
+    # (left, right) · cos + (-right, left) · sin
     left, right = x.chunk(2, -1)
     return x * rotation.cos + torch.cat((-right, left), -1) * rotation.sin
 
@@ -281,12 +297,15 @@ class SelfAttention(nn.Module):
             self.k_norm = RMSNorm(D, config)
 
     def forward(self, x, rotation: Rotation, attend):
+        # split into heads
         q = self.q_proj(x).unflatten(-1, (-1, self.D)).transpose(1, 2)  # [B, H, T, D]
         k = self.k_proj(x).unflatten(-1, (-1, self.D)).transpose(1, 2)  # [B, H_kv, T, D]
         v = self.v_proj(x).unflatten(-1, (-1, self.D)).transpose(1, 2)  # [B, H_kv, T, D]
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
+        # attention, as the caller chose it
         out = attend(rotate(q, rotation), rotate(k, rotation), v)  # [B, H, T, D]
+        # join the heads
         return self.o_proj(out.transpose(1, 2).flatten(2))  # [B, T, C]
 
 
@@ -300,6 +319,7 @@ class MLP(nn.Module):
         self.activation = ACTIVATIONS[config.hidden_act]
 
     def forward(self, x):
+        # three tensors of the MLP's width per layer are much to keep for an elementwise product
         def gated(gate, up):
             return self.activation(gate) * up
 
@@ -342,6 +362,7 @@ class Decoder(nn.Module):
             attend = WholeRows(config)
         if lengths is None:
             lengths = positions.amax(1) + 1
+        # the same rotation for every layer
         rotation = rope(config, positions, lengths, x.dtype)
         if config.scaled_embeddings:
             x = x * torch.tensor(config.hidden_size**0.5, dtype=x.dtype)
@@ -377,8 +398,9 @@ class Cache:
 
     def __init__(self, config: DecoderConfig, studies: int, positions: int, device, dtype):
         self.config = config
-        self.lengths = torch.zeros(studies, dtype=torch.long, device=device)
-        self.steps = 0
+        # the two counters, which only advance, rewind and start change
+        self.lengths = torch.zeros(studies, dtype=torch.long, device=device)  # [B], of each prefix
+        self.steps = 0  # of every suffix
         shape = (studies, config.num_key_value_heads, positions, config.head_dim)
         # zeros, not empty: positions behind a shorter prompt get weight 0, and 0 * NaN would be NaN
         self.prefix = []
@@ -418,8 +440,10 @@ class Cache:
     def reorder(self, parents: list[list[int]]):
         """Continuation k of study b becomes a copy of parents[b][k]. The suffixes move, the prefixes stay."""
         K = len(parents[0])
+        # nothing moves in greedy decoding and sampling
         if all(row == list(range(K)) for row in parents):
             return
+        # parents [[0, 0], [1, 0]] of two studies -> rows 0 0 3 2 of all B * K continuations
         rows = []
         for b, row in enumerate(parents):
             rows += [b * K + k for k in row]
@@ -442,9 +466,7 @@ class WholeRows:
 
     def __call__(self, layer: int, q, k, v):
         window = self.config.window(layer)
-        return attention(
-            q, k, v, causal=True, segments=self.segments, window=window, positions=self.positions
-        )  # fmt: skip
+        return attention(q, k, v, causal=True, segments=self.segments, window=window, positions=self.positions)
 
 
 @dataclass(frozen=True)
@@ -456,9 +478,11 @@ class Prefill:
     start: int  # positions that the prefix has already
 
     def __call__(self, layer: int, q, k, v):
+        # views of the study's first positions, up to the last of the new ones
         keys, values = self.cache.prefix[layer]
         stop = self.start + q.shape[2]
         keys, values = keys[self.study, None, :, :stop], values[self.study, None, :, :stop]  # [1, H_kv, stop, D]
+        # store, then attend
         keys[:, :, self.start :] = k
         values[:, :, self.start :] = v
         return attention(q, keys, values, causal=True, window=self.cache.config.window(layer))
@@ -473,10 +497,13 @@ class DecodingStep:
     def __call__(self, layer: int, q, k, v):
         """q [B, H, K, D], k and v [B, H_kv, K, D]: the continuations take the place of positions."""
         cache, steps = self.cache, self.cache.steps
+        # make room, once in a while
         suffix = cache.suffix[layer]
         if steps == suffix.shape[4]:
             suffix = cache.suffix[layer] = F.pad(suffix, (0, 0, 0, cache.BLOCK))
+        # store the new position behind each suffix
         suffix[..., steps, :] = torch.stack((k, v)).transpose(2, 3)  # [2, B, K, H_kv, D]
+        # attend to the prefix and the filled part of each suffix
         suffix_k, suffix_v = suffix[..., : steps + 1, :]  # each [B, K, H_kv, steps + 1, D]
         prefix_k, prefix_v = cache.prefix[layer]
         window = cache.config.window(layer)

@@ -33,12 +33,13 @@ class LoRAConfig:
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear layer and its low-rank update. A fresh update is zero, since B starts with zeros."""
+    """A frozen linear layer and its low-rank update."""
 
     def __init__(self, base: nn.Linear, lora_A: nn.Linear, scale: float, dropout: float):
         super().__init__()
         self.base_layer = base
         self.lora_A = lora_A
+        # zeros: a fresh LoRA changes nothing
         self.lora_B = nn.Linear(lora_A.out_features, base.out_features, bias=False, device=lora_A.weight.device)
         nn.init.zeros_(self.lora_B.weight)
         self.dropout = nn.Dropout(dropout)
@@ -70,9 +71,10 @@ def add_lora(decoder: Decoder, names: NameMap, config: LoRAConfig):
 
     ValueError where a target is no module of this family.
     """
+    known = lora_targets(names)
     for target in config.target_modules:
-        if target not in lora_targets(names):
-            raise ValueError(f"LoRA has no target {target!r} in this decoder, only {', '.join(lora_targets(names))}")
+        if target not in known:
+            raise ValueError(f"LoRA has no target {target!r} in this decoder, only {', '.join(known)}")
 
     # modules that a family fuses on disk share one A, as PEFT has one for the fused module
     groups = [parts for name, parts in names.fused.items() if name in config.target_modules]
@@ -81,6 +83,7 @@ def add_lora(decoder: Decoder, names: NameMap, config: LoRAConfig):
         for group in groups:
             _wrap(layer, group, config)
 
+    # LoRA alone learns
     decoder.requires_grad_(False)
     for parameter in lora_parameters(decoder).values():
         parameter.requires_grad_(True)
@@ -90,8 +93,10 @@ def _wrap(layer: DecoderLayer, group: tuple[str, ...], config: LoRAConfig):
     """Wraps projections of one layer that read the same input with the same A."""
     lora_A = None
     for name in group:
+        # the block of the layer that has this projection
         block = layer.self_attn if hasattr(layer.self_attn, name) else layer.mlp
         base = getattr(block, name)
+        # all of the group read the same input: the first one's A serves all
         if lora_A is None:
             # PEFT's initial values
             lora_A = nn.Linear(base.in_features, config.r, bias=False, device=base.weight.device)
