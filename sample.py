@@ -1,68 +1,37 @@
-"""Reports from a Libra checkpoint: greedy, sampling and beam search over one shared prefix; command line and chat.
-
-A study's prompt and images are computed once (`prefill`); every beam and sample goes on from that one prefix.
+"""Reports from a Libra checkpoint: greedy, sampling, beam search and chat over one shared prefix.
 
     python sample.py --images current.jpg prior.jpg
+
+A study's images and prompt are computed once (`prefill`). Every beam, sample or chat turn continues that one prefix:
+its keys and values are stored once, and each continuation has a short suffix of its own behind them (`decoder.Cache`).
 """
 
 import argparse
+import hashlib
+import json
+import logging
+import math
+import re
 import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
 
+import torch
+
+from data import Study, load_image
+from decoder import Cache
+from model import Libra
 from plumbing.cli import Parser, add_decoding_flags, add_model_flags, fail, guard, progress
+from tokenizer import IMAGE, Prompt, find_template, render
 
 DEFAULT_MODEL = "X-iZhang/libra-v1.0-7b"
 
 
-def parse(arguments=None):
-    parser = Parser(
-        prog="sample.py",
-        description="Write the findings of a chest X-ray, read beside the patient's previous one.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--images", nargs="+", required=True, metavar="IMAGE",
-        help="the current image, then the prior, if any: JPEG, PNG, TIFF, DICOM; a file or http(s) URL")  # fmt: skip
-    add("--model", default=DEFAULT_MODEL, metavar="ID_OR_DIR", help="checkpoint: a folder or a hub id")
-    add_model_flags(add)
-    add("--query", metavar="TEXT", help="the question; without it the published prompt for findings is asked")
-    add_decoding_flags(add)
-    add("--num-return-sequences", type=int, default=1, metavar="R", help="reports: best beams, or samples")
-    add("--chat", action="store_true", help="go on asking about the same images; an empty line ends")
-    add("--json", action="store_true", help="print one JSON object: prompt, ids, outputs, seconds")
-    add("--verbose", action="store_true", help="say on stderr which kernels compute attention")
-    arguments = parser.parse_args(arguments)
-    if len(arguments.images) > 2:
-        parser.error(f"--images takes one or two images (current, prior), not {len(arguments.images)}")
-    if arguments.chat and arguments.json:
-        parser.error("--chat and --json exclude each other")
-    return arguments
-
-
-if __name__ == "__main__":  # before torch is imported, so that --help and mistakes answer at once
-    ARGUMENTS = parse()
-
-# ruff: noqa: E402
-import hashlib
-import json
-import logging
-import re
-import time
-import warnings
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
-
-import torch
-
-from data import Study
-from decoder import Cache
-from model import Libra
-from plumbing.image import load_image
-from tokenizer import IMAGE, Prompt, find_template, render
-
-
 @dataclass(frozen=True)
 class Output:
-    """A report. token_ids end with eos where it came; score is the beam score, None without beams."""
+    """A report. token_ids end with eos if it was generated; score is the beam score, None without beams."""
 
     text: str
     token_ids: list[int]
@@ -71,7 +40,7 @@ class Output:
 
 @dataclass(frozen=True)
 class Options:
-    """How to decode; see `generate`."""
+    """How to decode; `generate` explains the fields. ValueError where values are out of range or exclude each other."""
 
     max_new_tokens: int = 512
     temperature: float = 0.0
@@ -84,40 +53,48 @@ class Options:
     seed: int = 0
 
     def __post_init__(self):
-        problems = {
-            f"max_new_tokens {self.max_new_tokens} is not at least 1": self.max_new_tokens < 1,
-            f"temperature {self.temperature} is not a number from 0 on": not 0 <= self.temperature < float("inf"),
-            f"top_p {self.top_p} is not above 0 and at most 1": not 0 < self.top_p <= 1,
-            f"top_k {self.top_k} is negative (0 means all)": self.top_k < 0,
-            f"num_beams {self.num_beams} is not at least 1": self.num_beams < 1,
-            f"length_penalty {self.length_penalty} is not a number": not abs(self.length_penalty) < float("inf"),
-            f"no_repeat_ngram {self.no_repeat_ngram!r} is neither 'auto' nor a number from 0 on":
-                self.no_repeat_ngram != "auto" and not (isinstance(self.ngram, int) and self.ngram >= 0),
-            f"num_return_sequences {self.num_return_sequences} is not at least 1": self.num_return_sequences < 1,
-            "beam search and sampling exclude each other: give num_beams or temperature":
-                self.num_beams > 1 and self.temperature > 0,
-            f"num_return_sequences {self.num_return_sequences} is more than num_beams {self.num_beams}":
-                self.num_return_sequences > self.num_beams > 1,
-            f"num_return_sequences {self.num_return_sequences} needs beams or a temperature above 0: greedy gives one":
-                self.num_return_sequences > 1 == self.num_beams and self.temperature == 0,
-        }  # fmt: skip
-        if found := next((problem for problem, is_found in problems.items() if is_found), None):
-            raise ValueError(found)
+        sequences, samples, has_beams = self.num_return_sequences, self.temperature > 0, self.num_beams > 1
+        ngram = self.no_repeat_ngram
+        valid_ngram = ngram == "auto" or (isinstance(ngram, int) and ngram >= 0)
+        rules = [
+            # the range of each value
+            (self.max_new_tokens >= 1, f"max_new_tokens {self.max_new_tokens} is not at least 1"),
+            (0 <= self.temperature < math.inf, f"temperature {self.temperature} is not a number of at least 0"),
+            (0 < self.top_p <= 1, f"top_p {self.top_p} is not above 0 and at most 1"),
+            (self.top_k >= 0, f"top_k {self.top_k} is negative (0 means all)"),
+            (self.num_beams >= 1, f"num_beams {self.num_beams} is not at least 1"),
+            (math.isfinite(self.length_penalty), f"length_penalty {self.length_penalty} is not a number"),
+            (valid_ngram, f"no_repeat_ngram {ngram!r} is neither 'auto' nor a number of at least 0"),
+            (sequences >= 1, f"num_return_sequences {sequences} is not at least 1"),
+            # what goes together
+            (not (has_beams and samples), "beam search and sampling exclude each other: give num_beams or temperature"),
+            (not has_beams or sequences <= self.num_beams, f"num_return_sequences {sequences} is more than num_beams"),
+            (samples or has_beams or sequences == 1, "num_return_sequences needs beams or sampling: greedy gives one"),
+        ]
+        for holds, message in rules:
+            if not holds:
+                raise ValueError(message)
 
     @property
     def ngram(self) -> int:
-        return (3 if self.num_beams > 1 else 0) if self.no_repeat_ngram == "auto" else self.no_repeat_ngram
+        """Length of the n-grams that may not repeat; 0: all may."""
+        if self.no_repeat_ngram != "auto":
+            return self.no_repeat_ngram
+        return 3 if self.num_beams > 1 else 0
 
 
 @dataclass
 class Prefix:
-    """Studies, prefilled: their prompts, the cache that holds them, the logits [B, V] behind each."""
+    """Prefilled studies: their prompts, the cache that holds them, and the logits [B, V] of each first token."""
 
     studies: list[Study]
     prompts: list[Prompt]
     cache: Cache
     logits: torch.Tensor
-    stop: str  # generation ends at this string too
+    stop: str  # generation also ends at this string
+
+
+# ------------------------------------------------------------------------------------------ generate
 
 
 def generate(
@@ -129,23 +106,30 @@ def generate(
     should_stop: Callable[[], bool] = lambda: False,
     **options,
 ) -> list[Output] | list[list[Output]]:
-    """Write reports: one study gives a list of outputs (best first), a list of studies a list of such lists.
+    """Writes reports. One study gives a list of outputs, best first; a list of studies gives a list of such lists.
 
-    Studies in a list decode as one batch, and each gives what it gives alone. Options and defaults:
-    max_new_tokens=512; temperature=0 (greedy), above it sampling with top_p=1, top_k=50, seed=0; num_beams=1,
-    length_penalty=1; no_repeat_ngram="auto" (3 with beams, else off; 0 is off); num_return_sequences=1 (beams, or
-    samples). template: name of a conversation template instead of the checkpoint's.
-    on_text(text) gets the text of a single study's first sequence as it is made (beam search: at the end).
-    should_stop() is asked at every token; when it says so, what there is comes back.
-    ValueError for options out of range, unreadable images, a prompt longer than the model's positions.
+    Studies in a list decode as one batch, and each gives what it gives alone. Options, with their defaults:
+    max_new_tokens=512;
+    temperature=0 is greedy; above 0 it samples, with top_k=50, top_p=1 and seed=0;
+    num_beams=1, length_penalty=1: a beam's score is divided by its length^length_penalty;
+    no_repeat_ngram="auto": no n tokens in a row occur twice; 3 with beams, else off; 0 is off;
+    num_return_sequences=1: how many beams or samples to return.
+
+    template: name of a conversation template, instead of the checkpoint's.
+    on_text(text) gets new text of a single study's first sequence while it is generated; with beams, at the end.
+    should_stop() is asked at every token; if it returns True, what has been generated is returned.
+
+    ValueError where options are out of range, an image cannot be read, or a prompt has more positions than the model.
     """
     options = Options(**options)
-    single = isinstance(studies, Study)
-    if on_text and not single:
+    is_single = isinstance(studies, Study)
+    if on_text and not is_single:
         raise ValueError("on_text follows one study: give a study, not a list")
-    prefix = prefill(libra, [studies] if single else studies, template, options)
+    if is_single:
+        studies = [studies]
+    prefix = prefill(libra, studies, template, options)
     outputs = decode(libra, prefix, options, on_text, should_stop)
-    return outputs[0] if single else outputs
+    return outputs[0] if is_single else outputs
 
 
 @torch.inference_mode()
@@ -156,46 +140,56 @@ def prefill(
     options: Options = Options(),
     pixels: list[torch.Tensor] | None = None,
 ) -> Prefix:
-    """Encoder, connector and prompt of each study, once, whatever is to be decoded from them.
+    """Computes encoder, connector and prompt of each study, once for everything that is decoded from them.
 
-    pixels: of each study, as `Libra.preprocess` makes them, where that is done already.
+    pixels: those of each study, as `Libra.preprocess` makes them, if they are already there.
     """
+    # 1) render the prompts, and refuse those that are too long before anything is computed
     prompts = [prompt_of(libra, study.query, template) for study in studies]
     lengths = [check_length(libra, prompt, options) for prompt in prompts]
+
+    # 2) one study after the other: images -> image embeddings -> keys and values
     cache = Cache(libra.decoder.config, len(studies), max(lengths, default=0), libra.device, libra.dtype)
     logits = torch.empty(len(studies), libra.vocabulary, device=libra.device)
-    for number, (study, prompt) in enumerate(zip(studies, prompts, strict=True)):
-        image_embeddings = libra.embed_images(pixels[number] if pixels else libra.preprocess(study.images()))
-        logits[number] = libra.prefill(cache, number, libra.splice(prompt.ids, image_embeddings))
+    for b, (study, prompt) in enumerate(zip(studies, prompts, strict=True)):
+        its_pixels = pixels[b] if pixels else libra.preprocess(study.images())
+        image_embeddings = libra.embed_images(its_pixels)  # [N, hidden]
+        embeddings = libra.splice(prompt.ids, image_embeddings)  # [T, hidden]
+        logits[b] = libra.prefill(cache, b, embeddings)
     return Prefix(studies, prompts, cache, logits, stop_string(template or libra.template))
 
 
 def prompt_of(libra: Libra, query: str, template: str | None = None) -> Prompt:
-    """A question about a study's images, in a conversation template, open for the answer."""
-    turns = [(f"{libra.image_text}\n{query}", None)]
-    return render(turns, find_template(template or libra.template), libra.tokenizer)
+    """Renders a question about a study's images, open for the answer."""
+    question = f"{libra.image_text}\n{query}"
+    return render([(question, None)], find_template(template or libra.template), libra.tokenizer)
 
 
 def stop_string(template: str) -> str:
-    found = find_template(template)
-    return found.stop or found.end.strip()
+    """The string that ends an answer in a conversation template."""
+    template = find_template(template)
+    return template.stop or template.end.strip()
 
 
 def check_length(libra: Libra, prompt: Prompt, options: Options) -> int:
-    """Positions of a prompt, its image expanded; ValueError where the model has fewer."""
+    """Returns the positions of a prompt with its image. ValueError where the model has fewer.
+
+    Warns where a report could run past the model's positions.
+    """
     config = libra.decoder.config
-    length, limit = len(prompt.ids) - 1 + libra.image_positions, config.max_position_embeddings
+    limit = config.max_position_embeddings
+    length = len(prompt.ids) - 1 + libra.image_positions  # the image is one id
     if length > limit:
         raise ValueError(
             f"the prompt needs {length} positions, {length - limit} tokens more than the model's {limit}: "
             "shorten the query"
         )
+    # behind this length longrope uses other frequencies than the cached prefix has
     if config.rope_switch and length <= config.rope_switch:
-        limit = config.rope_switch  # the frequencies for long rows would differ from those of the cached prefix
+        limit = config.rope_switch
     if length + options.max_new_tokens > limit:
-        warnings.warn(
-            f"a report of over {limit - length} tokens would run past the model's {limit} positions", stacklevel=2
-        )
+        room = limit - length
+        warnings.warn(f"a report of over {room} tokens would run past the model's {limit} positions", stacklevel=2)
     return length
 
 
@@ -207,191 +201,294 @@ def decode(
     on_text: Callable[[str], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> list[list[Output]]:
-    """Continue every study of a prefix; the prefix stays as it is, to be continued again."""
-    search = _beam_search if options.num_beams > 1 else _sample
-    stream = _Stream(libra, prefix.stop, on_text) if on_text else None
-    found = search(libra, prefix, options, stream, should_stop)  # [B][R] of (token ids, score)
-    outputs = [
-        [Output(_finish(libra.tokenizer.decode(ids), prefix.stop), ids, score) for ids, score in sequences]
-        for sequences in found
-    ]
+    """Continues every study of a prefix. The prefix stays as it is, and can be continued again."""
+    stream = Stream(libra, prefix.stop, on_text) if on_text else None
+    if options.num_beams > 1:
+        sequences = beam_search(libra, prefix, options, should_stop)
+    else:
+        sequences = sample(libra, prefix, options, stream, should_stop)
+
+    outputs = []
+    for row in sequences:
+        outputs.append([])
+        for ids, score in row:
+            # the stop string is not part of the report
+            text = libra.tokenizer.decode(ids).strip().removesuffix(prefix.stop).strip()
+            outputs[-1].append(Output(text, ids, score))
     if stream:
-        stream.close(outputs[0][0].text)
+        stream.show(outputs[0][0].text)
     return outputs
 
 
-def _sample(libra, prefix, options, stream, should_stop):
-    """Greedy decoding (temperature 0), or independent samples."""
-    B, K = len(prefix.studies), options.num_return_sequences
-    sequences = [[[] for _ in range(K)] for _ in range(B)]
-    done = [[False] * K for _ in range(B)]
-    names = [b if study.id is None else study.id for b, study in enumerate(prefix.studies)]
-    generators = [[_generator(options.seed, name, k) for k in range(K)] for name in names]
+# ------------------------------------------------------------------------------------------ greedy and sampling
+
+
+@dataclass
+class Sequence:
+    """One continuation of one study, with random numbers of its own."""
+
+    random: torch.Generator
+    ids: list[int] = field(default_factory=list)
+    is_done: bool = False
+
+    def draw(self) -> float:
+        return torch.rand((), generator=self.random).item()
+
+
+def sample(libra: Libra, prefix: Prefix, options: Options, stream, should_stop) -> list[list[tuple]]:
+    """Greedy decoding (temperature 0) or K independent samples of each study; returns (ids, None) for each, [B][K]."""
+    K = options.num_return_sequences
+    rows: list[list[Sequence]] = []
+    for b, study in enumerate(prefix.studies):
+        name = b if study.id is None else study.id
+        rows.append([Sequence(seeded_generator(options.seed, name, k)) for k in range(K)])
     stops = Stops(libra, prefix.stop)
     logits = prefix.logits[:, None].repeat(1, K, 1)  # [B, K, V]
     prefix.cache.start(K)
+
     for step in range(options.max_new_tokens):
-        _ban_repeats(logits, prefix, sequences, options.ngram)
+        # 1) choose the next token of every sequence
+        ban_repeats(logits, prefix, rows, options.ngram)
         if options.temperature == 0:
-            tokens = logits.argmax(-1).tolist()
+            tokens = logits.argmax(-1).tolist()  # [B][K]
         else:
-            draws = torch.tensor([[torch.rand((), generator=g).item() for g in row] for row in generators])
-            tokens = sample_tokens(logits, draws.to(logits.device), options).tolist()
-        for b in range(B):
-            for k in range(K):
-                if not done[b][k]:
-                    sequences[b][k].append(tokens[b][k])
-                    done[b][k] = tokens[b][k] in libra.eos_token_ids or stops(sequences[b][k])
+            draws = [sequence.draw() for row in rows for sequence in row]
+            draws = torch.tensor(draws, device=logits.device).view(-1, K)
+            tokens = sample_tokens(logits, draws, options).tolist()
+
+        # 2) append it. Finished sequences stay in the batch; their tokens are not used
+        for row, new_tokens in zip(rows, tokens, strict=True):
+            for sequence, token in zip(row, new_tokens, strict=True):
+                if not sequence.is_done:
+                    sequence.ids.append(token)
+                    sequence.is_done = token in libra.eos_token_ids or stops(sequence.ids)
         if stream:
-            stream(sequences[0][0])
-        if step + 1 == options.max_new_tokens or all(map(all, done)) or should_stop():
+            stream(rows[0][0].ids)
+
+        # 3) is that all?
+        all_done = all(sequence.is_done for row in rows for sequence in row)
+        is_last = step + 1 == options.max_new_tokens
+        if all_done or is_last or should_stop():
             break
         logits = libra.decode_step(prefix.cache, tokens)
-    return [[(ids, None) for ids in rows] for rows in sequences]
+
+    return [[(sequence.ids, None) for sequence in row] for row in rows]
 
 
-def _generator(seed: int, study, sequence: int) -> torch.Generator:
-    """Random numbers of one sequence of one study: neither batching nor sharding changes them."""
+def seeded_generator(seed: int, study, sequence: int) -> torch.Generator:
+    """Random numbers for one sequence of one study. Neither batching nor sharding changes them."""
     digest = hashlib.sha256(f"{seed}/{study}/{sequence}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
 def sample_tokens(logits, draws, options: Options):
-    """logits [..., V], one uniform number in [0, 1) for each row [...] -> ids [...].
+    """logits [..., V] and one uniform number in [0, 1) per row [...] -> ids [...].
 
-    Temperature, then the top_k likeliest, then the fewest of these that reach top_p together, renormalised.
+    Keeps the top_k likeliest tokens, then the fewest of those that reach top_p together.
     """
-    values, ids = (logits / options.temperature).topk(min(options.top_k or logits.shape[-1], logits.shape[-1]))
-    p = values.softmax(-1)
-    p = p.masked_fill(p.cumsum(-1) - p >= options.top_p, 0)
-    cumulative = p.cumsum(-1)
-    chosen = (cumulative <= draws[..., None] * cumulative[..., -1:]).sum(-1, keepdim=True)
-    return ids.gather(-1, chosen)[..., 0]
+    # top-k, likeliest first
+    V = logits.shape[-1]
+    values, ids = (logits / options.temperature).topk(min(options.top_k or V, V))
+    probabilities = values.softmax(-1)
+
+    # top-p: drop a token if those before it already reach top_p
+    before = probabilities.cumsum(-1) - probabilities
+    probabilities = probabilities.masked_fill(before >= options.top_p, 0)
+
+    # the first token at which the cumulative probability exceeds the draw
+    cumulative = probabilities.cumsum(-1)
+    total = cumulative[..., -1:]
+    index = (cumulative <= draws[..., None] * total).sum(-1, keepdim=True)
+    return ids.gather(-1, index)[..., 0]
+
+
+# ------------------------------------------------------------------------------------------ beam search
 
 
 @dataclass(frozen=True)
 class Beam:
-    score: float  # sum of log-probabilities; of a finished beam, divided by length^length_penalty
-    ids: list[int]
+    """score: sum of log-probabilities; of a finished beam, divided by length^length_penalty.
 
-
-def _beam_search(libra, prefix, options, stream, should_stop):
-    """Beam search as `transformers` 4.51 does it, each study by its own stopping test.
-
-    Of each study K beams run; a step looks at enough candidates that K of them go on whatever ends. Only the K best
-    candidates of a step may finish. A study ends when K beams have finished and no running one can beat the worst.
+    parent: the running beam that it extends, by number.
     """
-    B, K = len(prefix.studies), options.num_beams
-    candidates = max(2, 1 + len(libra.eos_token_ids)) * K
-    if candidates > libra.vocabulary:
+
+    score: float
+    ids: list[int]
+    parent: int = 0
+
+
+def beam_search(libra: Libra, prefix: Prefix, options: Options, should_stop) -> list[list[tuple]]:
+    """Beam search as in `transformers` 4.51 (`_beam_search` of generation/utils.py), all studies as one batch.
+
+    K beams of a study run side by side. A beam that generates eos is finished; the K best finished ones are kept. A
+    study ends when it has K of them and no running beam can beat the worst. Returns (ids, score), best first, [B][R].
+    """
+    K = options.num_beams
+    # enough candidates that K beams continue even if every eos id is among them
+    num_candidates = max(2, 1 + len(libra.eos_token_ids)) * K
+    if num_candidates > libra.vocabulary:
         raise ValueError(f"num_beams {K} is too many for a vocabulary of {libra.vocabulary}")
-    running = [[Beam(0.0, [])] for _ in range(B)]
-    finished: list[list[Beam]] = [[] for _ in range(B)]
-    ended = [False] * B
     stops = Stops(libra, prefix.stop)
-    logits = prefix.logits[:, None]  # [B, 1, V]: at first each study has one beam
+    searches = [StudySearch(K, options.length_penalty, libra.eos_token_ids, stops) for _ in prefix.studies]
+    logits = prefix.logits[:, None]  # [B, 1, V]: at first each study has one beam, the empty one
     prefix.cache.start(K)
+
     for length in range(1, options.max_new_tokens + 1):
-        last = length == options.max_new_tokens or should_stop()
-        scores = logits.log_softmax(-1)
-        _ban_repeats(scores, prefix, [[beam.ids for beam in beams] for beams in running], options.ngram)
-        scores += torch.tensor([[beam.score for beam in beams] for beams in running], device=scores.device)[..., None]
-        best = scores.flatten(1).topk(candidates)  # [B, candidates], best first
-        choices = zip(best.values.tolist(), best.indices.tolist(), strict=True)
-        parents = []
-        for b, (values, places) in enumerate(choices):
-            grown, going_on = [], []
-            for value, place in zip(values, places, strict=True):
-                origin, token = divmod(place, scores.shape[-1])
-                grown.append((origin, Beam(value, [*running[b][origin].ids, token])))
-            all_end = last or all(stops(beam.ids) for _, beam in grown)
-            for rank, (origin, beam) in enumerate(grown):
-                if all_end or beam.ids[-1] in libra.eos_token_ids:
-                    if rank < K and not ended[b]:
-                        finished[b].append(Beam(beam.score / length**options.length_penalty, beam.ids))
-                elif len(going_on) < K:
-                    going_on.append((origin, beam))
-            finished[b] = sorted(finished[b], key=lambda beam: -beam.score)[:K]
-            hopeless = len(finished[b]) == K and (
-                not going_on or going_on[0][1].score / length**options.length_penalty <= finished[b][-1].score
-            )
-            ended[b] = ended[b] or all_end or hopeless
-            # an ended study runs along with the others, unheeded
-            going_on = going_on or grown[:K]
-            running[b] = [beam for _, beam in going_on]
-            parents.append([origin for origin, _ in going_on])
-        if all(ended):
+        is_last = length == options.max_new_tokens or should_stop()
+
+        # 1) score every continuation of every running beam
+        scores = logits.log_softmax(-1)  # [B, K, V]
+        running = [search.running for search in searches]
+        ban_repeats(scores, prefix, running, options.ngram)
+        sums = torch.tensor([search.scores() for search in searches], device=scores.device)  # [B, K]
+        scores += sums[..., None]
+
+        # 2) each study sorts its best candidates into beams that are finished and beams that continue
+        best = scores.flatten(1).topk(num_candidates)  # [B, candidates], best first; index = k · V + token
+        for search, values, indices in zip(searches, best.values.tolist(), best.indices.tolist(), strict=True):
+            candidates = []
+            for value, index in zip(values, indices, strict=True):
+                k, token = divmod(index, libra.vocabulary)
+                candidates.append(Beam(value, [*search.running[k].ids, token], parent=k))
+            search.advance(candidates, length, is_last)
+        if all(search.has_ended for search in searches):
             break
+
+        # 3) each suffix moves to the beams that extend it; then one decoding step computes all of them
+        parents, tokens = [], []
+        for search in searches:
+            parents.append([beam.parent for beam in search.running])
+            tokens.append([beam.ids[-1] for beam in search.running])
         prefix.cache.reorder(parents)
-        logits = libra.decode_step(prefix.cache, [[beam.ids[-1] for beam in beams] for beams in running])
-    return [[(beam.ids, beam.score) for beam in beams[: options.num_return_sequences]] for beams in finished]
+        logits = libra.decode_step(prefix.cache, tokens)
+
+    R = options.num_return_sequences
+    return [[(beam.ids, beam.score) for beam in search.finished[:R]] for search in searches]
 
 
-def _ban_repeats(scores, prefix, sequences, n: int):
-    """Set to -inf, in scores [B, K, V], every token that would complete a run of n ids for the second time.
+class StudySearch:
+    """The beams of one study: those that run, and the K best finished ones."""
 
-    The prompt's ids count, with the image as one id of its own (published behaviour); nothing is renormalised.
+    def __init__(self, num_beams: int, length_penalty: float, eos_token_ids: list[int], stops: "Stops"):
+        self.num_beams, self.length_penalty = num_beams, length_penalty
+        self.eos_token_ids, self.stops = eos_token_ids, stops
+        self.running = [Beam(0.0, [])]
+        self.finished: list[Beam] = []
+        self.has_ended = False
+
+    def scores(self) -> list[float]:
+        return [beam.score for beam in self.running]
+
+    def advance(self, candidates: list[Beam], length: int, is_last: bool):
+        """Takes one step: candidates, best first, are all of this length; is_last cuts them off here."""
+        K = self.num_beams
+        # published: the stop string ends a search only when every candidate has it
+        everything_ends = is_last or all(self.stops(beam.ids) for beam in candidates)
+
+        # sort candidates. Only the K best may finish, and none after the study has ended
+        continuing = []
+        for rank, beam in enumerate(candidates):
+            if everything_ends or beam.ids[-1] in self.eos_token_ids:
+                if rank < K and not self.has_ended:
+                    self.finished.append(Beam(self.normalise(beam.score, length), beam.ids))
+            elif len(continuing) < K:
+                continuing.append(beam)
+        self.finished.sort(key=lambda beam: -beam.score)
+        self.finished = self.finished[:K]
+
+        # end when even the best running beam is no better than the worst finished one
+        can_improve = len(self.finished) < K
+        if continuing and not can_improve:
+            can_improve = self.normalise(continuing[0].score, length) > self.finished[-1].score
+        if everything_ends or not can_improve:
+            self.has_ended = True
+
+        # an ended study still takes part in the batch's steps; its result no longer changes
+        self.running = continuing or candidates[:K]
+
+    def normalise(self, score: float, length: int) -> float:
+        return score / length**self.length_penalty
+
+
+# ------------------------------------------------------------------------------------------ repeats and stops
+
+
+def ban_repeats(scores, prefix: Prefix, rows: list[list], n: int):
+    """Sets scores [B, K, V] to -inf for every token that would complete an n-gram for the second time.
+
+    rows [B][K]: sequences or beams. The prompt's ids count, too, with the image as one id; nothing is renormalised
+    (`NoRepeatNGramLogitsProcessor` of `transformers`).
     """
     if not n:
         return
-    for b, rows in enumerate(sequences):
-        for k, generated in enumerate(rows):
-            ids = prefix.prompts[b].ids + generated
+    for b, row in enumerate(rows):
+        for k, sequence in enumerate(row):
+            # with n = 3 and ids … 7 8 4 … 7 8, the token 4 is banned
+            ids = prefix.prompts[b].ids + sequence.ids
             tail = ids[len(ids) - n + 1 :]
-            followers = {ids[i + n - 1] for i in range(len(ids) - n + 1) if ids[i : i + n - 1] == tail}
-            banned = [id for id in followers if 0 <= id < scores.shape[-1]]
-            scores[b, k, banned] = float("-inf")
+            banned = set()
+            for i in range(len(ids) - n + 1):
+                if ids[i : i + n - 1] == tail:
+                    banned.add(ids[i + n - 1])
+            scores[b, k, [id for id in banned if 0 <= id < scores.shape[-1]]] = -math.inf
 
 
 class Stops:
-    """Whether generated ids end with a stop string: with its ids, or with text that contains it (published)."""
+    """Whether generated ids end with a stop string: with its ids, or with text that contains it.
+
+    The published rule: `KeywordsStoppingCriteria` of libra/mm_utils.py.
+    """
 
     def __init__(self, libra: Libra, stop: str):
-        self.decode, self.stop = libra.tokenizer.decode, stop
-        ids = libra.tokenizer.encode(stop)
-        self.ids = ids[1:] if ids[:1] == [libra.tokenizer.bos_token_id] else ids
+        self.tokenizer, self.stop = libra.tokenizer, stop
+        self.ids = libra.tokenizer.encode(stop)
+        if self.ids[:1] == [libra.tokenizer.bos_token_id]:
+            self.ids = self.ids[1:]
 
     def __call__(self, ids: list[int]) -> bool:
         tail = ids[-len(self.ids) :]
-        return tail == self.ids or self.stop in self.decode(tail)
+        return tail == self.ids or self.stop in self.tokenizer.decode(tail)
 
 
-def _finish(text: str, stop: str) -> str:
-    return text.strip().removesuffix(stop).strip()
-
-
-class _Stream:
-    """Hands out the text of a growing list of ids, never what a later token could change or take back."""
+class Stream:
+    """Passes on the text of a growing list of ids, but never what a later token could change or remove."""
 
     def __init__(self, libra: Libra, stop: str, on_text: Callable[[str], None]):
-        self.tokenizer, self.stop, self.on_text, self.shown = libra.tokenizer, stop, on_text, 0
+        self.tokenizer, self.stop, self.on_text = libra.tokenizer, stop, on_text
+        self.shown = 0  # characters
 
     def __call__(self, ids: list[int]):
         text = self.tokenizer.decode(ids).lstrip()
+        # clean-up removes the space of " 've" when the token is complete
         if self.tokenizer.cleans_up:
-            text = text[:-4]  # " 've" loses its space when it is whole
+            text = text[:-4]
+        # the text may end with the beginning of the stop string
         for length in range(len(self.stop), 0, -1):
             text = text.removesuffix(self.stop[:length])
-        self._show(re.sub(r"[\s\ufffd]+$", "", text))  # U+FFFD: a character of which bytes may still come
+        # U+FFFD: a character whose bytes have not all come
+        self.show(re.sub(r"[\s\ufffd]+$", "", text))
 
-    def _show(self, text: str):
+    def show(self, text: str):
+        """Passes on what is new in a text. Call it with the final text at the end."""
         if len(text) > self.shown:
             self.on_text(text[self.shown :])
             self.shown = len(text)
 
-    def close(self, text: str):
-        self._show(text)
+
+# ------------------------------------------------------------------------------------------ chat
 
 
 class Chat:
-    """A conversation about one study. Later turns give what a fresh run of the whole conversation gives, at the cost
-    of the new ids only: the cache is kept as far as the ids agree.
+    """A conversation about one study.
+
+    A turn gives what a fresh run of the whole conversation gives, as published, but costs only its new ids: the cache
+    is kept as far as the ids agree.
     """
 
     def __init__(self, libra: Libra, study: Study, template: str | None = None):
         self.libra, self.study, self.template = libra, study, template or libra.template
         self.turns: list[tuple[str, str]] = []
-        self.ids: list[int] = []
+        self.ids: list[int] = []  # those in the cache
         self.image_embeddings = self.cache = None
 
     @torch.inference_mode()
@@ -402,45 +499,91 @@ class Chat:
         should_stop: Callable[[], bool] = lambda: False,
         **options,
     ) -> Output:
-        """The best answer to the next question; options as for `generate`. A question that fails leaves no trace."""
+        """Answers the next question; options as for `generate`. A question that fails leaves no trace."""
         libra, options = self.libra, Options(**options)
-        question = question if self.turns else f"{libra.image_text}\n{question}"
+
+        # 1) render the whole conversation; the first question has the image
+        if not self.turns:
+            question = f"{libra.image_text}\n{question}"
         prompt = render([*self.turns, (question, None)], find_template(self.template), libra.tokenizer)
         length = check_length(libra, prompt, options)
         if self.cache is None:
-            self.image_embeddings = libra.embed_images(libra.preprocess(self.study.images()))
+            self.image_embeddings = libra.embed_images(libra.preprocess(self.study.images()))  # [N, hidden]
             self.cache = Cache(libra.decoder.config, 1, length, libra.device, libra.dtype)
-        embeddings = libra.splice(prompt.ids, self.image_embeddings)
-        pairs = enumerate(zip(self.ids, prompt.ids, strict=False))
-        same = next((i for i, (old, new) in pairs if old != new), min(len(self.ids), len(prompt.ids)))
-        same = min(same, len(prompt.ids) - 1)  # the last id is computed anew: its logits are wanted
-        kept = same + (len(self.image_embeddings) - 1) * (IMAGE in prompt.ids[:same])  # positions, not ids
+
+        # 2) keep the cache as far as the ids agree. The last id is computed in any case: its logits are needed
+        same = min(common_length(self.ids, prompt.ids), len(prompt.ids) - 1)
+        start = same
+        if IMAGE in prompt.ids[:same]:
+            start += len(self.image_embeddings) - 1  # one id, N positions
+        # a row that becomes long for longrope needs other frequencies from its beginning
         switch = libra.decoder.config.rope_switch
-        if switch and self.cache.lengths[0] <= switch < length:  # the kept keys have the frequencies of short rows
-            kept = 0
+        if switch and self.cache.lengths[0] <= switch < length:
+            start = 0
         self.cache.reserve(length)
-        self.cache.rewind(kept, 0)
-        self.ids = []  # until the prefill is through: an interrupted one must not be taken for a cached one
-        logits = libra.prefill(self.cache, 0, embeddings[kept:])
+        self.cache.rewind(start, study=0)
+
+        # 3) prefill the rest. An interrupted prefill must not be taken for a cached one
+        self.ids = []
+        embeddings = libra.splice(prompt.ids, self.image_embeddings)  # [T, hidden]
+        logits = libra.prefill(self.cache, 0, embeddings[start:])  # [V]
         self.ids = prompt.ids
+
+        # 4) answer
         prefix = Prefix([self.study], [prompt], self.cache, logits[None], stop_string(self.template))
         output = decode(libra, prefix, options, on_text, should_stop)[0][0]
         self.turns.append((question, output.text))
         return output
 
 
+def common_length(a: list[int], b: list[int]) -> int:
+    """How many ids two lists have in common at their beginning."""
+    for i, (one, other) in enumerate(zip(a, b, strict=False)):
+        if one != other:
+            return i
+    return min(len(a), len(b))
+
+
 # ------------------------------------------------------------------------------------------ command line
 
 
+def parse(arguments=None):
+    parser = Parser(
+        prog="sample.py",
+        description="Write the findings of a chest X-ray, read beside the patient's previous one.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "--images", nargs="+", required=True, metavar="IMAGE",
+        help="the current image, then the prior, if any: JPEG, PNG, TIFF, DICOM; a file or http(s) URL",
+    )  # fmt: skip
+    add("--model", default=DEFAULT_MODEL, metavar="ID_OR_DIR", help="checkpoint: a folder or a hub id")
+    add_model_flags(add)
+    add("--query", metavar="TEXT", help="the question, instead of the published prompt for findings")
+    add_decoding_flags(add)
+    add("--num-return-sequences", type=int, default=1, metavar="R", help="reports: best beams, or samples")
+    add("--chat", action="store_true", help="ask more questions about the same images; an empty line ends")
+    add("--json", action="store_true", help="print one JSON object: prompt, ids, outputs, seconds")
+    add("--verbose", action="store_true", help="say on stderr which kernels compute attention")
+    arguments = parser.parse_args(arguments)
+    if len(arguments.images) > 2:
+        parser.error(f"--images takes one or two images (current, prior), not {len(arguments.images)}")
+    if arguments.chat and arguments.json:
+        parser.error("--chat and --json exclude each other")
+    return arguments
+
+
 def options_of(arguments) -> Options:
-    """The options that a command line gave; ValueError, also for its template, before anything long begins."""
+    """The decoding options of a command line. ValueError for these or an unknown template, before any long work."""
     if arguments.template:
         find_template(arguments.template)
-    return Options(**{f.name: getattr(arguments, f.name) for f in fields(Options) if hasattr(arguments, f.name)})
+    names = [field.name for field in fields(Options)]
+    return Options(**{name: getattr(arguments, name) for name in names if hasattr(arguments, name)})
 
 
 def load(arguments) -> Libra:
-    """The model that a command line names."""
+    """Reads the model of a command line."""
     return Libra.from_pretrained(
         arguments.model,
         base=arguments.base,
@@ -452,13 +595,18 @@ def load(arguments) -> Libra:
 
 
 def run(arguments):
+    # 1) check everything that is quick to check
     warnings.showwarning = lambda message, *_, **__: print(f"sample.py: warning: {message}", file=sys.stderr)
     if arguments.verbose:
         logging.basicConfig(format="sample.py: %(message)s")
         logging.getLogger("attention").setLevel(logging.INFO)
     options = options_of(arguments)
-    images = [load_image(image) for image in arguments.images]  # once: an address is fetched, a warning printed
-    study = Study(*images, **({"query": arguments.query} if arguments.query else {}))
+    images = [load_image(image) for image in arguments.images]
+    study = Study(*images)
+    if arguments.query:
+        study = Study(*images, query=arguments.query)
+
+    # 2) load
     begin = time.monotonic()
     try:
         libra = load(arguments)
@@ -469,21 +617,27 @@ def run(arguments):
     loaded = time.monotonic()
     if arguments.chat:
         return converse(Chat(libra, study, arguments.template), arguments.query, asdict(options))
+
+    # 3) prefill and decode
     if sys.stderr.isatty():
         print(f"reading {' and '.join(arguments.images)} …", file=sys.stderr)
     prefix = prefill(libra, [study], arguments.template, options)
-    filled = time.monotonic()
-    on_text = None if arguments.json or options.num_return_sequences > 1 else write
-    outputs = decode(libra, prefix, options, on_text)[0]
-    seconds = {"load": loaded - begin, "prefill": filled - loaded, "decode": time.monotonic() - filled}
+    prefilled = time.monotonic()
+    streams = not arguments.json and options.num_return_sequences == 1
+    outputs = decode(libra, prefix, options, write if streams else None)[0]
+    decoded = time.monotonic()
+
+    # 4) print
     if arguments.json:
         prompt = prefix.prompts[0]
+        seconds = {"load": loaded - begin, "prefill": prefilled - loaded, "decode": decoded - prefilled}
+        seconds = {name: round(value, 3) for name, value in seconds.items()}
         result = {"prompt": prompt.text, "input_ids": prompt.ids, "outputs": [asdict(output) for output in outputs]}
-        print(json.dumps(result | {"seconds": {name: round(value, 3) for name, value in seconds.items()}}))
-    elif on_text:
+        print(json.dumps(result | {"seconds": seconds}))
+    elif streams:
         print()
     else:
-        for number, output in enumerate(outputs, 1):
+        for number, output in enumerate(outputs, start=1):
             score = "" if output.score is None else f", score {output.score:.4f}"
             print(f"[{number}{score}] {output.text}")
 
@@ -492,19 +646,23 @@ def write(text: str):
     print(text, end="", flush=True)
 
 
-def converse(chat: Chat, question: str | None, settings: dict):
-    """Questions from stdin, answers to stdout; an empty line or the end of the input ends."""
+def converse(chat: Chat, question: str | None, options: dict):
+    """Reads questions from stdin and writes answers to stdout, until an empty line or the end of the input."""
     prompt = "> " if sys.stdin.isatty() else ""
-    try:
-        while question := question or input(prompt):
-            try:
-                chat.ask(question, on_text=write, **settings)
-                print()
-            except ValueError as error:  # a question too long: ask another
-                fail("sample.py", error)
-            question = None
-    except EOFError:
-        print()
+    while True:
+        try:
+            question = question or input(prompt)
+        except EOFError:
+            print()
+            return
+        if not question:
+            return
+        try:
+            chat.ask(question, on_text=write, **options)
+            print()
+        except ValueError as error:  # such as a question that is too long: the next one may work
+            fail("sample.py", error)
+        question = None
 
 
 def main(arguments) -> int:
@@ -512,4 +670,4 @@ def main(arguments) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(ARGUMENTS))
+    sys.exit(main(parse()))
