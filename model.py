@@ -32,7 +32,8 @@ from plumbing.pixels import PixelConfig, preprocess
 from tac import MLPConnector
 from tokenizer import IMAGE, IMAGE_END, IMAGE_START, IMAGE_TEXT, Tokenizer, template_of
 
-LOSS_CHUNK = 1024  # positions whose logits are in memory at once in training
+# positions whose logits are in memory at once in training: with 32,000 ids, 1024 of them take 131 MB
+LOSS_CHUNK = 1024
 
 
 class Libra(nn.Module):
@@ -57,17 +58,21 @@ class Libra(nn.Module):
         saved alone, would name as the model below.
         """
         super().__init__()
+        # what computes
         self.config = config
         self.encoder = encoder
         self.connector = connector
         self.decoder = decoder
+        # what surrounds it
         self.tokenizer = tokenizer
         self.pixels = pixels
         self.eos_token_ids = eos_token_ids
+        # where it came from, which saving needs
         self.weights = weights
         self.encoder_files = encoder_files
         self.base = base
-        self.lora: LoRAConfig | None = None  # of an adapter that is not merged
+        # of an adapter that is not merged
+        self.lora: LoRAConfig | None = None
 
         # the name of the conversation template, and what stands for the image in a question
         self.template = template_of(config.json, tokenizer)
@@ -107,10 +112,12 @@ class Libra(nn.Module):
 
         ValueError, OSError or MemoryError with one line where the checkpoint, its encoder or its size do not fit.
         """
+        # the model itself; an adapter's connector and encoder are read here, too
         files = layout.find_model_files(source, base)
         libra = cls(
             **layout.read_model(files, encoder=encoder, device=device, dtype=dtype, changes=changes, progress=progress)
         )
+        # adapters on top of it; only the last one can stay unmerged
         for number, adapter in enumerate(files.adapters, start=1):
             layout.load_adapter(libra, adapter)
             is_last = number == len(files.adapters)
@@ -144,10 +151,12 @@ class Libra(nn.Module):
         pad: how images become square, in training and after.
         device, dtype, changes, progress: as for `from_pretrained`.
         """
+        # describe the new model as a config.json would
         source, tower = locate(decoder), locate(encoder)
         json = layout.new_config(source, tower, connector, select_layer, pad)
         if template:
             json["mm_conversation_template"] = template
+        # read the parts; a connector without weights keeps torch's random state
         overlays = (Path(connector_weights),) if connector_weights else ()
         files = layout.ModelFiles(source, json, source, overlays)
         libra = cls(
@@ -207,6 +216,7 @@ class Libra(nn.Module):
     @property
     def image_positions(self) -> int:
         """Number of positions that an image takes in the prompt."""
+        # one position per patch
         patches = (self.pixels.crop // self.encoder.config.patch_size) ** 2
         keeps_class_token = self.config.mm_vision_select_feature == "cls_patch" and self.encoder.config.class_token
         return patches + keeps_class_token
@@ -241,6 +251,7 @@ class Libra(nn.Module):
             studies = [pixels[:1] for pixels in studies]
         weight = self.encoder.patch_embed.weight
         pixels = torch.cat(studies).to(self.device, weight.dtype)  # [images, 3, S, S]
+        # a frozen encoder needs no gradients, and keeps nothing for them
         with torch.set_grad_enabled(torch.is_grad_enabled() and weight.requires_grad):
             features = self.encode(pixels)  # [images, L, N, C]
 
@@ -284,16 +295,19 @@ class Libra(nn.Module):
 
         Returns the logits [V] of the token behind them.
         """
+        # the new positions follow the stored ones
         T, start = len(embeddings), int(cache.lengths[study])
         positions = torch.arange(start, start + T, device=self.device)
         lengths = cache.lengths[study : study + 1] + T
         attend = Prefill(cache, study, start)
         hidden = self.decoder(embeddings[None], positions[None], attend, lengths)  # [1, T, hidden]
+        # every layer has stored its keys and values
         cache.advance(T, study)
         return self.logits(hidden[0, -1])
 
     def decode_step(self, cache: Cache, tokens: list[list[int]]) -> torch.Tensor:
         """Adds the newest token of K continuations of B studies, tokens [B][K]; returns the next logits [B, K, V]."""
+        # the K continuations of a study take the place of positions in a row
         embeddings = self.decoder.embed_tokens(torch.tensor(tokens, device=self.device))  # [B, K, hidden]
         positions = cache.next_positions().expand(-1, embeddings.shape[1])  # [B, K]
         hidden = self.decoder(embeddings, positions, DecodingStep(cache), cache.lengths)
