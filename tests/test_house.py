@@ -1,4 +1,4 @@
-"""The rules of the house: floors, imports, and a README whose commands run."""
+"""The rules of the house: imports go down only, programs load what they need, and the README's commands run."""
 
 import ast
 import re
@@ -10,40 +10,40 @@ from glob import glob
 import numpy as np
 import pyarrow
 import pytest
-from conftest import GOLDEN, ROOT
+from conftest import GOLDEN, ROOT, jpeg_bytes
 from PIL import Image
 from pyarrow import parquet
-from test_prepare import picture
 
 import prepare
 import sample
 
-FLOORS = [
-    {"plumbing.cli", "plumbing.files", "plumbing.distributed", "kernel"},
-    {"attention", "plumbing.checkpoint", "tokenizer", "plumbing.image", "plumbing.pixels", "phantom.radiograph",
-     "sources.mimic"},
-    {"encoder", "tac", "decoder", "phantom.hospital", "data", "evaluation.metrics", "plumbing.log"},
-    {"lora", "plumbing.fresh", "bench.costs", "evaluation.truth"},
+FOLDERS = ("plumbing", "sources", "phantom", "evaluation", "bench")
+FLOORS = [  # a module imports only from the floors above its own line
+    {"plumbing.files", "plumbing.distributed", "kernel"},
+    {"plumbing.cli", "attention", "plumbing.checkpoint", "tokenizer", "plumbing.image", "plumbing.pixels",
+     "phantom.radiograph"},
+    {"encoder", "tac", "decoder", "data", "plumbing.log"},
+    {"lora", "plumbing.fresh"},
     {"plumbing.layout"},
     {"model"},
-    {"sample", "prepare", "evaluation.page"},
-    {"evaluation.answering"},
-    {"eval"},
+    {"sample"},
     {"train"},
-    {"bench.__main__", "bench.kernel_compile", "bench.large_prepare"},
-]
-RUNTIME = {"torch", "triton", "safetensors", "tokenizers", "huggingface_hub", "numpy", "PIL"}
-FOLDERS = ("plumbing", "sources", "phantom", "evaluation", "bench")
-ROOMS = {
-    ".".join(path.relative_to(ROOT).with_suffix("").parts): path
-    for path in [*ROOT.glob("*.py"), *(path for folder in FOLDERS for path in ROOT.glob(f"{folder}/*.py"))]
-}
+]  # fmt: skip
+RUNTIME = {"torch", "triton", "safetensors", "tokenizers", "huggingface_hub", "numpy", "PIL", "tqdm"}
 
 
-def imports(tree, everywhere):
-    """Names of the modules that a file imports: anywhere, or when it is imported itself."""
-    nodes = ast.walk(tree) if everywhere else walk_outside_functions(tree)
-    for node in nodes:
+def module_name(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
+
+
+FILES = {module_name(path): path for path in ROOT.glob("*.py")}
+FILES |= {module_name(path): path for folder in FOLDERS for path in (ROOT / folder).glob("*.py")}
+
+
+def imports(module, everywhere):
+    """Names of the modules that a module imports: anywhere, or only when it is imported itself."""
+    tree = ast.parse(FILES[module].read_text())
+    for node in ast.walk(tree) if everywhere else outside_functions(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -54,34 +54,50 @@ def imports(tree, everywhere):
                 yield node.module
 
 
-def walk_outside_functions(node):
+def outside_functions(node):
     yield node
     for child in ast.iter_child_nodes(node):
         if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            yield from walk_outside_functions(child)
+            yield from outside_functions(child)
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_imports_go_only_down_the_floors(room):
+# ------------------------------------------------------------------------------------------ imports
+
+
+@pytest.mark.parametrize("module", sorted(FILES))
+def test_imports_go_only_down_the_floors(module):
     below = set()
     for floor in FLOORS:
-        if room in floor:
+        if module in floor:
             break
         below |= floor
     else:
-        raise AssertionError(f"{room} is on no floor")
-    own = {name for name in imports(ast.parse(ROOMS[room].read_text()), everywhere=True) if name in ROOMS}
-    assert own <= below
+        raise AssertionError(f"{module} is on no floor")
+    assert {name for name in imports(module, everywhere=True) if name in FILES} <= below
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_only_the_runtime_packages_are_imported_at_import_time(room):
-    names = {name.split(".")[0] for name in imports(ast.parse(ROOMS[room].read_text()), everywhere=False)}
-    own = {name.split(".")[0] for name in ROOMS}
-    assert names - own - set(sys.stdlib_module_names) <= RUNTIME
+def test_the_floors_name_only_what_exists():
+    assert {name for floor in FLOORS for name in floor} == set(FILES)
 
 
-README = (ROOT / "README.md").read_text()
+@pytest.mark.parametrize("module", sorted(FILES))
+def test_only_the_runtime_packages_are_imported_at_import_time(module):
+    names = {name.split(".")[0] for name in imports(module, everywhere=False)}
+    ours = {name.split(".")[0] for name in FILES}
+    assert names - ours - set(sys.stdlib_module_names) <= RUNTIME
+
+
+@pytest.mark.parametrize("program", ["train", "sample"])
+def test_a_program_loads_only_the_folders_it_needs(program):
+    unneeded = ("phantom", "bench", "sources", "evaluation")
+    code = f"import {program}, sys; print(*(name for name in sys.modules if name.split('.')[0] in {unneeded}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+# ------------------------------------------------------------------------------------------ README and docs
+
+TEXTS = [(ROOT / "README.md").read_text(), *(file.read_text() for file in sorted((ROOT / "docs").glob("*.md")))]
 STAND_INS = {  # what the README downloads or leaves to its reader -> what a test has
     "tests/golden": str(GOLDEN),
     "X-iZhang/libra-v1.0-7b": str(GOLDEN / "libra-7b" / "model"),
@@ -98,21 +114,22 @@ STAND_INS = {  # what the README downloads or leaves to its reader -> what a tes
 }
 
 
-def blocks(language):
-    found = re.findall(rf"```{language}\n(.*?)```", README, re.S)
+def blocks(language, texts=TEXTS):
+    """The code blocks of a language in README and docs, with stand-ins."""
+    code = [block for text in texts for block in re.findall(rf"```{language}\n(.*?)```", text, re.S)]
     for name, stand_in in STAND_INS.items():
-        found = [block.replace(name, stand_in) for block in found]
-    return found
+        code = [block.replace(name, stand_in) for block in code]
+    return code
 
 
-def commands(program):
-    """The README's commands that call a program, less its name."""
-    lines = [line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()]
+def commands(program, texts=TEXTS):
+    """The commands that call a program, without its name."""
+    lines = [line for block in blocks("bash", texts) for line in block.replace("\\\n", " ").splitlines()]
     return [line.split(program, 1)[1] for line in lines if f"python {program}" in line]
 
 
-@pytest.mark.parametrize("command", commands("sample.py"))
-def test_the_readme_s_sampling_commands_run(command, monkeypatch, capsys):
+@pytest.mark.parametrize("command", dict.fromkeys(commands("sample.py")))
+def test_the_sampling_commands_run(command, monkeypatch, capsys):
     arguments = shlex.split(command, comments=True)
     if "--model" not in arguments:
         arguments += ["--model", STAND_INS["X-iZhang/libra-v1.0-7b"]]
@@ -124,53 +141,67 @@ def test_the_readme_s_sampling_commands_run(command, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("command", commands("model.py"))
-def test_the_readme_s_conversions_run(command, tmp_path):
+def test_the_conversions_run(command, tmp_path):
     arguments = [sys.executable, str(ROOT / "model.py"), *shlex.split(command, comments=True)]
     subprocess.run(arguments, cwd=tmp_path, check=True, capture_output=True)
     assert list(tmp_path.glob("*/config.json"))
 
 
-def test_the_readme_s_preparations_run_in_order_in_an_empty_folder(tmp_path, monkeypatch, capsys):
+def test_the_preparations_run_in_order_in_an_empty_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    rows = {"main_image": [picture(1)], "prior_image": [picture(2)], "default_prompt": ["What?"]}
+    rows = {"main_image": [jpeg_bytes(1)], "prior_image": [jpeg_bytes(2)], "default_prompt": ["What?"]}
     (tmp_path / "set").mkdir()
     parquet.write_table(pyarrow.table(rows), tmp_path / "set" / "test.parquet")
     used = set()
-    for command in commands("prepare.py"):
-        words = shlex.split(command, comments=True)
-        arguments = [name for word in words for name in sorted(glob(word)) or [word]]  # as a shell would
-        assert prepare.main(prepare.parse(arguments)) == 0, capsys.readouterr().err
-        assert capsys.readouterr().out
-        used.add(words[0])
+    for text in TEXTS:
+        for command in commands("prepare.py", [text]):
+            words = shlex.split(command, comments=True)
+            arguments = [name for word in words for name in sorted(glob(word)) or [word]]  # as a shell would
+            assert prepare.main(prepare.parse(arguments)) == 0, capsys.readouterr().err
+            assert capsys.readouterr().out
+            used.add(words[0])
     assert used == prepare.COMMANDS.keys()
-    made, shown = (np.asarray(Image.open(path).convert("RGB"), dtype=float)
-                   for path in ("hospital/preview.png", ROOT / "assets" / "phantom.png"))  # fmt: skip
+    made = np.asarray(Image.open("hospital/preview.png").convert("RGB"), dtype=float)
+    shown = np.asarray(Image.open(ROOT / "assets" / "phantom.png").convert("RGB"), dtype=float)
     assert made.shape == shown.shape and abs(made - shown).mean() < 1  # of 255
 
 
-def test_the_readme_s_training_runs_in_order(tmp_path):
-    places = {"--records=train.jsonl": f"--records={GOLDEN / 'training' / 'records.json'}",
-              "--image_folder=images": f"--image_folder={GOLDEN / 'images'}"}  # fmt: skip
-    assert len(commands("train.py")) == 2
-    for command in commands("train.py"):
-        more = ["--device=cpu", "--workers=0", "--batch_size=2", "--max_steps=1"]
+def test_the_trainings_run_in_order(tmp_path):
+    places = {
+        "--records=train.jsonl": f"--records={GOLDEN / 'training' / 'records.json'}",
+        "--image_folder=images": f"--image_folder={GOLDEN / 'images'}",
+    }
+    stage_1, stage_2 = commands("train.py", TEXTS[:1])
+    for command in (stage_1, stage_2):
         config, *given = shlex.split(command, comments=True)
-        if config == "configs/align.py":
-            more += [f"--{part}={STAND_INS[name]}" for part, name in
-                     (("decoder", "epfl-llm/meditron-7b"), ("encoder", "microsoft/rad-dino"))]  # fmt: skip
-        arguments = [str(ROOT / config), *(places.get(argument, argument) for argument in given), *more]
-        subprocess.run([sys.executable, ROOT / "train.py", *arguments], cwd=tmp_path, check=True, capture_output=True)
+        given = [places.get(argument, argument) for argument in given]
+        given += ["--device=cpu", "--workers=0", "--batch_size=2", "--max_steps=1"]
+        if command == stage_1:
+            given.append(f"--decoder={STAND_INS['epfl-llm/meditron-7b']}")
+            given.append(f"--encoder={STAND_INS['microsoft/rad-dino']}")
+        command = [sys.executable, str(ROOT / "train.py"), str(ROOT / config), *given]
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     assert (tmp_path / "runs" / "finetune_lora" / "last" / "adapter_config.json").exists()
 
 
-def test_the_readme_s_python_runs(capsys, tmp_path, monkeypatch):
-    assert len(blocks("python")) >= 2
+def test_the_python_blocks_run(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    namespace = {}
-    for block in blocks("python"):
-        exec(block.replace("num_beams=10", "num_beams=2, max_new_tokens=4"), namespace)
+    for text in TEXTS:
+        namespace = {}
+        for block in blocks("python", [text]):
+            exec(block.replace("num_beams=10", "num_beams=2, max_new_tokens=4"), namespace)
     assert capsys.readouterr().out.strip()
 
 
-def test_the_readme_s_command_for_the_tests_is_the_makefile_s():
-    assert "make test" in README and "\ntest:" in (ROOT / "Makefile").read_text()
+def test_every_file_that_readme_and_docs_name_exists():
+    for file, text in zip([ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], TEXTS, strict=True):
+        for target in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (file.parent / target).exists(), (file.name, target)
+    tree = blocks("", TEXTS[:1])[0]
+    for name in re.findall(r"^(\w+(?:\.py|/))", tree, re.M):
+        assert (ROOT / name).exists(), name
+
+
+def test_the_commands_of_the_readme_are_in_the_makefile():
+    for target in ("test", "demo"):
+        assert f"make {target}" in TEXTS[0] and f"\n{target}:" in (ROOT / "Makefile").read_text()
