@@ -1,10 +1,9 @@
 """The contact sheet of a drawn hospital: images above their reports, in which words of change are coloured."""
 
 import numpy as np
-from PIL import Image, ImageColor, ImageDraw
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from phantom.history import DEVICES, VOCABULARY, State, history, picture
-from phantom.radiograph import font
 from phantom.reports import report
 
 INK, PAPER, FAINT = "#e6e8ea", "#14171a", "#8b949e"
@@ -39,7 +38,7 @@ def choose(seed: int, patients: int, studies: int) -> list[list[State]]:
 def draw(seed: int = 0, patients: int = 3, studies: int = 4, size: int = 320) -> Image.Image:
     """A row for each patient, a column for each study. `size` is the side of an image in pixels."""
     unit = size / 20
-    small, text = font(0.85 * unit), font(0.95 * unit)
+    small, text = ImageFont.load_default(0.85 * unit), ImageFont.load_default(0.95 * unit)
     gap, line = round(1.2 * unit), round(1.3 * unit)
 
     # 1) lay the texts out: they set the height of a row

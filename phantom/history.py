@@ -7,7 +7,6 @@ import hashlib
 import json
 from dataclasses import dataclass
 from datetime import date, timedelta
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -32,11 +31,6 @@ def generator(seed: int, patient: int, number: int, purpose: str) -> np.random.G
     return np.random.default_rng([seed, patient, number, 1 + PURPOSES.index(purpose)])
 
 
-@lru_cache(64)
-def anatomy(seed: int, patient: int) -> Anatomy:
-    return Anatomy(generator(seed, patient, 0, "anatomy"))
-
-
 @dataclass(frozen=True)
 class State:
     """The hidden state of one study."""
@@ -44,6 +38,7 @@ class State:
     seed: int
     patient: int
     number: int  # 0 is the patient's first study
+    anatomy: Anatomy
     subject_id: int
     study_id: int
     prior: "State | None"
@@ -56,10 +51,6 @@ class State:
     gone: dict[str, Finding]  # what has resolved or been removed since the prior study, as it was then
     changes: dict[str, str]  # of everything present or gone; empty without a prior
 
-    @property
-    def anatomy(self) -> Anatomy:
-        return anatomy(self.seed, self.patient)
-
     def generator(self, purpose: str) -> np.random.Generator:
         return generator(self.seed, self.patient, self.number, purpose)
 
@@ -67,6 +58,7 @@ class State:
 def history(seed: int, patient: int) -> list[State]:
     """A patient's studies, first to last."""
     rng = generator(seed, patient, 0, "history")
+    anatomy = Anatomy(generator(seed, patient, 0, "anatomy"))
 
     # 1) how many studies (2.96 on average), and which findings and devices appear in them
     count = 1 + rng.choice(6, p=(0.20, 0.24, 0.22, 0.16, 0.10, 0.08))
@@ -100,7 +92,7 @@ def history(seed: int, patient: int) -> list[State]:
         subject_id = 10_000_000 + (32 + 7919 * seed + 6_180_339 * patient) % 10_000_000
         study_id = 50_000_000 + (414_267 + 7919 * seed + 3_819_661 * (8 * patient + number)) % 10_000_000
         state = State(
-            seed=seed, patient=patient, number=number, subject_id=subject_id, study_id=study_id, prior=prior,
+            seed, patient, number, anatomy, subject_id=subject_id, study_id=study_id, prior=prior,
             split=SPLITS[patient % 10], date=day, time=f"{hour:02}{minute:02}{second:02}.{millisecond:03}",
             view=view, images=images, present=present, gone=gone, changes=changes,
         )  # fmt: skip

@@ -189,10 +189,11 @@ def truth_of(state: State) -> dict:
     }  # fmt: skip
 
 
-def preview(seed: int = 0) -> Image.Image:
+def preview(seed: int = 0, **layout) -> Image.Image:
+    """A contact sheet; layout: see `assets.contact_sheet.draw`."""
     from assets import contact_sheet
 
-    return contact_sheet.draw(seed)
+    return contact_sheet.draw(seed, **layout)
 
 
 def few_colours(sheet: Image.Image) -> Image.Image:

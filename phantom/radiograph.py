@@ -8,7 +8,6 @@ Every array is [size, size]. The numbers were tuned by eye.
 """
 
 import math
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -454,10 +453,6 @@ def expose(film: np.ndarray, shot: Acquisition, rng: np.random.Generator) -> np.
     image = Image.fromarray((unit(curve * 1.06 - 0.035) * 255 + 0.5).astype(np.uint8))
     # the side marker
     letter, x = ("R", 0.05) if shot.marker < 0 else ("L", 0.95)
-    ImageDraw.Draw(image).text((x * size, 0.05 * size), letter, 235, font(0.07 * size), anchor="mt")
+    font = ImageFont.load_default(0.07 * size)
+    ImageDraw.Draw(image).text((x * size, 0.05 * size), letter, 235, font, anchor="mt")
     return np.asarray(image)
-
-
-@lru_cache
-def font(size: float):
-    return ImageFont.load_default(size)
