@@ -1,6 +1,6 @@
-"""The hidden state of the drawn hospital's patients: who they are, what they have, and how it changes over time.
+"""The drawn hospital's patients: who they are, what they have, and how it changes from study to study.
 
-Everything is a pure function of (seed, patient, number of the study), so any number of workers gives the same bytes.
+All of it is a pure function of (seed, patient, number of the study), so any number of workers gives the same bytes.
 """
 
 import hashlib
@@ -19,16 +19,14 @@ FINDINGS, DEVICES = VOCABULARY["findings"], VOCABULARY["devices"]
 LOWEST_SEVERITY = 0.15
 SEVERITY_STEP = (0.20, 0.35)  # how much a severity changes between two studies, if it does
 SPLITS = ("train",) * 8 + ("validate", "test")  # of every ten patients
-PURPOSES = (
-    "anatomy", "history", "study", "AP", "PA", "LATERAL", "frontal noise", "lateral noise", "report", "pair questions",
-    "image questions",
-)  # fmt: skip
+PURPOSES = ("anatomy", "history", "study", "AP", "PA", "LATERAL", "frontal noise", "lateral noise", "report",
+            "pair questions", "image questions")  # fmt: skip
 
 
 def generator(seed: int, patient: int, number: int, purpose: str) -> np.random.Generator:
     """The random draws of one study for one purpose. What belongs to the patient has number 0."""
-    # numpy ignores a trailing 0 in a seed: purposes count from 1
-    return np.random.default_rng([seed, patient, number, 1 + PURPOSES.index(purpose)])
+    purpose_id = 1 + PURPOSES.index(purpose)  # not 0: numpy ignores a trailing 0
+    return np.random.default_rng([seed, patient, number, purpose_id])
 
 
 @dataclass(frozen=True)
@@ -59,19 +57,17 @@ def history(seed: int, patient: int) -> list[State]:
     """A patient's studies, first to last."""
     rng = generator(seed, patient, 0, "history")
     anatomy = Anatomy(generator(seed, patient, 0, "anatomy"))
-
-    # 1) how many studies (2.96 on average), and which findings and devices appear in them
+    # 1) how many studies (2.96 on average), and which findings and devices may appear in them
     count = 1 + rng.choice(6, p=(0.20, 0.24, 0.22, 0.16, 0.10, 0.08))
     findings = _some(rng, FINDINGS, (0.06, 0.40, 0.38, 0.16))
     devices = _some(rng, DEVICES, (0.50, 0.36, 0.14))
     courses = {name: _course(rng, name, count) for name in findings + devices}
-
-    # 2) air above fluid would have a level, which is not drawn: keep the two on different sides
+    # air above fluid would have a level, which is not drawn: keep the two on different sides
     if {"pneumothorax", "pleural effusion"} <= courses.keys():
         side = "left" if courses["pneumothorax"][0].side == "right" else "right"
         courses["pleural effusion"] = [finding._replace(side=side) for finding in courses["pleural effusion"]]
 
-    # 3) the studies, one after the other
+    # 2) the studies, one after the other
     day = date(2110, 1, 1) + timedelta(int(rng.integers(0, 30000)))
     states = []
     for number in range(count):
@@ -80,27 +76,28 @@ def history(seed: int, patient: int) -> list[State]:
         before = prior.present if prior else {}
         present = {name: course[number] for name, course in courses.items() if course[number].severity}
         gone = {name: finding for name, finding in before.items() if name not in present}
-        changes = {name: _change(name, before.get(name), present.get(name)) for name in (*present, *gone) if prior}
-
+        changes = {}
+        if prior:
+            changes = {name: _change(name, before.get(name), present.get(name)) for name in (*present, *gone)}
         # a patient with a tube cannot stand up for a PA view
         view = "AP" if "endotracheal tube" in present or rng.random() < 0.4 else "PA"
         images = {view: _image_id(seed, patient, number, "frontal")}
         if view == "PA" and rng.random() < 0.6:
             images["LATERAL"] = _image_id(seed, patient, number, "lateral")
-        hour, minute, second, millisecond = (int(rng.integers(top)) for top in (24, 60, 60, 1000))
+        time = "{:02}{:02}{:02}.{:03}".format(*(int(rng.integers(end)) for end in (24, 60, 60, 1000)))
         # both factors are coprime to 10^7: no two of a million patients share an id, and no two of their studies
         subject_id = 10_000_000 + (32 + 7919 * seed + 6_180_339 * patient) % 10_000_000
         study_id = 50_000_000 + (414_267 + 7919 * seed + 3_819_661 * (8 * patient + number)) % 10_000_000
         state = State(
             seed, patient, number, anatomy, subject_id=subject_id, study_id=study_id, prior=prior,
-            split=SPLITS[patient % 10], date=day, time=f"{hour:02}{minute:02}{second:02}.{millisecond:03}",
-            view=view, images=images, present=present, gone=gone, changes=changes,
+            split=SPLITS[patient % 10], date=day, time=time, view=view, images=images,
+            present=present, gone=gone, changes=changes,
         )  # fmt: skip
         states.append(state)
-
         # the next study is soon or much later; patients in bed are seen often
         soon = rng.random() < (0.9 if view == "AP" else 0.35)
-        day += timedelta(int(rng.integers(1, 8) if soon else rng.integers(8, 400)))
+        days = rng.integers(1, 8) if soon else rng.integers(8, 400)
+        day += timedelta(int(days))
     return states
 
 
@@ -122,7 +119,8 @@ def _image_id(*key) -> str:
 
 def _some(rng, names, shares: tuple[float, ...]) -> list[str]:
     """Some of the names in random order; shares[n] is the probability of n names."""
-    return rng.permutation(list(names))[: rng.choice(len(shares), p=shares)].tolist()
+    shuffled = rng.permutation(list(names)).tolist()
+    return shuffled[: rng.choice(len(shares), p=shares)]
 
 
 def _course(rng, name: str, count: int) -> list[Finding]:
@@ -155,4 +153,5 @@ def picture(state: State, view: str, size: int) -> np.ndarray:
     """One image of a study, uint8 [size, size]; view is "AP", "PA" or "LATERAL"."""
     draw, noise = (lateral, "lateral noise") if view == "LATERAL" else (frontal, "frontal noise")
     shot = Acquisition(view, state.generator(view))
-    return expose(draw(state.anatomy, state.present, shot, size), shot, state.generator(noise))
+    film = draw(state.anatomy, state.present, shot, size)
+    return expose(film, shot, state.generator(noise))

@@ -5,8 +5,8 @@ import gzip
 import io
 import json
 from collections import Counter
-from contextlib import ExitStack
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -36,11 +36,8 @@ def write(out, patients: int, seed: int = 0, size: int = 128, workers: int = 1, 
     progress is called with numbers of patients. ValueError if a number is out of range or `out` holds something else.
     """
     # 1) check the numbers, and that the folder is new or was begun with the same settings
-    for name, value, least, most in (
-        ("patients", patients, 1, 10**6),
-        ("seed", seed, 0, 2**31),
-        ("size", size, 32, 4096),
-    ):
+    ranges = {"patients": (patients, 1, 10**6), "seed": (seed, 0, 2**31), "size": (size, 32, 4096)}
+    for name, (value, least, most) in ranges.items():
         if not least <= value <= most:
             raise ValueError(f"{name} {value} is out of range: give {least} to {most}")
     out, settings = Path(out), json.dumps({"seed": seed, "size": size, "dicom": dicom})
@@ -53,14 +50,13 @@ def write(out, patients: int, seed: int = 0, size: int = 128, workers: int = 1, 
         raise ValueError(f"{out} is not empty and holds no drawn hospital: give another folder")
     else:
         out.mkdir(parents=True, exist_ok=True)
-        with atomic(mark) as file:
-            file.write(settings + "\n")
+        _write_text(mark, settings + "\n")
 
     # 2) a folder for each patient, then what covers all patients
     write_one = partial(_write_patient, out, seed=seed, size=size, dicom=dicom)
     for done, _ in enumerate(parallel(write_one, range(patients), workers), 1):
         progress(done, patients)
-    return Counter(patients=patients) + _write_tables(out, patients, seed, size)
+    return Counter(patients=patients) + Counter(_write_tables(out, patients, seed, size))
 
 
 def _folder(state: State) -> Path:
@@ -77,8 +73,7 @@ def _write_patient(out: Path, patient: int, *, seed: int, size: int, dicom: bool
         for state in states:
             study = partial_folder / f"s{state.study_id}"
             study.mkdir()
-            with atomic(study.with_suffix(".txt")) as file:
-                file.write(report(state))
+            _write_text(study.with_suffix(".txt"), report(state))
             for view, image_id in state.images.items():
                 pixels = picture(state, view, size)
                 with atomic(study / f"{image_id}.jpg", "wb") as file:
@@ -115,61 +110,60 @@ def _dicom(pixels: np.ndarray, state: State, view: str) -> bytes:
     return file.getvalue()
 
 
-def _write_tables(out: Path, patients: int, seed: int, size: int) -> Counter:
-    """Write what covers all patients, study by study, so that memory does not grow with their number."""
-    counts = Counter()
-    with ExitStack() as stack:
-        # 1) open the tables and the lists of questions about images
-        metadata = _open_table(stack, out / "mimic-cxr-2.0.0-metadata.csv.gz", METADATA)
-        split = _open_table(stack, out / "mimic-cxr-2.0.0-split.csv.gz", SPLIT)
-        pairs = _open_table(stack, out / "mimic_pair_questions.csv", PAIRS)
-        truth = stack.enter_context(atomic(out / "truth.jsonl"))
-        lists = {}
-        for name in SPLITS:
-            if name not in lists:
-                file = out / f"cxr_vqa_{name.replace('validate', 'valid')}.json"
-                lists[name] = stack.enter_context(atomic(file))
-        separators = dict.fromkeys(lists, "[\n")
+def _write_tables(out: Path, patients: int, seed: int, size: int) -> dict[str, int]:
+    """Write what covers all patients. Returns counts."""
+    metadata, split, pairs, truth = [METADATA], [SPLIT], [PAIRS], []
+    images = {name: [] for name in SPLITS}  # the records about images
+    for state in (state for patient in range(patients) for state in history(seed, patient)):
+        # the images
+        examination, _ = VOCABULARY["examinations"][" ".join(state.images)]
+        day = f"{state.date:%Y%m%d}"
+        for view, image_id in state.images.items():
+            ids = (image_id, state.subject_id, state.study_id)
+            codes = (examination, VIEW_CODES[view], "Erect")
+            metadata.append((*ids, examination, view, size, size, day, state.time, *codes))
+            split.append((image_id, state.study_id, state.subject_id, state.split))
+        # the questions
+        for row in pair_questions(state):
+            ids = (state.study_id, state.subject_id, state.prior.study_id)
+            pairs.append((*ids, *row, state.split.replace("validate", "val")))
+        image_id = state.images[state.view]
+        path = _folder(state) / f"s{state.study_id}" / f"{image_id}.jpg"
+        ids = {"subject_id": state.subject_id, "study_id": state.study_id, "image_id": image_id}
+        for question in image_questions(state):
+            images[state.split].append(json.dumps(ids | {"image_path": path.as_posix()} | question))
+        truth.append(json.dumps(truth_of(state)) + "\n")
 
-        # 2) write the rows of each study
-        for state in (state for patient in range(patients) for state in history(seed, patient)):
-            day, (examination, _) = f"{state.date:%Y%m%d}", VOCABULARY["examinations"][" ".join(state.images)]
-            for view, image_id in state.images.items():
-                metadata([image_id, state.subject_id, state.study_id, examination, view, size, size, day, state.time,
-                          examination, VIEW_CODES[view], "Erect"])  # fmt: skip
-                split([image_id, state.study_id, state.subject_id, state.split])
-            about_pair, about_image = pair_questions(state), image_questions(state)
-            for row in about_pair:
-                ids = (state.study_id, state.subject_id, state.prior.study_id)
-                pairs([*ids, *row, state.split.replace("validate", "val")])
-            image_id = state.images[state.view]
-            path = _folder(state) / f"s{state.study_id}" / f"{image_id}.jpg"
-            ids = {"subject_id": state.subject_id, "study_id": state.study_id, "image_id": image_id}
-            for question in about_image:
-                record = ids | {"image_path": path.as_posix()} | question
-                lists[state.split].write(separators[state.split] + json.dumps(record))
-                separators[state.split] = ",\n"
-            truth.write(json.dumps(truth_of(state)) + "\n")
-            counts.update({"studies": 1, "studies with a prior": state.number > 0, "images": len(state.images)})
-            counts.update({"questions about an image pair": len(about_pair), "about one image": len(about_image)})
-
-        # 3) close the lists, some of which may be empty
-        for name, file in lists.items():
-            file.write("[]\n" if separators[name] == "[\n" else "\n]\n")
-    return counts
+    _write_csv(out / "mimic-cxr-2.0.0-metadata.csv.gz", metadata)
+    _write_csv(out / "mimic-cxr-2.0.0-split.csv.gz", split)
+    _write_csv(out / "mimic_pair_questions.csv", pairs)
+    _write_text(out / "truth.jsonl", "".join(truth))
+    for name, records in images.items():
+        text = "[\n" + ",\n".join(records) + "\n]\n" if records else "[]\n"
+        _write_text(out / f"cxr_vqa_{name.replace('validate', 'valid')}.json", text)
+    return {
+        "studies": len(truth),
+        "studies with a prior": len(truth) - patients,
+        "images": len(metadata) - 1,
+        "questions about an image pair": len(pairs) - 1,
+        "about one image": sum(map(len, images.values())),
+    }
 
 
-def _open_table(stack: ExitStack, path: Path, columns: tuple):
-    """Begin a CSV file, packed if its name says so -> the function that writes a row."""
+def _write_csv(path: Path, rows: list[tuple]):
     if path.suffix == ".gz":
-        raw = stack.enter_context(atomic(path, "wb"))
-        packed = stack.enter_context(gzip.GzipFile("", "wb", fileobj=raw, mtime=0))  # it stores neither name nor time
-        file = stack.enter_context(io.TextIOWrapper(packed, encoding="utf-8", newline=""))
+        # neither a name nor a time inside, so that the bytes depend on the rows only
+        with atomic(path, "wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as packed:
+            with io.TextIOWrapper(packed, encoding="utf-8", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerows(rows)
     else:
-        file = stack.enter_context(atomic(path))
-    write_row = csv.writer(file, lineterminator="\n").writerow
-    write_row(columns)
-    return write_row
+        with atomic(path) as file:
+            csv.writer(file, lineterminator="\n").writerows(rows)
+
+
+def _write_text(path: Path, text: str):
+    with atomic(path) as file:
+        file.write(text)
 
 
 def truth_of(state: State) -> dict:
@@ -189,14 +183,9 @@ def truth_of(state: State) -> dict:
     }  # fmt: skip
 
 
-def preview(seed: int = 0, **layout) -> Image.Image:
-    """A contact sheet; layout: see `assets.contact_sheet.draw`."""
-    from assets import contact_sheet
-
-    return contact_sheet.draw(seed, **layout)
+def preview(seed: int = 0) -> Image.Image:
+    return import_module("assets.contact_sheet").draw(seed)
 
 
 def few_colours(sheet: Image.Image) -> Image.Image:
-    from assets import contact_sheet
-
-    return contact_sheet.few_colours(sheet)
+    return import_module("assets.contact_sheet").few_colours(sheet)

@@ -1,7 +1,4 @@
-"""What the drawn hospital writes about a state: reports, and questions with their answers. `read_report` reads them.
-
-A report uses one word of change per finding, from the published list of temporal keywords.
-"""
+"""What the drawn hospital writes about a study, reports and questions, and `read_report`, which reads a report."""
 
 import re
 import textwrap
@@ -31,12 +28,10 @@ def report(state: State) -> str:
     sections = {"HISTORY" if layout == "HISTORY" else "INDICATION": reason}
     if layout == "both":
         sections["HISTORY"] = pick(VOCABULARY["past"])
-
     # 2) how the images were taken, and what they are compared with
     examination, technique = VOCABULARY["examinations"][" ".join(state.images)]
     comparison = pick(VOCABULARY["comparison" if state.prior else "no comparison"])
     sections = {"EXAMINATION": examination, **sections, "TECHNIQUE": technique, "COMPARISON": comparison}
-
     # 3) what they show
     text = f"{' ' * 33}FINAL REPORT\n"
     for name, body in sections.items():
@@ -76,21 +71,19 @@ def _findings(state: State, pick) -> list[str]:
 def _impression(state: State, pick) -> list[str]:
     """A line for each finding, numbered if there are several."""
     named = state.present | state.gone
-    lines = []
-    for name in FINDINGS:
-        if name in named:
-            template = VOCABULARY["impressions"][state.changes.get(name, "present")]
-            lines.append(_fill(template, name, named[name]))
-    if not lines:
-        return [pick(VOCABULARY["no finding"])]
-    if len(lines) == 1:
-        return lines
-    return [f"{number}. {line}" for number, line in enumerate(lines, 1)]
+    templates = {
+        name: VOCABULARY["impressions"][state.changes.get(name, "present")] for name in FINDINGS if name in named
+    }
+    lines = [_fill(template, name, named[name]) for name, template in templates.items()]
+    if len(lines) > 1:
+        return [f"{number}. {line}" for number, line in enumerate(lines, 1)]
+    return lines or [pick(VOCABULARY["no finding"])]
 
 
 def _fill(template: str, name: str, finding: Finding) -> str:
     """A template with the words for one finding; it begins with a capital."""
-    bare = (FINDINGS | DEVICES)[name]["noun"].format(side=finding.side, place=finding.place)
+    entry = (FINDINGS | DEVICES)[name]
+    bare = entry["noun"].format(side=finding.side, place=finding.place)
     is_plural = name == "pleural effusion" and finding.side == "bilateral"
     if is_plural:
         bare += "s"
@@ -101,7 +94,8 @@ def _fill(template: str, name: str, finding: Finding) -> str:
     # what fills the lung gets worse, everything else grows
     more, less = ("worsened", "improved") if name in ("edema", "consolidation") else ("increased", "decreased")
     be, have = ("are", "have") if is_plural else ("is", "has")
-    text = template.format(noun=noun, bare=bare, a=article, a_new=new, be=be, have=have, more=more, less=less)
+    words = {"noun": noun, "bare": bare, "a": article, "a_new": new, "be": be, "have": have}
+    text = template.format(**words, more=more, less=less)
     return text[0].upper() + text[1:]
 
 

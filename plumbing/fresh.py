@@ -68,7 +68,7 @@ def write_encoder(folder: Path, fields: dict, mean: float = 0.5, std: float = 0.
 
 
 def write_decoder(folder: Path, fields: dict, texts: Iterable[str], seed: int = 0):
-    """Write a Llama, `fields` as in config.json, with a byte-level BPE of at most vocab_size tokens learnt from texts."""
+    """Write a Llama with the `fields` of its config.json, and a byte-level BPE of at most vocab_size tokens."""
     # 1) learn the tokenizer
     unk, bos, eos = special = ["<unk>", "<s>", "</s>"]
     tokenizer = tokenizers.Tokenizer(models.BPE())
