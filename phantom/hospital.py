@@ -17,11 +17,9 @@ from phantom.reports import image_questions, pair_questions, report
 from plumbing.cli import parallel
 from plumbing.files import atomic, atomic_folder
 
-METADATA = (
-    "dicom_id", "subject_id", "study_id", "PerformedProcedureStepDescription", "ViewPosition", "Rows", "Columns",
-    "StudyDate", "StudyTime", "ProcedureCodeSequence_CodeMeaning", "ViewCodeSequence_CodeMeaning",
-    "PatientOrientationCodeSequence_CodeMeaning",
-)  # fmt: skip
+METADATA = ("dicom_id", "subject_id", "study_id", "PerformedProcedureStepDescription", "ViewPosition", "Rows", "Columns",
+            "StudyDate", "StudyTime", "ProcedureCodeSequence_CodeMeaning", "ViewCodeSequence_CodeMeaning",
+            "PatientOrientationCodeSequence_CodeMeaning")  # fmt: skip
 SPLIT = ("dicom_id", "study_id", "subject_id", "split")
 PAIRS = ("study_id", "subject_id", "ref_id", "question_type", "question", "answer", "split")
 VIEW_CODES = {"AP": "antero-posterior", "PA": "postero-anterior", "LATERAL": "lateral"}
@@ -154,8 +152,9 @@ def _write_csv(path: Path, rows: list[tuple]):
     if path.suffix == ".gz":
         # neither a name nor a time inside, so that the bytes depend on the rows only
         with atomic(path, "wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as packed:
-            with io.TextIOWrapper(packed, encoding="utf-8", newline="") as file:
-                csv.writer(file, lineterminator="\n").writerows(rows)
+            file = io.TextIOWrapper(packed, encoding="utf-8", newline="")
+            csv.writer(file, lineterminator="\n").writerows(rows)
+            file.flush()
     else:
         with atomic(path) as file:
             csv.writer(file, lineterminator="\n").writerows(rows)

@@ -47,7 +47,8 @@ class Anatomy:
         self.clavicle = rng.uniform(-0.66, -0.58)  # y of the collar bones
         self.vessels = _vessels(rng, -1) + _vessels(rng, 1)
         # the lungs' texture is a sum of waves; a row of `waves` is (x frequency, y frequency, phase, amplitude)
-        columns = rng.normal(0, 9, 12), rng.normal(0, 9, 12), rng.uniform(0, 2 * np.pi, 12), rng.uniform(0.2, 1, 12)
+        columns = [rng.normal(0, 9, 12), rng.normal(0, 9, 12)]
+        columns += [rng.uniform(0, 2 * np.pi, 12), rng.uniform(0.2, 1, 12)]
         self.waves = np.column_stack(columns).astype(float32)
 
 
@@ -67,16 +68,16 @@ def _vessels(rng, side: int) -> list[Stroke]:
         strokes.append(Stroke(points, width, min(1.0, 0.12 + 36 * width)))
         if forks:
             spread = rng.uniform(0.25, 0.5)
-            turns = (-spread * rng.uniform(0.5, 1), spread * rng.uniform(0.5, 1))
-            for turn in turns:
-                shorter = length * rng.uniform(0.65, 0.85)
-                grow(x, y, angle + turn, length=shorter, width=width * 0.6, forks=forks - 1)
+            for turn in [sign * spread * rng.uniform(0.5, 1) for sign in (-1, 1)]:
+                size = {"length": length * rng.uniform(0.65, 0.85), "width": width * 0.6}
+                grow(x, y, angle + turn, **size, forks=forks - 1)
 
     for angle in np.linspace(-1.35, 1.4, 10):
         x = side * (0.15 + 0.02 * rng.random())
         y = -0.06 + (0.04 + 0.15 * max(0.0, math.sin(angle)))
         angle += rng.uniform(-0.12, 0.12)
-        grow(x, y, angle, length=rng.uniform(0.15, 0.28), width=rng.uniform(0.017, 0.028), forks=2)
+        size = {"length": rng.uniform(0.15, 0.28), "width": rng.uniform(0.017, 0.028)}
+        grow(x, y, angle, **size, forks=2)
     return strokes
 
 
@@ -89,7 +90,7 @@ class Acquisition:
         self.view = view
         self.exposure = rng.uniform(-0.05, 0.05) * portable
         self.contrast = rng.uniform(0.9, 1.12)
-        self.shift = (rng.uniform(-0.03, 0.03) * portable, rng.uniform(-0.03, 0.03) * portable)  # x, y
+        self.shift = [rng.uniform(-0.03, 0.03) * portable for _ in "xy"]
         self.angle = rng.uniform(-0.025, 0.025) * portable  # radians
         self.scale = rng.uniform(0.96, 1.03)
         self.breath = rng.uniform(-0.035, 0.025) - (0.05 if view == "AP" else 0)  # how far the diaphragm is down
@@ -121,32 +122,36 @@ class Sheet:
         grid = (np.arange(size, dtype=float32) + 0.5) * 2 / size - 1
         x = grid[None] - float32(shot.shift[0])
         y = grid[:, None] - float32(shot.shift[1])
-        cos, sin = float32(math.cos(shot.angle) / shot.scale), float32(math.sin(shot.angle) / shot.scale)
+        cos = float32(math.cos(shot.angle) / shot.scale)
+        sin = float32(math.sin(shot.angle) / shot.scale)
         self.x, self.y = cos * x + sin * y, cos * y - sin * x
         self.a = abs(self.x)  # distance from the midline
 
     def strokes(self, strokes, blur=0.0, least=0.9):
         """Draw strokes, 0 to 1. Each is at least `least` pixels wide; `blur` is a length."""
         # draw larger and reduce: this makes lines smooth
-        factor = 4 if self.size < 300 else 2
+        shot, factor = self.shot, 4 if self.size < 300 else 2
         half = self.size * factor / 2
         canvas = Image.new("L", (self.size * factor,) * 2)
         draw = ImageDraw.Draw(canvas)
-        shift_x, shift_y = self.shot.shift
-        cos, sin = math.cos(self.shot.angle) * self.shot.scale, math.sin(self.shot.angle) * self.shot.scale
+        cos = math.cos(shot.angle) * shot.scale
+        sin = math.sin(shot.angle) * shot.scale
         # the brightest come last, on top of the others
         for stroke in sorted(strokes, key=lambda stroke: stroke.brightness):
             pixels = []
             for x, y in stroke.points:
-                pixels.append(((cos * x - sin * y + shift_x + 1) * half, (sin * x + cos * y + shift_y + 1) * half))
+                across = cos * x - sin * y + shot.shift[0]
+                down = sin * x + cos * y + shot.shift[1]
+                pixels.append(((across + 1) * half, (down + 1) * half))
+            grey = min(255, round(255 * stroke.brightness))
             width = round(max(stroke.width * half, least * factor))
-            draw.line(pixels, fill=min(255, round(255 * stroke.brightness)), width=width, joint="curve")
+            draw.line(pixels, fill=grey, width=width, joint="curve")
         canvas = canvas.reduce(factor).filter(ImageFilter.GaussianBlur(blur * self.size / 2))
         return np.asarray(canvas, dtype=float32) / 255
 
 
-def frontal(body: Anatomy, present: dict[str, Finding], shot: Acquisition, size: int) -> np.ndarray:
-    """The attenuation of a frontal view, without noise and film curve."""
+def frontal(body: Anatomy, present: dict[str, Finding], shot: Acquisition, size: int):
+    """The attenuation of a frontal view, float32 [size, size], without noise and film curve."""
     sheet = Sheet(size, shot)
     x, y, a, edge = sheet.x, sheet.y, sheet.a, sheet.edge
     collapse, water, fluid, air_outside = (
@@ -156,8 +161,10 @@ def frontal(body: Anatomy, present: dict[str, Finding], shot: Acquisition, size:
     # the rib cage: from its apices down, |x| of its wall and of the lungs' inner border
     top, centre = -0.76, 0.31  # y and |x| of the apices
     t = unit((y - top) / 1.54)  # 0 at the apices, 1 at the base
-    outer = centre + (body.chest - centre) * (1 - (1 - t) ** 2.6) ** 0.45
-    inner = centre - (centre - 0.06) * sqrt(1 - (1 - unit(t * 5)) ** 2)
+    wider = (1 - (1 - t) ** 2.6) ** 0.45
+    outer = centre + (body.chest - centre) * wider
+    nearer = sqrt(1 - (1 - unit(t * 5)) ** 2)
+    inner = centre - (centre - 0.06) * nearer
     u = clip(a / outer, 0, 1.2)  # 0 in the midline, 1 at the wall
     cage = step(outer - a, edge) * step(y - top, edge)
 
@@ -171,12 +178,15 @@ def frontal(body: Anatomy, present: dict[str, Finding], shot: Acquisition, size:
 
     # soft tissue: neck, shoulders and trunk, more of it in the middle and under the diaphragm
     slope = clip((a - 0.22) / 0.78, 0, 1.2)
-    shoulder = np.where(a < 0.22, -1.2, -1.07 + 0.17 * sqrt(slope) + 0.26 * slope**2.2)
+    shoulder = -1.07 + 0.17 * sqrt(slope) + 0.26 * slope**2.2
+    shoulder = np.where(a < 0.22, -1.2, shoulder)
     flank = body.body + 0.5 * step(-0.25 - y, 0.5)
     trunk = step(flank - a, 0.05) * step(y - shoulder, 0.09)
-    depth = sqrt(unit(1 - (a / (body.body + 0.08)) ** 2)) * step(y + 0.95, 0.4)
-    belly = step(y - floor, edge) * cage * (0.10 + 0.16 * unit((y - floor) / 0.3))
-    film = trunk * (0.40 + 0.20 * depth + np.maximum(belly, 0.26 * step(y - 0.85, 0.3)))
+    round_trunk = sqrt(unit(1 - (a / (body.body + 0.08)) ** 2))
+    depth = round_trunk * step(y + 0.95, 0.4)
+    deeper = 0.10 + 0.16 * unit((y - floor) / 0.3)
+    belly = np.maximum(step(y - floor, edge) * cage * deeper, 0.26 * step(y - 0.85, 0.3))
+    film = trunk * (0.40 + 0.20 * depth + belly)
     if body.sex == "woman":
         breast = step(0.33 - hypot(a - 0.45, (y - 0.18) * 1.05), 0.04)
         film += 0.07 * trunk * breast * unit(0.5 + (y - 0.05) * 1.5)
@@ -187,7 +197,8 @@ def frontal(body: Anatomy, present: dict[str, Finding], shot: Acquisition, size:
     solid = step(inside, edge * 2.2)
     lung *= 1 - 0.45 * solid
     air = lung * (1 - solid * clip(0.35 + 1.6 * inside, 0.35, 0.8))
-    film += 0.05 * solid * trunk - air * (0.24 + 0.08 * unit((1 - u) * 4))
+    darkness = 0.24 + 0.08 * unit((1 - u) * 4)
+    film += 0.05 * solid * trunk - air * darkness
 
     # pneumothorax: the lung falls from the wall, most at the apex. Its edge is a line without vessels beyond it
     free = 0.0
@@ -201,43 +212,54 @@ def frontal(body: Anatomy, present: dict[str, Finding], shot: Acquisition, size:
         pleura = affected * 0.11 * bump(within, max(0.012, 1.6 / size))
         film += pleura + 0.2 * gap * (affected - free) - 0.06 * free
 
-    film += _bones(sheet, body, shot.view, u=u, m=m, outer=outer, cage=cage, trunk=trunk)
+    chest = {"u": u, "m": m, "outer": outer, "cage": cage, "trunk": trunk}
+    film += _bones(sheet, body, **chest)
 
     # trachea, the two main bronchi, gas in the stomach
-    film -= 0.17 * trunk * step(0.036 - abs(m + 0.012), 0.03) * step(-0.20 - y, 0.05)
+    trachea = step(0.036 - abs(m + 0.012), 0.03)
+    film -= 0.17 * trunk * trachea * step(-0.20 - y, 0.05)
     carina = (-0.012, -0.22)
-    bronchi = [Stroke([carina, (-0.13, -0.08)], 0.05), Stroke([carina, (0.14, -0.06)], 0.045)]
+    bronchi = [Stroke([carina, (-0.13, -0.08)], 0.05)]
+    bronchi += [Stroke([carina, (0.14, -0.06)], 0.045)]
     film -= 0.08 * sheet.strokes(bronchi, blur=0.015)
-    gas = 1 - ((x - 0.42) / 0.17) ** 2 - ((y - dome - 0.12 - raised) / 0.065) ** 2
-    film -= 0.22 * body.bubble * step(gas, 0.4) * (x > 0) * step(y - floor - 0.02, 0.03)
+    dx, dy = (x - 0.42) / 0.17, (y - dome - 0.12 - raised) / 0.065
+    bubble = step(1 - dx**2 - dy**2, 0.4) * (x > 0)
+    film -= 0.22 * body.bubble * bubble * step(y - floor - 0.02, 0.03)
 
     # vessels, which edema widens and blurs; hila; the lungs' texture
     aerated = lung * (1 - free)
     wet = float(np.max(water))
-    vessels = [Stroke(points, width * (1 + 0.3 * wet), value) for points, width, value in body.vessels]
+    wider = 1 + 0.3 * wet
+    vessels = [vessel._replace(width=vessel.width * wider) for vessel in body.vessels]
     tree = sheet.strokes(vessels, blur=0.004 + 0.008 * wet)
     film += (0.13 + 0.03 * wet) * tree * aerated * (1 - 0.7 * solid)
-    film += 0.09 * bump(hypot((a - 0.17) * 1.1, y + 0.02 + 0.05 * (x > 0)), 0.085) * (1 - free)
-    texture = sum(height * np.sin(fx * x + fy * y + phase) for fx, fy, phase, height in body.waves)
+    hila = hypot((a - 0.17) * 1.1, y + 0.02 + 0.05 * (x > 0))
+    film += 0.09 * bump(hila, 0.085) * (1 - free)
+    texture = 0
+    for fx, fy, phase, height in body.waves:
+        texture = texture + height * np.sin(fx * x + fy * y + phase)
     film += 0.008 * texture * (0.5 + aerated)
 
     # findings that take the place of air
     if wet:
-        wings = bump(hypot(a - 0.22, (y - 0.05) / 1.25), 0.30 + 0.25 * wet)  # of a bat, around the hila
-        film += aerated * (0.02 + 0.02 * wet + (0.08 + 0.22 * wet) * wings) * (1 + 0.07 * texture)
+        # wings like a bat's around the hila, and septal lines
+        wings = bump(hypot(a - 0.22, (y - 0.05) / 1.25), 0.30 + 0.25 * wet)
+        haze = 0.02 + 0.02 * wet + (0.08 + 0.22 * wet) * wings
+        film += aerated * haze * (1 + 0.07 * texture)
         film += 0.13 * aerated * sheet.strokes(_septal_lines(body.chest, wet), blur=0.003)
     if "consolidation" in present:
         film += aerated * _consolidation(sheet, present["consolidation"], body.chest, texture)
     if "atelectasis" in present:
-        film += aerated * (_plates(a, y - dome, collapse) + 0.26 * collapse * bump(y - floor, 0.20))
+        base = 0.26 * collapse * bump(y - floor, 0.20)
+        film += aerated * (_plates(a, y - dome, collapse) + base)
     if "nodule" in present:
         spot_x, spot_y = _zone(present["nodule"], 0.58 * body.chest)
         radius = 0.030 + 0.12 * present["nodule"].severity
         film += 0.27 * step(1 - hypot(x - spot_x, y - spot_y) / radius, 0.35)
     if "pleural effusion" in present:
         # the fluid's surface is a meniscus, highest at the wall
-        rise = (0.18 + 0.90 * fluid) * (0.36 + 0.64 * np.minimum(u, 1) ** 3)
-        surface = 0.74 + shot.breath - rise
+        meniscus = 0.36 + 0.64 * np.minimum(u, 1) ** 3
+        surface = 0.74 + shot.breath - (0.18 + 0.90 * fluid) * meniscus
         film += 0.42 * lung * (fluid > 0) * step(y - surface, 0.05 + 0.04 * fluid)
 
     return film + _devices(sheet, present, body.chest)
@@ -247,9 +269,10 @@ def _severity(present: dict[str, Finding], name: str, is_left: np.ndarray):
     """The severity of a finding in each pixel, by the patient's side; 0 where it is absent."""
     if name not in present:
         return float32(0)
-    finding = present[name]
-    left, right = (finding.severity * (finding.side in (side, "bilateral")) for side in ("left", "right"))
-    return np.where(is_left, float32(left), float32(right))
+    side, _, severity = present[name]
+    left = float32(0 if side == "right" else severity)
+    right = float32(0 if side == "left" else severity)
+    return np.where(is_left, left, right)
 
 
 def _mediastinum(sheet, m, body, present):
@@ -258,7 +281,8 @@ def _mediastinum(sheet, m, body, present):
 
     # a band around the spine; on the left the aortic arch and the pulmonary trunk bulge, at the top the neck
     neck = 0.03 * bump(y + 0.8, 0.2)
-    left = 0.125 + 0.075 * body.knob * bump(y + 0.38, 0.10) + 0.045 * bump(y + 0.13, 0.11) + neck
+    arch = 0.075 * body.knob * bump(y + 0.38, 0.10)
+    left = 0.125 + arch + 0.045 * bump(y + 0.13, 0.11) + neck
     right = 0.115 + 0.025 * bump(y + 0.3, 0.2) + neck
     band = np.where(m > 0, left, right) - abs(m)
 
@@ -271,49 +295,53 @@ def _mediastinum(sheet, m, body, present):
     # two ellipses: the ventricles along the heart's axis, the right atrium upright
     along, across = dx * 0.86 + dy * 0.51, dy * 0.86 - dx * 0.51
     ventricles = hypot(along / (0.345 * scale), across / (0.26 * scale))
-    atrium = hypot((x + 0.025 * scale) / (0.175 * scale), (dy + 0.03) / (0.23 * scale))
+    from_midline = x + 0.025 * scale
+    atrium = hypot(from_midline / (0.175 * scale), (dy + 0.03) / (0.23 * scale))
     heart = 0.25 * scale * (1 - np.minimum(ventricles, atrium))
     return np.logaddexp(22 * band, 22 * heart) / 22 - 0.008
 
 
-def _bones(sheet, body, view, *, u, m, outer, cage, trunk):
+def _bones(sheet, body, *, u, m, outer, cage, trunk):
     """Ribs, spine, clavicles, shoulder blades and the heads of the upper arms."""
     y, a, edge = sheet.y, sheet.a, sheet.edge
-    is_ap = view == "AP"
-
+    is_ap = sheet.shot.view == "AP"
     # ribs: those behind fall to the side, those in front climb; and the wall, which the rays meet edge on
     fall = body.slope * (u**2.4 - 0.55 * u * (1 - u))
     behind = _ribs((y - fall + 0.72) / body.pitch, body.pitch, 10.5, edge)
     climb = 0.34 * unit(1 - u) ** 1.1
-    front = _ribs((y - climb + 0.56) / (body.pitch * 1.12), body.pitch, 7, edge)
-    film = cage * (behind * (0.55 + 0.45 * u) + 0.40 * front * step(u - 0.55, 0.3))
-    film += 0.10 * trunk * bump(a - outer, 0.022) * step(y + 0.76, 0.1) * step(0.95 - y, 0.2)
-
+    phase = (y - climb + 0.56) / (body.pitch * 1.12)
+    front = _ribs(phase, body.pitch, 7, edge) * 0.40
+    film = cage * (behind * (0.55 + 0.45 * u) + front * step(u - 0.55, 0.3))
+    wall = 0.10 * trunk * bump(a - outer, 0.022)
+    film += wall * step(y + 0.76, 0.1) * step(0.95 - y, 0.2)
     # the spine: vertebrae with discs between them, and their pedicles
     disc = (y / 0.125) % 1
-    vertebrae = step(0.085 + 0.01 * y - abs(m), edge) * (0.10 - 0.05 * bump(disc - 0.5, 0.16))
+    vertebrae = step(0.085 + 0.01 * y - abs(m), edge)
+    vertebrae *= 0.10 - 0.05 * bump(disc - 0.5, 0.16)
     film += vertebrae * (1 - 0.6 * step(y - 0.5, 0.3))
     film += 0.06 * bump(abs(m) - 0.062, 0.016) * bump(disc - 0.05, 0.22)
-
     # clavicles: an S from the breastbone to the shoulder
     along = unit((a - 0.1) / 0.7)
     wave = (0.02 if is_ap else 0.05) * np.sin(along * 2 * np.pi)
     collar = y - body.clavicle - 0.05 + 0.16 * along - wave  # distance from the bone's axis
-    clavicle = step(0.030 - abs(collar), edge) * step(a - 0.09, 0.03) * step(0.92 - a, 0.03)
+    clavicle = step(0.030 - abs(collar), edge)
+    clavicle *= step(a - 0.09, 0.03)
+    clavicle *= step(0.92 - a, 0.03)
     film += clavicle * (0.11 + 0.08 * bump(abs(collar) - 0.024, 0.012))
-
     # shoulder blades, which an AP view does not turn out of the lungs; heads of the upper arms
     blade = a - (0.78 if is_ap else 0.86) + 0.10 * (y + 0.45)
     scapula = 0.06 * step(blade, 0.03) + 0.05 * bump(blade - 0.02, 0.02)
     film += trunk * scapula * step(0.05 - y, 0.1) * step(collar, 0.1)
     arm = hypot(a - 1.05, y + 0.50)
-    return film + trunk * (0.05 * step(0.14 - arm, 0.04) + 0.05 * bump(arm - 0.13, 0.02))
+    humerus = 0.05 * step(0.14 - arm, 0.04) + 0.05 * bump(arm - 0.13, 0.02)
+    return film + trunk * humerus
 
 
 def _ribs(phase, pitch, count, edge):
     """Bands where the phase is a whole number below `count`, brighter at their borders, as cortex is."""
     distance = abs((phase + 0.5) % 1 - 0.5) * pitch
-    band = step(0.033 - distance, edge * 0.8) * (0.062 + 0.042 * bump(distance - 0.027, 0.012))
+    cortex = 0.062 + 0.042 * bump(distance - 0.027, 0.012)
+    band = step(0.033 - distance, edge * 0.8) * cortex
     return band * ((phase > -0.5) & (phase < count))
 
 
@@ -351,7 +379,8 @@ def _plates(a, height, severity):
     for row in range(3):
         along = (a - 0.44 - 0.03 * row) / (0.17 + 0.10 * severity)
         band = bump(height + 0.05 + 0.10 * row - 0.03 * along, 0.021 + 0.015 * severity)
-        film = film + band * step(1 - abs(along), 0.6) * unit(6 * severity - 1.7 * row)
+        plate = band * step(1 - abs(along), 0.6)
+        film = film + plate * unit(6 * severity - 1.7 * row)
     return film * (0.24 + 0.04 * severity)
 
 
@@ -375,20 +404,22 @@ def _devices(sheet, present, chest):
     if "central line" in present:
         # down a jugular vein to the right atrium; from the left it crosses the midline
         side = _sign(present["central line"])
-        path = [(side * 0.19, -0.98), (side * 0.17, -0.80), (side * 0.13, -0.60)]
+        path = [(side * x, y) for x, y in ((0.19, -0.98), (0.17, -0.80), (0.13, -0.60))]
         if side > 0:
             path += [(0.06, -0.50), (-0.06, -0.42)]
         path += [(-0.105, -0.30), (-0.11, -0.02)]
-        film = film + 0.27 * sheet.strokes([Stroke(_rounded(path), 0.016)], least=1.1)
+        catheter = Stroke(_rounded(path), 0.016)
+        film = film + 0.27 * sheet.strokes([catheter], least=1.1)
     if "pacemaker" in present:
         # a box below the clavicle, and a lead through the right atrium to the apex of the right ventricle
         side = _sign(present["pacemaker"])
         x, y = side * 0.72 * chest, -0.50
-        box = ((sheet.x - x) / 0.115) ** 4 + ((sheet.y - y) / 0.095) ** 4
-        lead = [(x - side * 0.08, y - 0.07), (side * 0.25, -0.62), (-0.02, -0.50), (-0.11, -0.30)]
-        lead += [(-0.11, 0.10), (0.05, 0.34), (0.25, 0.42)]
+        dx, dy = (sheet.x - x) / 0.115, (sheet.y - y) / 0.095
+        lead = [(x - side * 0.08, y - 0.07), (side * 0.25, -0.62)]
+        lead += [(-0.02, -0.50), (-0.11, -0.30), (-0.11, 0.10)]
+        lead += [(0.05, 0.34), (0.25, 0.42)]
         wire = sheet.strokes([Stroke(_rounded(lead), 0.014)], least=1.1)
-        film = film + 0.75 * step(1 - box, 0.3) + 0.42 * wire
+        film = film + 0.75 * step(1 - (dx**4 + dy**4), 0.3) + 0.42 * wire
     return film
 
 
@@ -403,8 +434,8 @@ def _rounded(points):
     return points.tolist()
 
 
-def lateral(body: Anatomy, present: dict[str, Finding], shot: Acquisition, size: int) -> np.ndarray:
-    """The attenuation of a lateral view; the patient faces the image's left."""
+def lateral(body: Anatomy, present: dict[str, Finding], shot: Acquisition, size: int):
+    """The attenuation of a lateral view, float32 [size, size]; the patient faces the image's left."""
     sheet = Sheet(size, shot)
     x, y, edge = sheet.x, sheet.y, sheet.edge
     severity = lambda name: present[name].severity if name in present else 0.0
@@ -412,19 +443,26 @@ def lateral(body: Anatomy, present: dict[str, Finding], shot: Acquisition, size:
     # lungs between breastbone and spine, over the diaphragm; soft tissue around them
     bow = sqrt(unit(1 - ((y - 0.22) / 1.06) ** 2))
     front, back = -0.20 - 0.42 * bow - 0.10 * y, 0.22 + 0.50 * bow
-    floor = 0.30 + shot.breath + 0.5 * (x + 0.25) ** 2 + 0.25 * unit(x) ** 3
-    lung = step(x - front, edge * 2) * step(back - x, edge * 2) * step(floor - y, edge)
+    dome = 0.30 + shot.breath + 0.5 * (x + 0.25) ** 2
+    floor = dome + 0.25 * unit(x) ** 3
+    lung = step(x - front, edge * 2) * step(back - x, edge * 2)
+    lung *= step(floor - y, edge)
     lung *= step(y + 0.70 + 0.3 * x, 0.12)
-    trunk = step(x - front + 0.14 + 0.08 * y, 0.06) * step(back + 0.16 - x, 0.06)
-    film = trunk * (0.52 + 0.10 * bow + 0.14 * step(y - floor, 0.08) + 0.10 * step(-0.62 - y, 0.3))
+    skin = x - front + 0.14 + 0.08 * y
+    trunk = step(skin, 0.06) * step(back + 0.16 - x, 0.06)
+    depth = 0.52 + 0.10 * bow + 0.14 * step(y - floor, 0.08)
+    film = trunk * (depth + 0.10 * step(-0.62 - y, 0.3))
 
     # what takes the place of air: heart, hila, findings
     scale = body.heart * (1 + 0.45 * severity("cardiomegaly"))
-    fill = 0.60 * step(1 - hypot((x + 0.27) / (0.35 * scale), (y - 0.18) / (0.34 * scale)), 0.25)
-    fill += 0.25 * bump(hypot(x - 0.02, y + 0.08), 0.15) + 0.5 * severity("edema") * bump(hypot(x, y), 0.5)
+    heart = hypot((x + 0.27) / (0.35 * scale), (y - 0.18) / (0.34 * scale))
+    fill = 0.60 * step(1 - heart, 0.25)
+    water = 0.5 * severity("edema") * bump(hypot(x, y), 0.5)
+    fill += 0.25 * bump(hypot(x - 0.02, y + 0.08), 0.15) + water
     if "pleural effusion" in present:
-        rise = 0.4 + 0.6 * unit((x + 0.2) / 0.8) ** 2
-        fill += 0.9 * step(y - 0.80 - shot.breath + 0.9 * severity("pleural effusion") * rise, 0.08)
+        meniscus = 0.4 + 0.6 * unit((x + 0.2) / 0.8) ** 2
+        rise = 0.9 * severity("pleural effusion") * meniscus
+        fill += 0.9 * step(y - 0.80 - shot.breath + rise, 0.08)
     for name, radius in (("consolidation", 0.32), ("nodule", 0.09)):
         if name in present:
             _, height = _zone(present[name], 0)
@@ -433,24 +471,28 @@ def lateral(body: Anatomy, present: dict[str, Finding], shot: Acquisition, size:
 
     # spine, breastbone, ribs, trachea
     disc = ((y + 0.3 * x) / 0.14) % 1
-    film += trunk * step(0.085 - abs(x - back + 0.17), edge) * (0.13 - 0.07 * bump(disc - 0.5, 0.15))
-    film += 0.10 * trunk * bump(x - front + 0.02, 0.025) * step(0.35 - y, 0.1)
-    phase = (y - 0.45 * (x - 0.1) ** 2 + 0.3 * x + 0.7) / body.pitch
-    film += 0.5 * lung * _ribs(phase, body.pitch, 10, edge)
-    trachea = step(0.04 - abs(x - 0.03 - 0.12 * (y + 0.5)), 0.04) * step(-0.12 - y, 0.06)
+    spine = trunk * step(0.085 - abs(x - back + 0.17), edge)
+    film += spine * (0.13 - 0.07 * bump(disc - 0.5, 0.15))
+    breastbone = 0.10 * trunk * bump(x - front + 0.02, 0.025)
+    film += breastbone * step(0.35 - y, 0.1)
+    height = y - 0.45 * (x - 0.1) ** 2 + 0.3 * x + 0.7
+    film += 0.5 * lung * _ribs(height / body.pitch, body.pitch, 10, edge)
+    axis = x - 0.03 - 0.12 * (y + 0.5)
+    trachea = step(0.04 - abs(axis), 0.04) * step(-0.12 - y, 0.06)
     return film - 0.12 * trunk * trachea
 
 
-def expose(film: np.ndarray, shot: Acquisition, rng: np.random.Generator) -> np.ndarray:
+def expose(film: np.ndarray, shot: Acquisition, rng: np.random.Generator):
     """Attenuation -> grey values, uint8 [size, size]."""
     size = len(film)
     # quantum noise in each pixel, and grain that is coarser
     film = film + rng.standard_normal(film.shape, dtype=float32) * float32(shot.noise)
-    coarse = Image.fromarray(rng.standard_normal((12, 12), dtype=float32)).resize((size, size), Image.BICUBIC)
-    film += 0.6 * shot.noise * np.asarray(coarse)
+    grain = Image.fromarray(rng.standard_normal((12, 12), dtype=float32))
+    film += 0.6 * shot.noise * np.asarray(grain.resize(film.shape, Image.BICUBIC))
     # the film curve: a sigmoid, cut a little at both ends
-    curve = 1 / (1 + np.exp(-6.2 * shot.contrast * (film - 0.50 + shot.exposure)))
-    image = Image.fromarray((unit(curve * 1.06 - 0.035) * 255 + 0.5).astype(np.uint8))
+    logit = 6.2 * shot.contrast * (film - 0.50 + shot.exposure)
+    grey = unit(1 / (1 + np.exp(-logit)) * 1.06 - 0.035)
+    image = Image.fromarray((grey * 255 + 0.5).astype(np.uint8))
     # the side marker
     letter, x = ("R", 0.05) if shot.marker < 0 else ("L", 0.95)
     font = ImageFont.load_default(0.07 * size)
