@@ -17,8 +17,8 @@ from phantom.reports import image_questions, pair_questions, report
 from plumbing.cli import parallel
 from plumbing.files import atomic, atomic_folder
 
-METADATA = ("dicom_id", "subject_id", "study_id", "PerformedProcedureStepDescription", "ViewPosition", "Rows", "Columns",
-            "StudyDate", "StudyTime", "ProcedureCodeSequence_CodeMeaning", "ViewCodeSequence_CodeMeaning",
+METADATA = ("dicom_id", "subject_id", "study_id", "PerformedProcedureStepDescription", "ViewPosition", "Rows",
+            "Columns", "StudyDate", "StudyTime", "ProcedureCodeSequence_CodeMeaning", "ViewCodeSequence_CodeMeaning",
             "PatientOrientationCodeSequence_CodeMeaning")  # fmt: skip
 SPLIT = ("dicom_id", "study_id", "subject_id", "split")
 PAIRS = ("study_id", "subject_id", "ref_id", "question_type", "question", "answer", "split")

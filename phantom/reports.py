@@ -71,10 +71,10 @@ def _findings(state: State, pick) -> list[str]:
 def _impression(state: State, pick) -> list[str]:
     """A line for each finding, numbered if there are several."""
     named = state.present | state.gone
-    templates = {
-        name: VOCABULARY["impressions"][state.changes.get(name, "present")] for name in FINDINGS if name in named
-    }
-    lines = [_fill(template, name, named[name]) for name, template in templates.items()]
+    templates, lines = VOCABULARY["impressions"], []
+    for name in FINDINGS:
+        if name in named:
+            lines.append(_fill(templates[state.changes.get(name, "present")], name, named[name]))
     if len(lines) > 1:
         return [f"{number}. {line}" for number, line in enumerate(lines, 1)]
     return lines or [pick(VOCABULARY["no finding"])]
@@ -117,9 +117,10 @@ def read_report(text: str) -> dict[str, dict]:
     change to all names.
     """
     names, changes = [*FINDINGS, *DEVICES], VOCABULARY["changes"]
-    levels = {word: i for kind in ("sizes", "degrees") for i, word in enumerate(VOCABULARY[kind])}
+    levels = {"small": 0, "mild": 0, "moderate": 1, "large": 2, "severe": 2}
     result = {}
-    for clause in re.split(r"[.;](?!\d)|\bbut\b", " ".join(text.lower().split())):
+    text = " ".join(text.lower().split())
+    for clause in re.split(r"[.;](?!\d)|\bbut\b", text):
         words = re.findall(rf"{'|'.join(names)}|[a-z]+", clause)
         change = next((changes[word] for word in words if word in changes), None)
         side = level = None
@@ -149,8 +150,8 @@ def pair_questions(state: State) -> list[tuple[str, str, str]]:
         ("abnormality", "what abnormalities are seen in the image?", ", ".join(findings) or "no abnormality"),
         ("view", "from which view was the image taken?", f"{state.view} view"),
     ]
-    # one finding that is present, if there is any, and a random one
-    asked = {*list(findings)[:1], list(FINDINGS)[rng.integers(len(FINDINGS))]}
+    # ask about a random finding, and about one that is present
+    asked = [*FINDINGS][rng.integers(len(FINDINGS))], *[*findings][:1]
     for name in FINDINGS:
         if name in asked:
             answer = "yes" if name in findings else "no"

@@ -13,10 +13,9 @@ def states():
 
 
 def test_no_two_patients_studies_or_images_share_an_id(states):
-    studies = [state.study_id for state in states]
     images = [image_id for state in states for image_id in state.images.values()]
-    assert len(set(studies)) == len(studies)
     assert len(set(images)) == len(images)
+    assert len({state.study_id for state in states}) == len(states)
     assert len({state.subject_id for state in states}) == 1500
 
 

@@ -15,11 +15,9 @@ from phantom import hospital
 from phantom.history import DEVICES, FINDINGS, history, picture
 
 PATIENTS = 60
-PUBLISHED_COLUMNS = [
-    "dicom_id", "subject_id", "study_id", "PerformedProcedureStepDescription", "ViewPosition", "Rows", "Columns",
-    "StudyDate", "StudyTime", "ProcedureCodeSequence_CodeMeaning", "ViewCodeSequence_CodeMeaning",
-    "PatientOrientationCodeSequence_CodeMeaning",
-]  # fmt: skip
+PUBLISHED = ["dicom_id", "subject_id", "study_id", "PerformedProcedureStepDescription", "ViewPosition", "Rows",
+             "Columns", "StudyDate", "StudyTime", "ProcedureCodeSequence_CodeMeaning", "ViewCodeSequence_CodeMeaning",
+             "PatientOrientationCodeSequence_CodeMeaning"]  # fmt: skip
 FORMS = {"dicom_id": r"[0-9a-f]{8}(-[0-9a-f]{8}){4}", "subject_id": r"1\d{7}", "study_id": r"5\d{7}", "Rows": "48",
          "Columns": "48", "StudyDate": r"\d{8}", "StudyTime": r"\d{6}\.\d{3}"}  # fmt: skip
 
@@ -58,13 +56,8 @@ def test_a_rerun_completes_an_interrupted_hospital_to_the_same_bytes(tmp_path, r
     assert seen[-1] == (PATIENTS, PATIENTS)
 
 
-MISTAKES = [
-    ("new", {"patients": 0}, "patients"),
-    ("new", {"size": 8}, "size"),
-    ("new", {"seed": -1}, "seed"),
-    ("begun", {"seed": 4}, "phantom.json"),
-    ("other", {}, "other"),
-]
+MISTAKES = [("new", {"patients": 0}, "patients"), ("new", {"size": 8}, "size"), ("new", {"seed": -1}, "seed"),
+            ("begun", {"seed": 4}, "phantom.json"), ("other", {}, "other")]  # fmt: skip
 
 
 @pytest.mark.parametrize("folder, arguments, culprit", MISTAKES)
@@ -80,7 +73,7 @@ def test_a_mistake_is_named_and_changes_nothing(tmp_path, folder, arguments, cul
 
 def test_the_tables_have_the_published_columns_and_forms(root):
     metadata, split = (table(root / f"mimic-cxr-2.0.0-{name}.csv.gz") for name in ("metadata", "split"))
-    assert list(metadata[0]) == PUBLISHED_COLUMNS
+    assert list(metadata[0]) == PUBLISHED
     assert list(split[0]) == ["dicom_id", "study_id", "subject_id", "split"]
     assert [row["dicom_id"] for row in metadata] == [row["dicom_id"] for row in split]
     assert all(re.fullmatch(form, row[column]) for row in metadata for column, form in FORMS.items())

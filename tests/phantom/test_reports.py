@@ -45,8 +45,7 @@ def test_a_report_has_the_published_form_and_sections(reports):
 
 def test_one_sentence_tells_each_finding_with_its_side_and_one_keyword_of_its_change(reports):
     for state, parts in reports:
-        named = state.present | state.gone
-        sentences = parts["findings"].lower().split(".")
+        named, sentences = state.present | state.gone, parts["findings"].lower().split(".")
         for name in FINDINGS | DEVICES:
             about = [sentence for sentence in sentences if name in sentence and not re.search(r"\bno\b", sentence)]
             assert len(about) == (name in named), (name, sentences)
