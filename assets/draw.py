@@ -1,10 +1,8 @@
 """Draws the README's pictures of the phantom model.
 
-    python assets/draw.py demo PATIENT STUDY                          writes assets/current.png and assets/prior.png
-    python assets/draw.py reports runs/phantom_priors runs/hospital   writes assets/reports.png
-    python assets/draw.py curves runs                                 writes assets/phantom_loss.svg
-
-`reports` takes the first three answers of `eval.py prior` in whose studies a severity has changed, right or wrong.
+python assets/draw.py demo PATIENT STUDY                          writes assets/current.png and assets/prior.png
+python assets/draw.py reports runs/phantom_priors runs/hospital   writes assets/reports.png
+python assets/draw.py curves runs                                 writes assets/phantom_loss.svg
 """
 
 import json
@@ -24,20 +22,19 @@ from plumbing.log import curves  # noqa: E402
 def demo(patient: str, number: str):
     """One study of the README's hospital, which no training has seen, and the study before it."""
     state = history(0, int(patient))[int(number)]
-    assert state.split == "test" and state.prior
-    Image.fromarray(picture(state, state.view, 320)).save(HERE / "current.png", optimize=True)
-    Image.fromarray(picture(state.prior, state.prior.view, 320)).save(HERE / "prior.png", optimize=True)
+    assert state.split == "test"
+    for name, study in (("current", state), ("prior", state.prior)):
+        Image.fromarray(picture(study, study.view, 320)).save(HERE / f"{name}.png", optimize=True)
 
 
 def reports(priors: str, hospital: str):
-    """Three studies: prior and current image beside the model's report, the true one, and that of swapped images."""
-    priors, hospital = Path(priors), Path(hospital)
-    swapped = {line["question_id"]: line["text"] for line in _lines(priors / "reversed.jsonl")}
-    questions = {line["question_id"]: line for line in _lines(hospital / "data" / "findings_test_questions.jsonl")}
-    changes = {line["dicom_id"]: set(line["changes"].values()) for line in _lines(hospital / "truth.jsonl")}
-    answers = [line for line in _lines(priors / "true.jsonl") if changes[line["question_id"]] & {"worse", "improved"}]
+    """The first three studies of `eval.py prior` in which a severity has changed, whether the model is right or not."""
+    swapped = {line["question_id"]: line["text"] for line in _lines(priors, "reversed.jsonl")}
+    questions = {line["question_id"]: line for line in _lines(hospital, "data/findings_test_questions.jsonl")}
+    changes = {line["dicom_id"]: set(line["changes"].values()) for line in _lines(hospital, "truth.jsonl")}
+    answers = [line for line in _lines(priors, "true.jsonl") if changes[line["question_id"]] & {"worse", "improved"}]
 
-    # a row has two images, each of `side` pixels, and the texts
+    # a row: prior and current image, `side` pixels wide, then the model's report, the true one, and the swapped one
     side, gap, width, line = 280, 24, 620, 20
     height, font, small = side + gap + line, ImageFont.load_default(15), ImageFont.load_default(13)
     sheet = Image.new("RGB", (4 * gap + 2 * side + width, 3 * height + gap), PAPER)
@@ -46,7 +43,7 @@ def reports(priors: str, hospital: str):
         question = questions[answer["question_id"]]
         x, y = gap, gap + row * height + line
         for name, path in zip(("prior", "current"), reversed(question["image"]), strict=True):
-            image = Image.open(hospital / path).convert("RGB")
+            image = Image.open(Path(hospital, path)).convert("RGB")
             pen.text((x, y - line), name, FAINT, small)
             sheet.paste(image.resize((side, side), Image.BICUBIC), (x, y))
             x += side + gap
@@ -59,16 +56,16 @@ def reports(priors: str, hospital: str):
 
 
 def losses(runs: str):
-    stages = {"0: everything": "phantom_pretrain", "1: TAC alone": "phantom_align", "2: LoRA and TAC": "phantom_lora"}
-    points = {}
+    points, stages = {}, {"0: everything": "phantom_pretrain", "1: TAC alone": "phantom_align"}
+    stages["2: LoRA and TAC"] = "phantom_lora"
     for name, folder in stages.items():
-        log = _lines(Path(runs) / folder / "log.jsonl")
+        log = _lines(runs, folder, "log.jsonl")
         points[name] = [(line["step"], line["validation loss"]) for line in log if "validation loss" in line]
     (HERE / "phantom_loss.svg").write_text(curves("validation loss", "step of its stage", points))
 
 
-def _lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def _lines(*path: str) -> list[dict]:
+    return [json.loads(line) for line in Path(*path).read_text().splitlines()]
 
 
 if __name__ == "__main__":

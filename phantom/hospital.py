@@ -67,8 +67,10 @@ def _write_patient(out: Path, patient: int, *, seed: int, size: int, dicom: bool
     folder = out / "files" / _folder(states[0])
     if folder.exists():
         return
+    # the folder appears when it is complete, so an interrupted run never leaves half a patient
     with atomic_folder(folder) as partial_folder:
         for state in states:
+            # the report is beside the study's folder, the images are in it
             study = partial_folder / f"s{state.study_id}"
             study.mkdir()
             _write_text(study.with_suffix(".txt"), report(state))
@@ -88,6 +90,7 @@ def _dicom(pixels: np.ndarray, state: State, view: str) -> bytes:
         from pydicom.uid import DigitalXRayImageStorageForPresentation, ExplicitVRLittleEndian
     except ImportError:
         raise ValueError("DICOM output needs pydicom: pip install pydicom") from None
+    # 1) the header: "2.25." begins uids that are made from a random number of 128 bits
     uid = f"2.25.{int(state.images[view].replace('-', '')[:32], 16)}"
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID = DigitalXRayImageStorageForPresentation
@@ -95,10 +98,12 @@ def _dicom(pixels: np.ndarray, state: State, view: str) -> bytes:
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
     data = FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128)
     data.SOPClassUID, data.SOPInstanceUID = DigitalXRayImageStorageForPresentation, uid
+    # 2) whose image it is, and what of
     data.StudyInstanceUID, data.SeriesInstanceUID = f"2.25.{state.study_id}", f"2.25.{state.study_id}.1"
     data.PatientID, data.StudyID = str(state.subject_id), str(state.study_id)
     data.StudyDate, data.StudyTime = f"{state.date:%Y%m%d}", state.time
     data.Modality, data.ViewPosition = "DX", view
+    # 3) the pixels
     data.Rows, data.Columns = pixels.shape
     data.SamplesPerPixel, data.PhotometricInterpretation, data.PixelRepresentation = 1, "MONOCHROME2", 0
     data.BitsAllocated, data.BitsStored, data.HighBit = 8, 8, 7
@@ -113,7 +118,7 @@ def _write_tables(out: Path, patients: int, seed: int, size: int) -> dict[str, i
     metadata, split, pairs, truth = [METADATA], [SPLIT], [PAIRS], []
     images = {name: [] for name in SPLITS}  # the records about images
     for state in (state for patient in range(patients) for state in history(seed, patient)):
-        # the images
+        # 1) a row in both tables for each image
         examination, _ = VOCABULARY["examinations"][" ".join(state.images)]
         day = f"{state.date:%Y%m%d}"
         for view, image_id in state.images.items():
@@ -121,7 +126,7 @@ def _write_tables(out: Path, patients: int, seed: int, size: int) -> dict[str, i
             codes = (examination, VIEW_CODES[view], "Erect")
             metadata.append((*ids, examination, view, size, size, day, state.time, *codes))
             split.append((image_id, state.study_id, state.subject_id, state.split))
-        # the questions
+        # 2) the questions and their answers
         for row in pair_questions(state):
             ids = (state.study_id, state.subject_id, state.prior.study_id)
             pairs.append((*ids, *row, state.split.replace("validate", "val")))
@@ -132,6 +137,7 @@ def _write_tables(out: Path, patients: int, seed: int, size: int) -> dict[str, i
             images[state.split].append(json.dumps(ids | {"image_path": path.as_posix()} | question))
         truth.append(json.dumps(truth_of(state)) + "\n")
 
+    # 3) the files; the published question sets name the splits "val" and "valid"
     _write_csv(out / "mimic-cxr-2.0.0-metadata.csv.gz", metadata)
     _write_csv(out / "mimic-cxr-2.0.0-split.csv.gz", split)
     _write_csv(out / "mimic_pair_questions.csv", pairs)

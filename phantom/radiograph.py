@@ -278,7 +278,6 @@ def _severity(present: dict[str, Finding], name: str, is_left: np.ndarray):
 def _mediastinum(sheet, m, body, present):
     """Heart, great vessels and spine, joined smoothly: the distance from their border, positive inside."""
     x, y, shot = sheet.x, sheet.y, sheet.shot
-
     # a band around the spine; on the left the aortic arch and the pulmonary trunk bulge, at the top the neck
     neck = 0.03 * bump(y + 0.8, 0.2)
     arch = 0.075 * body.knob * bump(y + 0.38, 0.10)
@@ -348,8 +347,7 @@ def _ribs(phase, pitch, count, edge):
 def _zone(finding: Finding, distance: float) -> tuple[float, float]:
     """The centre of a finding's zone, at this distance from the midline."""
     zone = finding.place.split()[0]
-    y = {"upper": -0.42, "mid": -0.02, "lower": 0.26}[zone]
-    return _sign(finding) * distance, y
+    return _sign(finding) * distance, {"upper": -0.42, "mid": -0.02, "lower": 0.26}[zone]
 
 
 def _sign(finding: Finding) -> int:
@@ -362,7 +360,6 @@ def _consolidation(sheet, finding, chest, texture):
     x, y = _zone(finding, 0.56 * chest)
     radius = 0.10 + 0.28 * severity
     ragged = hypot(sheet.x - x, sheet.y - y) / radius + 0.07 * texture
-
     # a bronchus from the hilum forks into three near the cloud's centre
     fork = (x - side * 0.06, y)
     bronchi = [Stroke([(side * 0.2, -0.02), fork], 0.014)]

@@ -55,11 +55,13 @@ def _findings(state: State, pick) -> list[str]:
                 templates = VOCABULARY["sentences"][state.changes.get(name, "present")]
                 yield _fill(pick(templates), name, named[name])
 
+    # devices and lungs
     sentences = [*tell(*DEVICES, *LUNGS)]
     if not named.keys() & set(LUNGS):
         sentences.append(pick(VOCABULARY["clear lungs"]))
     elif "consolidation" not in named:
         sentences.append(pick(VOCABULARY["no consolidation"]))
+    # pleura: one sentence denies all that is absent
     sentences += tell(*PLEURA)
     absent = " or ".join(name for name in PLEURA if name not in named)
     if absent:
@@ -88,6 +90,7 @@ def _fill(template: str, name: str, finding: Finding) -> str:
     if is_plural:
         bare += "s"
     noun = f"{level_word(name, finding)} {bare}" if name in FINDINGS else bare
+    # articles: "a small effusion" and "a new small effusion", but "mild edema" and "new mild edema"
     article, new = "", "new "
     if not is_plural and name not in UNCOUNTABLE:
         article, new = ("an " if noun[0] in "aeiou" else "a "), "a new "
@@ -119,10 +122,12 @@ def read_report(text: str) -> dict[str, dict]:
     names, changes = [*FINDINGS, *DEVICES], VOCABULARY["changes"]
     levels = {"small": 0, "mild": 0, "moderate": 1, "large": 2, "severe": 2}
     result = {}
+    # a full stop before a digit is a decimal point
     text = " ".join(text.lower().split())
     for clause in re.split(r"[.;](?!\d)|\bbut\b", text):
         words = re.findall(rf"{'|'.join(names)}|[a-z]+", clause)
         change = next((changes[word] for word in words if word in changes), None)
+        # a side and a level wait for the name that they belong to
         side = level = None
         for word in words:
             if word in ("no", "without"):

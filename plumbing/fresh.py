@@ -55,8 +55,7 @@ def write_encoder(folder: Path, fields: dict, mean: float = 0.5, std: float = 0.
             name = re.sub(pattern, replacement, name)
         tensors[name] = parameter
 
-    # a square image is resized and never cropped
-    side = fields["image_size"]
+    side = fields["image_size"]  # a square image is resized and never cropped
     pixels = {
         "size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}, "do_center_crop": True,
         "image_mean": [mean] * 3, "image_std": [std] * 3, "resample": 3, "rescale_factor": 1 / 255,

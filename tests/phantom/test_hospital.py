@@ -47,7 +47,7 @@ def tree(folder):
 def test_a_rerun_completes_an_interrupted_hospital_to_the_same_bytes(tmp_path, root):
     out, seen = tmp_path / "interrupted", []
     hospital.write(out, 5, seed=3, size=48, workers=1)
-    complete, lost = next(out.glob("files/p*/p*")), sorted(out.glob("files/p*/p*"))[-1]
+    complete, *_, lost = sorted(out.glob("files/p*/p*"))
     before = complete.stat().st_mtime_ns
     lost.rename(lost.with_name(f".{lost.name}.partial"))  # this patient was being written
     hospital.write(out, PATIENTS, seed=3, size=48, workers=3, progress=lambda *count: seen.append(count))
@@ -104,6 +104,7 @@ def compare(before, after, gone):
     changes = {name: gone for name in before.keys() - after.keys()}
     changes |= {name: "new" for name in after.keys() - before.keys()}
     for name in before.keys() & after.keys():
+        assert before[name] | {"severity": 0} == after[name] | {"severity": 0}  # side and place stay
         difference = after[name].get("severity", 0) - before[name].get("severity", 0)
         changes[name] = ("unchanged", "worse", "improved")[int(np.sign(difference))]
     return changes
