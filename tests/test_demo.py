@@ -44,8 +44,7 @@ def reports(condition):
 
 def scores(condition, column):
     """Hits and chances in a column of the truth's scores."""
-    truths = [truth for truth, _, _ in held_out()]
-    return truth_scores.truth_statistics(reports(condition), truths)[column].sum(0)
+    return truth_scores.truth_statistics(reports(condition), [truth for truth, _, _ in held_out()])[column].sum(0)
 
 
 def test_the_model_is_small():
@@ -72,6 +71,6 @@ def test_change_is_read_from_the_prior():
     hits, without = (scores(condition, "direction of change")[0] for condition in ("true", "without"))
     assert hits > 1.5 * max(without, 1)
     truths = [truth for truth, _, _ in held_out()]
-    turned = map(truth_scores.severity_flips, reports("true"), reports("exchanged"), truths)
-    turned, changes = np.sum(list(turned), axis=0)
+    flips = map(truth_scores.severity_flips, reports("true"), reports("exchanged"), truths)
+    turned, changes = np.sum(list(flips), axis=0)
     assert turned > 0.4 * changes  # a model that ignores the prior turns none

@@ -1,7 +1,6 @@
 """Drawn radiographs: findings show and grow where they should; what differs from image to image hides the changes."""
 
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -10,44 +9,30 @@ from phantom.history import generator, history
 from phantom.radiograph import Acquisition, Finding, expose, frontal
 
 STILL = SimpleNamespace(view="PA", exposure=0, contrast=1, shift=(0, 0), angle=0, scale=1, breath=0, noise=0, marker=1)
-
-
-class Region(NamedTuple):
-    """Where a finding shows: rows and columns of 128, brighter (1) or darker (-1) than without it."""
-
-    side: str | None
-    place: str | None
-    box: tuple[slice, slice]
-    sign: int = 1
-
-
-REGIONS = {
-    "pleural effusion": Region("right", "base", np.s_[51:102, 15:36]),
-    "consolidation": Region("left", "upper lobe", np.s_[19:61, 77:110]),
-    "atelectasis": Region("right", "base", np.s_[64:92, 19:51]),
-    "edema": Region("bilateral", "perihilar", np.s_[38:90, 26:51]),
-    "pneumothorax": Region("left", "apex", np.s_[18:77, 84:113], sign=-1),
-    "cardiomegaly": Region(None, None, np.s_[64:92, 87:110]),
-    "nodule": Region("right", "mid lung", np.s_[51:74, 26:51]),
+REGIONS = {  # finding -> side, place; rows and columns of 128 where it shows; 1 if it is brighter there, -1 if darker
+    "pleural effusion": ("right", "base", np.s_[51:102, 15:36], 1),
+    "consolidation": ("left", "upper lobe", np.s_[19:61, 77:110], 1),
+    "atelectasis": ("right", "base", np.s_[64:92, 19:51], 1),
+    "edema": ("bilateral", "perihilar", np.s_[38:90, 26:51], 1),
+    "pneumothorax": ("left", "apex", np.s_[18:77, 84:113], -1),
+    "cardiomegaly": (None, None, np.s_[64:92, 87:110], 1),
+    "nodule": ("right", "mid lung", np.s_[51:74, 26:51], 1),
 }
 
 
 def draw(name, severity, body, size=128):
     """Grey values with one finding, or none at severity 0, by an ideal acquisition."""
-    region = REGIONS[name]
-    present = {name: Finding(region.side, region.place, severity)} if severity else {}
+    side, place, *_ = REGIONS[name]
+    present = {name: Finding(side, place, severity)} if severity else {}
     return expose(frontal(body, present, STILL, size), STILL, generator(0, 0, 0, "frontal noise")).astype(float)
-
-
-def anatomy(seed, patient):
-    return history(seed, patient)[0].anatomy
 
 
 @pytest.mark.parametrize("name", REGIONS)
 @pytest.mark.parametrize("patient", range(4))
 def test_a_finding_shows_and_grows_where_it_should(name, patient):
     side, _, box, sign = REGIONS[name]
-    images = [draw(name, severity, anatomy(5, patient)) for severity in (0, 0.15, 0.35, 0.55, 0.75, 0.95)]
+    body = history(5, patient)[0].anatomy
+    images = [draw(name, severity, body) for severity in (0, 0.15, 0.35, 0.55, 0.75, 0.95)]
     means = [sign * image[box].mean() for image in images]
     assert np.all(np.diff(means[1:]) > 0.7) and means[2] > means[0] + 0.7
     assert abs(images[1] - images[0]).max() > 25  # even the smallest is seen
@@ -57,7 +42,7 @@ def test_a_finding_shows_and_grows_where_it_should(name, patient):
 
 
 def test_devices_are_bright_and_where_they_should_be():
-    body = anatomy(5, 0)
+    body = history(5, 0)[0].anatomy
     for name, side, box in (
         ("endotracheal tube", None, np.s_[:44, 58:70]),
         ("central line", "right", np.s_[:64, 50:64]),
@@ -92,7 +77,7 @@ def test_size_changes_the_detail_and_not_the_picture():
 
 
 def test_lungs_are_dark_and_the_heart_is_on_the_patient_s_left():
-    film = frontal(anatomy(0, 0), {}, STILL, 128)
+    film = frontal(history(0, 0)[0].anatomy, {}, STILL, 128)
     air, lung, heart, belly = film[0, 0], film[40:60, 28:40], film[78:84, 66:78], film[112:, 40:90]
     assert air < 0.05 < lung.mean() < 0.45 < heart.mean() < belly.mean()
     assert film[76:84, 70:86].mean() > film[76:84, 42:58].mean()
