@@ -1,9 +1,10 @@
-"""Parts from nothing: an image encoder and a language model with fresh weights, written as stock ones are.
+"""A new image encoder and a new language model with fresh weights, in the layout of published ones.
 
-What trains from nothing begins with them (`configs/phantom_pretrain.py`), and so does what measures.
+Training from nothing begins with them (`configs/phantom_pretrain.py`), and so do benchmarks.
 """
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import tokenizers
@@ -16,23 +17,21 @@ from encoder import Encoder, encoder_config
 from plumbing import checkpoint
 from plumbing.files import atomic_folder, write_json
 
-DINOV2_NAMES = (  # our parameter names -> those of DINOv2 on disk; the way back is in encoder.FAMILIES
-    (r"^patch_embed\.", "embeddings.patch_embeddings.projection."), (r"^class_token", "embeddings.cls_token"),
-    (r"^position_embeddings", "embeddings.position_embeddings"), (r"^layers\.", "encoder.layer."),
-    (r"\.(query|key|value)\.", r".attention.attention.\1."), (r"\.out\.", ".attention.output.dense."),
-    (r"\.(fc[12])\.", r".mlp.\1."), (r"\.scale([12])$", r".layer_scale\1.lambda1"),
-)  # fmt: skip
-
-
-def disk_name(name: str) -> str:
-    """Our name of a parameter of a DINOv2 encoder -> its name on disk."""
-    for pattern, replacement in DINOV2_NAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
+# our parameter names -> those of DINOv2 on disk; encoder.FAMILIES has the way back
+DINOV2_NAMES = {
+    r"^patch_embed\.": "embeddings.patch_embeddings.projection.",
+    r"^class_token": "embeddings.cls_token",
+    r"^position_embeddings": "embeddings.position_embeddings",
+    r"^layers\.": "encoder.layer.",
+    r"\.(query|key|value)\.": r".attention.attention.\1.",
+    r"\.out\.": ".attention.output.dense.",
+    r"\.(fc[12])\.": r".mlp.\1.",
+    r"\.scale([12])$": r".layer_scale\1.lambda1",
+}
 
 
 def init_weights(module: nn.Module, seed: int):
-    """Fresh weights, as language models take them: normal with a spread of 0.02, biases 0, norms and scales 1."""
+    """Set weights to normal values with a standard deviation of 0.02, biases to 0, norms and layer scales to 1."""
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -45,39 +44,52 @@ def init_weights(module: nn.Module, seed: int):
 
 
 def write_encoder(folder: Path, fields: dict, mean: float = 0.5, std: float = 0.25, seed: int = 0):
-    """A DINOv2 encoder of these config.json fields, for square images that are not cropped."""
-    fields = dict(model_type="dinov2", layer_norm_eps=1e-6) | fields
+    """Write a DINOv2 encoder; `fields` are those of its config.json. mean, std: of the grey values it is to see."""
+    fields = {"model_type": "dinov2", "layer_norm_eps": 1e-6} | fields
     encoder = Encoder(encoder_config(fields, folder, {}))
     init_weights(encoder, seed)
-    side = fields["image_size"]
-    pixels = dict(size={"shortest_edge": side}, crop_size={"height": side, "width": side}, do_center_crop=True,
-                  image_mean=[mean] * 3, image_std=[std] * 3, resample=3, rescale_factor=1 / 255)  # fmt: skip
+
+    tensors = {}
+    for name, parameter in encoder.named_parameters():
+        for pattern, replacement in DINOV2_NAMES.items():
+            name = re.sub(pattern, replacement, name)
+        tensors[name] = parameter
+
+    side = fields["image_size"]  # a square image is resized and never cropped
+    pixels = {
+        "size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}, "do_center_crop": True,
+        "image_mean": [mean] * 3, "image_std": [std] * 3, "resample": 3, "rescale_factor": 1 / 255,
+    }  # fmt: skip
     with atomic_folder(folder) as partial:
         write_json(partial / "config.json", fields)
         write_json(partial / "preprocessor_config.json", pixels)
-        checkpoint.write_tensors(partial, ((disk_name(name), p) for name, p in encoder.named_parameters()))
+        checkpoint.write_tensors(partial, tensors.items())
 
 
-def write_decoder(folder: Path, fields: dict, texts, seed: int = 0):
-    """A Llama of these config.json fields with a byte-level BPE, of at most vocab_size tokens, learnt from texts."""
+def write_decoder(folder: Path, fields: dict, texts: Iterable[str], seed: int = 0):
+    """Write a Llama with the `fields` of its config.json, and a byte-level BPE of at most vocab_size tokens."""
+    # 1) learn the tokenizer
+    unk, bos, eos = special = ["<unk>", "<s>", "</s>"]
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<unk>", "<s>", "</s>"]
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[(bos, 1)])
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=fields["vocab_size"], special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
+    settings = {"vocab_size": fields["vocab_size"], "special_tokens": special, "initial_alphabet": alphabet}
+    trainer = trainers.BpeTrainer(**settings, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    fields = dict(model_type="llama", rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2, torch_dtype="float32") | fields
-    fields |= {"vocab_size": tokenizer.get_vocab_size()}
+
+    # 2) build the model for it
+    defaults = {"model_type": "llama", "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2}
+    fields = defaults | {"torch_dtype": "float32"} | fields | {"vocab_size": tokenizer.get_vocab_size()}
     decoder = Decoder(decoder_config(fields, folder))
     init_weights(decoder, seed)
-    names = lambda name: name if name == "lm_head.weight" else f"model.{name}"
+    disk_name = lambda name: name if name == "lm_head.weight" else f"model.{name}"
+    tensors = {disk_name(name): parameter for name, parameter in decoder.named_parameters()}
+
+    # 3) write both
     with atomic_folder(folder) as partial:
         write_json(partial / "config.json", fields)
-        tokens = dict(zip(("unk_token", "bos_token", "eos_token"), special, strict=True))
-        write_json(partial / "tokenizer_config.json", tokens)
+        write_json(partial / "tokenizer_config.json", {"unk_token": unk, "bos_token": bos, "eos_token": eos})
         (partial / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
-        checkpoint.write_tensors(partial, ((names(name), p) for name, p in decoder.named_parameters()))
+        checkpoint.write_tensors(partial, tensors.items())

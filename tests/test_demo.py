@@ -1,9 +1,10 @@
-"""The phantom model in assets: what `make demo` shows, and that it reads findings and time."""
+"""The trained phantom in assets/ against the truth of drawn patients: `make demo`, findings, and change over time."""
 
 import functools
 import re
 import shlex
 
+import numpy as np
 from conftest import ROOT
 from PIL import Image
 
@@ -11,65 +12,65 @@ import sample
 from data import Study
 from evaluation import truth as truth_scores
 from model import Libra
-from phantom.hospital import history, picture, read_report, truth_of
+from phantom.history import history, picture
+from phantom.hospital import truth_of
+from phantom.reports import read_report
 
-QUERY = "Provide a detailed description of the findings in the radiology image."  # sample.py's own
-
-
-@functools.cache
-def phantom():
-    return Libra.from_pretrained(ROOT / "assets" / "phantom", device="cpu")
+QUERY = "Provide a detailed description of the findings in the radiology image."  # sample.py's default
 
 
 @functools.cache
 def held_out(count=60):
-    """(state, its image, its prior image) of studies with a prior, of patients that no training has seen."""
-    found = []
+    """(truth, image, prior image) of studies with a prior, of patients that no training has seen."""
+    studies = []
     for patient in range(9, 10 * count, 10):
         states = history(0, patient)
         images = [Image.fromarray(picture(state, state.view, 96)) for state in states]
-        found += zip(states[1:], images[1:], images, strict=False)
-    assert all(state.split == "test" for state, *_ in found)
-    return found[:count]
-
-
-def write(studies):
-    return [output[0].text for output in sample.generate(phantom(), studies, max_new_tokens=128)]
+        studies += zip(map(truth_of, states[1:]), images[1:], images, strict=False)
+    assert all(truth["split"] == "test" for truth, _, _ in studies)
+    return studies[:count]
 
 
 @functools.cache
 def reports(condition):
-    images = {"true": lambda c, p: (c, p), "dummy": lambda c, p: (c, None), "reversed": lambda c, p: (p, c)}[condition]
-    return write([Study(*images(current, prior), query=QUERY) for _, current, prior in held_out()])
+    """What the model writes about them: with the "true" prior, "without" one, or with the images "exchanged"."""
+    libra = Libra.from_pretrained(ROOT / "assets" / "phantom", device="cpu")
+    studies = []
+    for _, image, prior in held_out():
+        pair = {"true": (image, prior), "without": (image, None), "exchanged": (prior, image)}[condition]
+        studies.append(Study(*pair, query=QUERY))
+    return [output[0].text for output in sample.generate(libra, studies, max_new_tokens=128)]
 
 
-def test_it_is_small_and_says_what_it_is():
-    files = [file for file in (ROOT / "assets" / "phantom").rglob("*") if file.is_file()]
-    assert sum(file.stat().st_size for file in files) < 12e6
-    assert "phantom" in (ROOT / "assets" / "phantom" / "README.md").read_text()
+def scores(condition, column):
+    """Hits and chances in a column of the truth's scores."""
+    return truth_scores.truth_statistics(reports(condition), [truth for truth, _, _ in held_out()])[column].sum(0)
 
 
-def test_the_demo_tells_the_change_and_with_the_images_exchanged_its_opposite(capsys):
-    makefile = (ROOT / "Makefile").read_text()
-    said = []
-    for command in re.findall(r"^\t\.venv/bin/python sample\.py (.+)$", makefile, re.M):
+def test_the_model_is_small():
+    assert sum(file.stat().st_size for file in (ROOT / "assets" / "phantom").rglob("*")) < 12e6
+
+
+def test_the_demo_tells_the_change_and_its_opposite_with_the_images_exchanged(capsys):
+    changes = []
+    for command in re.findall(r"^\t\.venv/bin/python sample\.py (.+)$", (ROOT / "Makefile").read_text(), re.M):
         arguments = [str(ROOT / word) if word.startswith("assets/") else word for word in shlex.split(command)]
         assert sample.main(sample.parse(arguments)) == 0
-        said.append({name: found["change"] for name, found in read_report(capsys.readouterr().out).items()})
-    truth = history(0, 1379)[3].changes  # whose images they are, see assets/draw.py
+        changes.append({name: said["change"] for name, said in read_report(capsys.readouterr().out).items()})
+    truth = history(0, 1379)[3].changes  # the study of the images, see assets/draw.py
     opposite = {"worse": "improved", "improved": "worse"}
-    assert said == [truth, {name: opposite[change] for name, change in truth.items()}]
+    assert changes == [truth, {name: opposite[change] for name, change in truth.items()}]
 
 
 def test_findings_are_seen():
-    table = truth_scores.truth_statistics(reports("true"), [truth_of(state) for state, *_ in held_out()])
-    hits, chances = table["findings F1"].sum(0)
+    hits, chances = scores("true", "findings F1")
     assert hits / chances > 0.8
 
 
 def test_change_is_read_from_the_prior():
-    truths = [truth_of(state) for state, *_ in held_out()]
-    told = lambda name: truth_scores.truth_statistics(reports(name), truths)["direction of change"].sum(0)[0]
-    assert told("true") > 1.5 * max(told("dummy"), 1)
-    turned, changes = zip(*map(truth_scores.severity_flips, reports("true"), reports("reversed"), truths), strict=True)
-    assert sum(turned) > 0.4 * sum(changes)  # none where the prior is not looked at
+    hits, without = (scores(condition, "direction of change")[0] for condition in ("true", "without"))
+    assert hits > 1.5 * max(without, 1)
+    truths = [truth for truth, _, _ in held_out()]
+    flips = map(truth_scores.severity_flips, reports("true"), reports("exchanged"), truths)
+    turned, changes = np.sum(list(flips), axis=0)
+    assert turned > 0.4 * changes  # a model that ignores the prior turns none

@@ -1,0 +1,198 @@
+"""What the drawn hospital writes about a study, reports and questions, and `read_report`, which reads a report."""
+
+import re
+import textwrap
+
+from phantom.history import DEVICES, FINDINGS, VOCABULARY, State
+from phantom.radiograph import Finding
+
+SIDED = [name for name in FINDINGS if "{side}" in FINDINGS[name]["noun"]]  # findings whose side is told
+LUNGS = ("consolidation", "atelectasis", "edema", "nodule")
+PLEURA = ("pleural effusion", "pneumothorax")
+UNCOUNTABLE = ("atelectasis", "edema", "cardiomegaly")  # they have a degree and no article, the others have a size
+LEVEL_LIMITS = (0.43, 0.72)  # from here moderate, from here large: too coarse to tell a change
+
+
+def report(state: State) -> str:
+    """The report in the form of MIMIC-CXR: lines begin with a space, and "___" replaces what identifies the patient."""
+    rng = state.generator("report")
+
+    def pick(options):
+        return options[rng.integers(len(options))]
+
+    # 1) why the patient came
+    sex = state.anatomy.sex
+    patient = pick([f"___ year old {sex}", f"___-year-old {sex}", "___F" if sex == "woman" else "___M"])
+    reason = f"{patient} with {pick(VOCABULARY['symptoms'])}{pick(VOCABULARY['aims'])}"
+    layout = pick(["INDICATION"] * 4 + ["HISTORY", "both"])
+    sections = {"HISTORY" if layout == "HISTORY" else "INDICATION": reason}
+    if layout == "both":
+        sections["HISTORY"] = pick(VOCABULARY["past"])
+    # 2) how the images were taken, and what they are compared with
+    examination, technique = VOCABULARY["examinations"][" ".join(state.images)]
+    comparison = pick(VOCABULARY["comparison" if state.prior else "no comparison"])
+    sections = {"EXAMINATION": examination, **sections, "TECHNIQUE": technique, "COMPARISON": comparison}
+    # 3) what they show
+    text = f"{' ' * 33}FINAL REPORT\n"
+    for name, body in sections.items():
+        text += _wrap(f"{name}:  {body}") + " \n"
+    text += " FINDINGS:  \n \n" + _wrap(" ".join(_findings(state, pick))) + " \n"
+    return text + " IMPRESSION:  \n \n" + "".join(map(_wrap, _impression(state, pick)))
+
+
+def _wrap(line: str) -> str:
+    lines = textwrap.wrap(line, 78, break_long_words=False, break_on_hyphens=False)
+    return "".join(f" {part}\n" for part in lines)
+
+
+def _findings(state: State, pick) -> list[str]:
+    """Sentences about devices, lungs, pleura and heart. What is absent is denied, unless it has just gone."""
+    named = state.present | state.gone
+
+    def tell(*names):
+        for name in names:
+            if name in named:
+                templates = VOCABULARY["sentences"][state.changes.get(name, "present")]
+                yield _fill(pick(templates), name, named[name])
+
+    # devices and lungs
+    sentences = [*tell(*DEVICES, *LUNGS)]
+    if not named.keys() & set(LUNGS):
+        sentences.append(pick(VOCABULARY["clear lungs"]))
+    elif "consolidation" not in named:
+        sentences.append(pick(VOCABULARY["no consolidation"]))
+    # pleura: one sentence denies all that is absent
+    sentences += tell(*PLEURA)
+    absent = " or ".join(name for name in PLEURA if name not in named)
+    if absent:
+        sentences.append(pick(VOCABULARY["absent"]).format(absent))
+    sentences += tell("cardiomegaly") if "cardiomegaly" in named else [pick(VOCABULARY["normal heart"])]
+    return [*sentences, pick(VOCABULARY["mediastinum"]), pick(VOCABULARY["bones"])]
+
+
+def _impression(state: State, pick) -> list[str]:
+    """A line for each finding, numbered if there are several."""
+    named = state.present | state.gone
+    templates, lines = VOCABULARY["impressions"], []
+    for name in FINDINGS:
+        if name in named:
+            lines.append(_fill(templates[state.changes.get(name, "present")], name, named[name]))
+    if len(lines) > 1:
+        return [f"{number}. {line}" for number, line in enumerate(lines, 1)]
+    return lines or [pick(VOCABULARY["no finding"])]
+
+
+def _fill(template: str, name: str, finding: Finding) -> str:
+    """A template with the words for one finding; it begins with a capital."""
+    entry = (FINDINGS | DEVICES)[name]
+    bare = entry["noun"].format(side=finding.side, place=finding.place)
+    is_plural = name == "pleural effusion" and finding.side == "bilateral"
+    if is_plural:
+        bare += "s"
+    noun = f"{level_word(name, finding)} {bare}" if name in FINDINGS else bare
+    # articles: "a small effusion" and "a new small effusion", but "mild edema" and "new mild edema"
+    article, new = "", "new "
+    if not is_plural and name not in UNCOUNTABLE:
+        article, new = ("an " if noun[0] in "aeiou" else "a "), "a new "
+    # what fills the lung gets worse, everything else grows
+    more, less = ("worsened", "improved") if name in ("edema", "consolidation") else ("increased", "decreased")
+    be, have = ("are", "have") if is_plural else ("is", "has")
+    words = {"noun": noun, "bare": bare, "a": article, "a_new": new, "be": be, "have": have}
+    text = template.format(**words, more=more, less=less)
+    return text[0].upper() + text[1:]
+
+
+def level(severity: float) -> int:
+    """0: small or mild, 1: moderate, 2: large or severe."""
+    return sum(severity >= limit for limit in LEVEL_LIMITS)
+
+
+def level_word(name: str, finding: Finding) -> str:
+    words = VOCABULARY["degrees" if name in UNCOUNTABLE else "sizes"]
+    return words[level(finding.severity)]
+
+
+def read_report(text: str) -> dict[str, dict]:
+    """Read the findings of a report -> {finding or device: {"change", "side", "level"}}, None where it says nothing.
+
+    This reads what a model writes that was trained on these reports. A clause ends at a full stop, a semicolon or
+    "but". In it, "no" and "without" deny what follows; a side or a level belongs to the next name, and a word of
+    change to all names.
+    """
+    names, changes = [*FINDINGS, *DEVICES], VOCABULARY["changes"]
+    levels = {"small": 0, "mild": 0, "moderate": 1, "large": 2, "severe": 2}
+    result = {}
+    # a full stop before a digit is a decimal point
+    text = " ".join(text.lower().split())
+    for clause in re.split(r"[.;](?!\d)|\bbut\b", text):
+        words = re.findall(rf"{'|'.join(names)}|[a-z]+", clause)
+        change = next((changes[word] for word in words if word in changes), None)
+        # a side and a level wait for the name that they belong to
+        side = level = None
+        for word in words:
+            if word in ("no", "without"):
+                break
+            if word in names:
+                result[word] = {"change": change, "side": side, "level": level}
+                side = level = None
+            elif word in ("right", "left", "bilateral"):
+                side = word
+            elif word in levels:
+                level = levels[word]
+    return result
+
+
+def pair_questions(state: State) -> list[tuple[str, str, str]]:
+    """(type, question, answer) about a study and its prior, as in Diff-VQA; none without a prior."""
+    if state.prior is None:
+        return []
+    rng = state.generator("pair questions")
+    findings = {name: finding for name, finding in state.present.items() if name in FINDINGS}
+    templates = VOCABULARY["differences"]
+    changes = ", ".join(templates[kind].format(name) for name, kind in state.changes.items() if kind in templates)
+    rows = [
+        ("difference", "what has changed compared to the reference image?", changes or "nothing has changed"),
+        ("abnormality", "what abnormalities are seen in the image?", ", ".join(findings) or "no abnormality"),
+        ("view", "from which view was the image taken?", f"{state.view} view"),
+    ]
+    # ask about a random finding, and about one that is present
+    asked = [*FINDINGS][rng.integers(len(FINDINGS))], *[*findings][:1]
+    for name in FINDINGS:
+        if name in asked:
+            answer = "yes" if name in findings else "no"
+            rows.append(("presence", f"is there evidence of {name} in the image?", answer))
+    for name, finding in findings.items():
+        rows.append(("level", f"what level is the {name}?", level_word(name, finding)))
+        if finding.side:
+            rows.append(("location", f"where in the image is the {name}?", f"{finding.side} {finding.place}"))
+    # edema first thickens the septa between the lobules, then fills the alveoli
+    if "edema" in findings:
+        kind = "interstitial" if findings["edema"].severity < 0.5 else "alveolar"
+        rows.append(("type", "what type is the edema?", kind))
+    return rows
+
+
+def image_questions(state: State) -> list[dict]:
+    """Questions about one image and lists of answers, as in CXR-VQA."""
+    rng = state.generator("image questions")
+    names = [*FINDINGS, *DEVICES]
+    asked = names[rng.integers(len(names))]
+    findings = [name for name in state.present if name in FINDINGS]
+    devices = [name for name in state.present if name in DEVICES]
+    sex = {"woman": "female", "man": "male"}[state.anatomy.sex]
+    yes_or_no = lambda name: ["yes" if name in state.present else "no"]
+    rows = [
+        (f"is {asked} present in this image?", "verify", "presence", yes_or_no(asked)),
+        ("list all abnormalities of this image.", "query", "abnormality", findings),
+        ("which devices are seen in this image?", "query", "attribute", devices),
+        ("is this image an AP or a PA view?", "choose", "plane", [state.view]),
+        ("what is the gender of the patient?", "query", "gender", [sex]),
+        ("is the heart wider than half of the chest?", "verify", "size", yes_or_no("cardiomegaly")),
+    ]
+    for name in findings:
+        side = state.present[name].side
+        if side:
+            sides = ("right", "left") if side == "bilateral" else (side,)
+            rows.append((f"which lungs show {name}?", "query", "anatomy", [f"{side} lung" for side in sides]))
+    keys = ("question", "semantic_type", "content_type", "answer")
+    return [dict(zip(keys, row, strict=True)) for row in rows]
