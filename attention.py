@@ -43,26 +43,27 @@ def visible(segments, T, S, window=None, positions=None, device=None):
     segments and positions are [B, S] or None. Without segments the mask is causal. The window counts positions, or
     places in the row where positions is None.
     """
-    # 1) nothing behind the query: query t is position S - T + t
-    everything = torch.ones(1, T, S, dtype=torch.bool, device=device)
-    seen = everything.tril(S - T)
+    # 1) nothing behind the query: the T queries are the last of the S positions
+    j = torch.arange(S, device=device)
+    i = j[-T:, None]  # [T, 1]
+    seen = j <= i  # [T, S]
 
     # 2) the prefix and one's own continuation
     if segments is not None:
-        query = segments[:, S - T :, None]  # [B, T, 1]
+        query = segments[:, -T:, None]  # [B, T, 1]
         key = segments[:, None, :]  # [B, 1, S]
         prefix = key == 0
         own = (key == query) & (key > 0)
-        seen = seen & (prefix | own)
+        seen = seen & (prefix | own)  # [B, T, S]
 
     # 3) nothing before the window
-    if window and positions is None:
-        seen = seen.triu(S - T - window + 1)
-    elif window:
-        query = positions[:, S - T :, None]  # [B, T, 1]
-        key = positions[:, None, :]  # [B, 1, S]
+    if window:
+        if positions is None:
+            positions = j[None]
+        query = positions[:, -T:, None]
+        key = positions[:, None, :]
         seen = seen & (query - key < window)
-    return seen[:, None]
+    return seen.view(-1, 1, T, S)
 
 
 def plain_attention(q, k, v, causal, segments, window, positions):
@@ -107,15 +108,16 @@ def attention(q, k, v, *, causal=False, segments=None, window=None, positions=No
         window = None
 
     # 2) choose what computes it
-    chosen = impl or _choose(q, S, causal, segments, window)
-    if impl == "triton" and not (kernel_available(q.device) or interpreted()):
+    if impl is None:
+        impl = _choose(q, S, causal, segments, window)
+    elif impl == "triton" and not (kernel_available(q.device) or interpreted()):
         raise ValueError(f"the Triton kernel does not run on {q.device}: it needs Triton and a GPU; leave impl out")
     kind = _kind_of_mask(causal, segments, window)
-    _log_once(f"attention with {kind} on {q.device.type}, head size {q.shape[3]}: {chosen}")
+    _log_once(f"attention with {kind} on {q.device.type}, head size {q.shape[3]}: {impl}")
 
     # 3) compute
     mask = dict(causal=causal, segments=segments, window=window, positions=positions)
-    if chosen == "triton":
+    if impl == "triton":
         return fused_attention(q, k, v, **mask)
     return plain_attention(q, k, v, **mask)
 
