@@ -134,14 +134,14 @@ def _rows(x, b, h, t, count):
 
 
 @jit
-def _load(x, b, h, t, count):
+def load_rows(x, b, h, t, count):
     """Rows t of a head, [rows, WIDTH]. What does not exist is zero."""
     pointers, exists = _rows(x, b, h, t, count)
     return tl.load(pointers, exists, 0.0)
 
 
 @jit
-def _store(x, b, h, t, count, values):
+def store_rows(x, b, h, t, count, values):
     pointers, exists = _rows(x, b, h, t, count)
     tl.store(pointers, values.to(x.pointer.dtype.element_ty), exists)
 
@@ -157,7 +157,7 @@ def _forward_kernel(q, k, v, out, lse, mask, visits, groups, M: constexpr, N: co
     h, b, T = tl.program_id(1), tl.program_id(2), mask.T
     c: constexpr = q.D**-0.5 / LN2
     t = block * M + tl.arange(0, M)
-    Q = _load(q, b, h, t, T)  # [M, WIDTH]
+    Q = load_rows(q, b, h, t, T)  # [M, WIDTH]
     m, z = tl.full([M], float("-inf"), tl.float32), tl.zeros([M], tl.float32)
     acc = tl.zeros([M, q.WIDTH], tl.float32)
 
@@ -166,7 +166,7 @@ def _forward_kernel(q, k, v, out, lse, mask, visits, groups, M: constexpr, N: co
         blocks, begin, end = _visit_list(visits, b, block, MASKED)
         for n in range(begin, end):
             j = tl.load(blocks + n) * N + tl.arange(0, N)
-            K = _load(k, b, h // groups, j, mask.S)  # [N, WIDTH]
+            K = load_rows(k, b, h // groups, j, mask.S)  # [N, WIDTH]
             s = tl.dot(Q, K.T, input_precision=DOT) * c  # [M, N]
             if MASKED:
                 s = tl.where(_sees(mask, b, t, j), s, float("-inf"))
@@ -174,14 +174,14 @@ def _forward_kernel(q, k, v, out, lse, mask, visits, groups, M: constexpr, N: co
             # a query that has seen nothing so far has top = -inf, and -inf - -inf would be NaN
             base = tl.where(top == float("-inf"), 0.0, top) if MASKED else top
             p, shrink = tl.exp2(s - base[:, None]), tl.exp2(m - base)
-            V = _load(v, b, h // groups, j, mask.S)
+            V = load_rows(v, b, h // groups, j, mask.S)
             acc = tl.dot(p.to(V.dtype), V, acc * shrink[:, None], input_precision=DOT)
             m, z = top, z * shrink + tl.sum(p, 1)
 
     # 3) normalise. A query that sees nothing gets O = 0 and L = inf, which makes P = 0 in the backward kernels
     blind = z == 0
     z = tl.where(blind, 1.0, z)
-    _store(out, b, h, t, T, acc / z[:, None])
+    store_rows(out, b, h, t, T, acc / z[:, None])
     L = tl.where(blind, float("inf"), m + tl.log2(z))
     tl.store(lse + (b * tl.num_programs(1) + h) * T + t, L, t < T)
 
@@ -194,10 +194,10 @@ def _dq_kernel(q, k, v, out, grad, lse, deltas, dq, mask, visits, groups, M: con
     h, b, T = tl.program_id(1), tl.program_id(2), mask.T
     c: constexpr = q.D**-0.5 / LN2
     t = block * M + tl.arange(0, M)
-    Q, G = _load(q, b, h, t, T), _load(grad, b, h, t, T)  # [M, WIDTH]
+    Q, G = load_rows(q, b, h, t, T), load_rows(grad, b, h, t, T)  # [M, WIDTH]
     row = (b * tl.num_programs(1) + h) * T
     L = tl.load(lse + row + t, t < T, 0.0)  # [M]
-    delta = tl.sum(G.to(tl.float32) * _load(out, b, h, t, T).to(tl.float32), 1)
+    delta = tl.sum(G.to(tl.float32) * load_rows(out, b, h, t, T).to(tl.float32), 1)
     tl.store(deltas + row + t, delta, t < T)
 
     # 2) go through the keys as in the forward kernel, and sum dS K
@@ -206,13 +206,13 @@ def _dq_kernel(q, k, v, out, grad, lse, deltas, dq, mask, visits, groups, M: con
         blocks, begin, end = _visit_list(visits, b, block, MASKED)
         for n in range(begin, end):
             j = tl.load(blocks + n) * N + tl.arange(0, N)
-            K, V = _load(k, b, h // groups, j, mask.S), _load(v, b, h // groups, j, mask.S)  # [N, WIDTH]
+            K, V = load_rows(k, b, h // groups, j, mask.S), load_rows(v, b, h // groups, j, mask.S)  # [N, WIDTH]
             p = tl.exp2(tl.dot(Q, K.T, input_precision=DOT) * c - L[:, None])  # P: [M, N]
             if MASKED:
                 p = tl.where(_sees(mask, b, t, j), p, 0.0)
             ds = p * (tl.dot(G, V.T, input_precision=DOT) - delta[:, None])
             acc = tl.dot(ds.to(K.dtype), K, acc, input_precision=DOT)
-    _store(dq, b, h, t, T, acc * q.D**-0.5)
+    store_rows(dq, b, h, t, T, acc * q.D**-0.5)
 
 
 @jit
@@ -223,7 +223,7 @@ def _dkdv_kernel(q, k, v, grad, lse, deltas, dk, dv, mask, visits, groups, M: co
     T, S = mask.T, mask.S
     c: constexpr = q.D**-0.5 / LN2
     j = block * N + tl.arange(0, N)
-    K, V = _load(k, b, h, j, S), _load(v, b, h, j, S)  # [N, WIDTH]
+    K, V = load_rows(k, b, h, j, S), load_rows(v, b, h, j, S)  # [N, WIDTH]
     DK, DV = tl.zeros([N, k.WIDTH], tl.float32), tl.zeros([N, k.WIDTH], tl.float32)
 
     # 2) go through the queries that see them, in each query head of this key head; everything is transposed
@@ -234,7 +234,7 @@ def _dkdv_kernel(q, k, v, grad, lse, deltas, dk, dv, mask, visits, groups, M: co
             blocks, begin, end = _visit_list(visits, b, block, MASKED)
             for n in range(begin, end):
                 t = tl.load(blocks + n) * M + tl.arange(0, M)
-                Q, G = _load(q, b, head, t, T), _load(grad, b, head, t, T)  # [M, WIDTH]
+                Q, G = load_rows(q, b, head, t, T), load_rows(grad, b, head, t, T)  # [M, WIDTH]
                 L = tl.load(lse + row + t, t < T, 0.0)  # [M]
                 delta = tl.load(deltas + row + t, t < T, 0.0)
                 p = tl.exp2(tl.dot(K, Q.T, input_precision=DOT) * c - L[None, :])  # Pᵀ: [N, M]
@@ -243,8 +243,8 @@ def _dkdv_kernel(q, k, v, grad, lse, deltas, dk, dv, mask, visits, groups, M: co
                 DV = tl.dot(p.to(G.dtype), G, DV, input_precision=DOT)
                 ds = p * (tl.dot(V, G.T, input_precision=DOT) - delta[None, :])
                 DK = tl.dot(ds.to(Q.dtype), Q, DK, input_precision=DOT)
-    _store(dk, b, h, j, S, DK * q.D**-0.5)
-    _store(dv, b, h, j, S, DV)
+    store_rows(dk, b, h, j, S, DK * q.D**-0.5)
+    store_rows(dv, b, h, j, S, DV)
 
 
 class Tile(NamedTuple):
@@ -299,7 +299,7 @@ def tile_for(q, backward) -> tuple[Tile, dict]:
 
 
 @functools.lru_cache(maxsize=4)
-def _mask(segments, positions, versions, causal, window, T, S, device) -> Mask:
+def make_mask(segments, positions, versions, causal, window, T, S, device) -> Mask:
     if segments is None:
         segments = torch.zeros(1, S, dtype=torch.int32, device=device)
     if positions is None:
@@ -310,7 +310,7 @@ def _mask(segments, positions, versions, causal, window, T, S, device) -> Mask:
 
 
 @functools.lru_cache(maxsize=12)
-def _visits(mask, M, N, by_key) -> Visits:
+def list_visits(mask, M, N, by_key) -> Visits:
     """Lists for blocks of M queries and N keys: one for each block of queries or, by_key, of keys."""
     queries, keys = triton.cdiv(mask.T, M), triton.cdiv(mask.S, N)
     outer, inner = (keys, queries) if by_key else (queries, keys)
@@ -325,7 +325,7 @@ def _dense_rows(x):
     return x if fits else x.contiguous()
 
 
-def _view(x) -> Tensor:
+def describe(x) -> Tensor:
     D = x.shape[-1]
     strides = [stride // D for stride in x.stride()[:3]]
     return Tensor(x, *strides, constexpr(D), constexpr(max(16, triton.next_power_of_2(D))))
@@ -339,8 +339,8 @@ class FusedAttention(torch.autograd.Function):
         lse = q.new_empty(B, H, T, dtype=torch.float32)
         tile, options = tile_for(q, backward=False)
         _forward_kernel[triton.cdiv(T, tile.own), H, B](
-            q=_view(q), k=_view(k), v=_view(v), out=_view(out), lse=lse,
-            mask=mask, visits=_visits(mask, tile.own, tile.visited, by_key=False),
+            q=describe(q), k=describe(k), v=describe(v), out=describe(out), lse=lse,
+            mask=mask, visits=list_visits(mask, tile.own, tile.visited, by_key=False),
             groups=H // k.shape[1], M=tile.own, N=tile.visited, **options,
         )  # fmt: skip
         ctx.save_for_backward(q, k, v, out, lse)
@@ -355,19 +355,19 @@ class FusedAttention(torch.autograd.Function):
         dq, dk, dv, deltas = (torch.empty_like(x) for x in (q, k, v, lse))
         tile, options = tile_for(q, backward=True)
         shared = dict(
-            q=_view(q), k=_view(k), v=_view(v), grad=_view(_dense_rows(grad)), lse=lse, deltas=deltas,
+            q=describe(q), k=describe(k), v=describe(v), grad=describe(_dense_rows(grad)), lse=lse, deltas=deltas,
             mask=ctx.mask, groups=H // H_kv, **options,
         )  # fmt: skip
 
         # a program for each block of queries and each query head; it visits keys
-        visits = _visits(ctx.mask, tile.own, tile.visited, by_key=False)
+        visits = list_visits(ctx.mask, tile.own, tile.visited, by_key=False)
         _dq_kernel[triton.cdiv(T, tile.own), H, B](
-            out=_view(out), dq=_view(dq), visits=visits, M=tile.own, N=tile.visited, **shared
+            out=describe(out), dq=describe(dq), visits=visits, M=tile.own, N=tile.visited, **shared
         )
         # a program for each block of keys and each key head; it visits queries
-        visits = _visits(ctx.mask, tile.visited, tile.own, by_key=True)
+        visits = list_visits(ctx.mask, tile.visited, tile.own, by_key=True)
         _dkdv_kernel[triton.cdiv(S, tile.own), H_kv, B](
-            dk=_view(dk), dv=_view(dv), visits=visits, M=tile.visited, N=tile.own, **shared
+            dk=describe(dk), dv=describe(dv), visits=visits, M=tile.visited, N=tile.own, **shared
         )
         return dq, dk, dv, None
 
@@ -383,7 +383,7 @@ def fused_attention(q, k, v, causal, segments, window, positions):
     tensors = [x for x in (segments, positions) if x is not None]
     versions = tuple(object() if x.is_inference() else x._version for x in tensors)
     with torch.cuda.device_of(q):  # Triton launches on the current GPU
-        mask = _mask(segments, positions, versions, causal, window, T=q.shape[2], S=k.shape[2], device=q.device)
+        mask = make_mask(segments, positions, versions, causal, window, T=q.shape[2], S=k.shape[2], device=q.device)
         return FusedAttention.apply(q, k, v, mask)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from attention import _visible
+from attention import visible
 
 SMALL = [0] * 8 + [1] * 4 + [2] * 3 + [3] * 5 + [-1] * 2
 REAL = [0] * 1404 + [1] * 90 + [2] * 45 + [3] * 130 + [4] * 75  # prompt and image, four questions with their answers
@@ -46,7 +46,7 @@ def legend(x, y, entries):
 
 def small(x, y, size):
     """The rule, position by position."""
-    seen = _visible(torch.tensor([SMALL]), len(SMALL), len(SMALL))[0, 0].tolist()
+    seen = visible(torch.tensor([SMALL]), len(SMALL), len(SMALL))[0, 0].tolist()
     colour = lambda i, j: (PREFIX if SMALL[j] == 0 else OWN) if seen[i][j] else PALE
     yield from cells([[colour(i, j) for j in range(len(SMALL))] for i in range(len(SMALL))], x, y, size)
     begin = 0
@@ -65,7 +65,7 @@ def small(x, y, size):
 def real(x, y, size):
     """A row of real size, in the kernel's blocks, and how many of them it computes."""
     T = len(REAL)
-    seen = _visible(torch.tensor([REAL]), T, T)[0, 0]
+    seen = visible(torch.tensor([REAL]), T, T)[0, 0]
     kind = lambda block: PREFIX if block.all() else MIXED if block.any() else PALE
     blocks = [[kind(part) for part in rows.split(BLOCK, 1)] for rows in seen.split(BLOCK)]
     yield from cells(blocks, x, y, size)
