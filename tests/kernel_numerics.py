@@ -4,17 +4,13 @@
 interpreter's bfloat16 products are wrong (numpy has no such type): there bfloat16 is only loaded, cast and stored.
 """
 
-import itertools
-
 import pytest
 import torch
-import triton
-import triton.language as tl
 from conftest import attention_by_loops, random_tensor, relative
 
 import kernel
 from attention import attention, visible
-from kernel import constexpr, jit
+from kernel import constexpr, jit, tl, triton
 
 DEVICE = torch.device("cpu" if kernel.interpreted() else "cuda")
 
@@ -29,27 +25,26 @@ ZEROS = [[0] * 135] * 2
 SHARED = [[0] * 70 + [1] * 9 + [2] * 40 + [3] * 11 + [-1] * 5, [0] * 3 + [1] * 66 + [2] * 66]
 PADDED = [[-1] * 68 + [0] * 40 + [1] * 27, [0] * 30 + [-1] * 90 + [1] * 15]  # before the prefix; behind it
 ODD = [[1, 2, 3] * 45, [-1] * 135]  # no prefix; nothing but padding
-POSITIONS = [positions_of(segments) for segments in SHARED]
-MASKS = {  # name -> (T, S, arguments of `attention`, arguments of the loops if they differ)
+MASKS = {  # name -> (T, S, arguments of `attention`, those of the loops if they differ)
     "no mask": (67, 67, {}, {}),
     "no mask, more keys": (5, 131, {}, {}),
     "no mask, more queries": (131, 5, {}, {}),
     "causal": (135, 135, dict(causal=True), dict(segments=ZEROS)),
     "causal, behind keys": (9, 135, dict(causal=True), dict(segments=ZEROS)),
-    "causal, one query": (1, 33, dict(causal=True), {}),
+    "causal, one query": (1, 33, dict(causal=True), dict(segments=[[0] * 33] * 2)),
     "lengths": (70, 70, dict(segments=[[0] * 70, [0] * 33 + [-1] * 37]), {}),
     "shared": (135, 135, dict(segments=SHARED), {}),
     "shared, behind keys": (50, 135, dict(segments=SHARED), {}),
     "padded": (135, 135, dict(segments=PADDED), {}),
     "odd": (135, 135, dict(segments=ODD), {}),
-    "window": (135, 135, dict(window=40), dict(segments=ZEROS)),
-    "window, behind keys": (50, 135, dict(window=7), dict(segments=ZEROS)),
-    "shared, window": (135, 135, dict(segments=SHARED, window=40, positions=POSITIONS), {}),
+    "window": (135, 135, dict(window=40), dict(segments=ZEROS, window=40)),
+    "window, behind keys": (50, 135, dict(window=7), dict(segments=ZEROS, window=7)),
+    "shared, window": (135, 135, dict(segments=SHARED, window=40, positions=[*map(positions_of, SHARED)]), {}),
     "window wider than the row": (33, 33, dict(segments=[s[:33] for s in SHARED], window=99), {}),
 }
 HEADS = [(2, 2, 24), (2, 1, 64), (1, 1, 80), (4, 2, 16), (1, 1, 128)]  # query heads, key heads, head size
 SIZES = (16, 24, 64, 72, 80, 96, 128, 256)
-CASES = [(mask, *heads, torch.float16) for mask, heads in zip(MASKS, itertools.cycle(HEADS), strict=False)]
+CASES = [(mask, *HEADS[number % 5], torch.float16) for number, mask in enumerate(MASKS)]
 CASES += [(mask, 1, 1, 24, torch.float32) for mask in MASKS]
 CASES += [("shared, behind keys", 1, 1, D, dtype) for D in SIZES for dtype in (torch.float32, torch.float16)]
 if not kernel.interpreted():
@@ -79,8 +74,7 @@ def test_the_kernels_follow_the_rule(mask, H, H_kv, D, dtype):
     out.backward(weights.to(DEVICE))
 
     reference = [x.detach().double().cpu().requires_grad_() for x in inputs]
-    rule = {name: value for name, value in given.items() if name != "causal"} | differing
-    expected = attention_by_loops(*reference, **rule)
+    expected = attention_by_loops(*reference, **(differing or given))
     expected.backward(weights.double())
     assert out.dtype == dtype and out.stride() == inputs[0].stride()
     assert error(out, expected.detach()) < LIMITS[dtype]
@@ -101,10 +95,9 @@ def test_exactly_the_blocks_that_hold_something_visible_are_visited(name, by_key
 
     for b, rows in enumerate(seen.cpu()):
         blocks = [block.split(N, 1) for block in rows.split(M)]  # [blocks of queries][blocks of keys]
-        if by_key:
-            blocks = zip(*blocks, strict=True)
+        blocks = zip(*blocks, strict=True) if by_key else blocks
         for (full, mixed, *places), others in zip(lists[b], blocks, strict=True):
-            # a block that ends behind the last key needs the mask
+            # (a block that ends behind the last key needs the mask)
             whole = [n for n, block in enumerate(others) if block.all() and block.shape[1] == N]
             partly = [n for n, block in enumerate(others) if block.any() and n not in whole]
             assert sorted(places[:full]) == whole
@@ -114,16 +107,14 @@ def test_exactly_the_blocks_that_hold_something_visible_are_visited(name, by_key
 def test_layers_share_the_mask_of_a_step_until_it_is_changed_in_place():
     q, k, v = (random_tensor(1, 2, 20, 16, seed=seed).to(DEVICE) for seed in range(3))
     layer = lambda segments: attention(q, k, v, segments=segments, impl="triton")
-    kernel.list_visits.cache_clear()
     segments = torch.zeros(1, 20, dtype=torch.long, device=DEVICE)
-    first, again = layer(segments), layer(segments)
-    assert torch.equal(first, again) and kernel.list_visits.cache_info().misses == 1
+    kernel.list_visits.cache_clear()
+    first, _, _ = (layer(segments) for _ in range(3))
+    assert kernel.list_visits.cache_info().misses == 1
     segments[0, :5] = -1
     changed = layer(segments)
     assert (changed[:, :, 5:] != first[:, :, 5:]).any(-1).all() and not changed[:, :, :5].any()
-
-    # PyTorch does not count the changes of tensors made in inference mode
-    with torch.inference_mode():
+    with torch.inference_mode():  # where PyTorch does not count changes
         others = segments.clone()
         assert torch.equal(layer(others), changed)
         others.zero_()

@@ -20,8 +20,8 @@ needs_triton = pytest.mark.skipif(kernel.triton is None, reason="Triton exists f
 
 def run(*arguments, **environment):
     """Run Python in a new process: Triton decides when it is imported whether it compiles or interprets."""
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=os.environ | environment,
-                          capture_output=True, text=True)  # fmt: skip
+    command, environment = [sys.executable, *arguments], os.environ | environment
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
     return done
 
@@ -83,7 +83,7 @@ def test_verbose_says_once_what_computes_attention():
                 GOLDEN / "images" / "0.png", "--max-new-tokens", "3", "--verbose").stderr.splitlines()  # fmt: skip
     assert len(lines) == len(set(lines)) and all(line.endswith(": torch") for line in lines)
     kinds = {line.split(" on cpu, ")[0] for line in lines}
-    assert kinds == {f"sample.py: attention with {kind}" for kind in ("no mask", "causal")}
+    assert kinds == {"sample.py: attention with no mask", "sample.py: attention with causal"}
 
 
 def test_the_picture_of_the_mask_is_what_its_script_draws():
