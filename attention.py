@@ -15,7 +15,7 @@ continuation. Segment -1 is padding, which nobody sees. A prefix of three positi
         4   1        x  x  x  x  x
         5   2        x  x  x  .  .  x
         6   2        x  x  x  .  .  x  x
-        7  -1        x  x  x  .  .  .  .  .     what padding sees is never read
+        7  -1        x  x  x  .  .  .  .  .     (what padding sees is never used)
 
 Causal attention is the case in which every segment is 0. Bidirectional attention (encoder, connector) has no mask.
 A sliding window also hides all but the last `window` positions, the query's own included (Mistral: Jiang et al. 2023).
@@ -71,8 +71,8 @@ def plain_attention(q, k, v, causal, segments, window, positions):
     H, T = q.shape[1:3]
     H_kv, S = k.shape[1:3]
 
-    # PyTorch has a flag for plain causal attention. A single query is the newest position and sees every key: it needs
-    # neither flag nor mask. The rest needs a mask with a number for every pair.
+    # plain causal attention is a flag in PyTorch. A single query is the newest position: it sees every key and needs
+    # neither flag nor mask. Everything else needs a dense mask.
     mask = None
     behind_keys = causal and 1 < T < S
     if segments is not None or window or behind_keys:
@@ -98,7 +98,7 @@ def attention(q, k, v, *, causal=False, segments=None, window=None, positions=No
                it the window counts places in the row
     impl       "triton" or "torch" overrides the choice between the fused kernel and PyTorch
 
-    With a mask, the T queries are the last T of the S positions, so that a prefill can continue behind cached keys.
+    Under a mask the queries are the last T of the S positions, so that a prefill can continue behind cached keys.
     Returns [B, H, T, D]. A query that sees nothing gets zeros. Raises ValueError if impl="triton" cannot run.
     """
     # 1) a window and segments are causal; a window that is as wide as the row hides nothing

@@ -42,7 +42,7 @@ except ImportError:  # Triton does not exist for macOS and Windows: PyTorch comp
 class Tensor(NamedTuple):
     """A tensor [B, H, T, D]. Strides count rows of D numbers, so that the compiler knows that D divides the addresses.
 
-    Of an argument it knows only whether 16 divides it. With heads of 24 it could not load 16 bytes at a time.
+    Otherwise it would know only whether 16 divides a stride, and could not load 16 bytes at a time from heads of 24.
     """
 
     pointer: torch.Tensor
@@ -60,7 +60,7 @@ class Mask(NamedTuple):
     stride: int  # of B; 0 if all rows have the same mask
     T: int
     S: int
-    ahead: int  # position i sees none behind i + ahead: 0 is causal
+    ahead: int  # position i sees nothing behind i + ahead: 0 is causal
     window: int
 
 
@@ -83,12 +83,12 @@ def _sees(mask, b, t, j):
     segments = mask.table + b * mask.stride
     positions = segments + mask.S
     i = mask.S - mask.T + t  # the place of a query in the row
-    # without a mask there may be more queries than keys; then i is negative, and zeros serve as well
+    # without a mask there may be more queries than keys; then i is negative, and zeros are as good as any number
     exists = (t < mask.T) & (i >= 0)
     query_segment, query_position = tl.load(segments + i, exists, 0), tl.load(positions + i, exists, 0)
     key_segment, key_position = tl.load(segments + j, j < mask.S, -1), tl.load(positions + j, j < mask.S, 0)
 
-    # everybody sees the prefix, and a continuation sees itself too: -2 is the segment of nobody
+    # everybody sees the prefix; a continuation (segment > 0) also sees itself; no key has the segment -2
     own = tl.where(query_segment > 0, query_segment, -2)
     seen = (key_segment == 0)[None, :] | (key_segment[None, :] == own[:, None])
     last = tl.where(t < mask.T, i + mask.ahead, -1)
@@ -117,7 +117,7 @@ def _visits_kernel(lists, mask, inner, M: constexpr, N: constexpr, BY_KEY: const
 
 @jit
 def _visit_list(visits, b, block, MASKED: constexpr):
-    """Where the partly visible (MASKED) or the fully visible blocks of a block begin and end in its list."""
+    """The list of a block, and where its partly visible (MASKED) or its fully visible blocks begin and end there."""
     row = visits.lists + b * visits.stride + block * (visits.inner + 2)
     begin = visits.inner - tl.load(row + 1) if MASKED else 0
     end = visits.inner if MASKED else tl.load(row)
@@ -152,7 +152,7 @@ def store_rows(x, b, h, t, count, values):
 @jit
 def _forward_kernel(q, k, v, out, lse, mask, visits, groups, M: constexpr, N: constexpr, DOT: constexpr):
     """O and L of one block of queries of one head. `groups` query heads share a key head."""
-    # 1) load the queries; the last block starts first, for it sees the most keys
+    # 1) load the queries. The last block starts first, because it sees the most keys
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     h, b, T = tl.program_id(1), tl.program_id(2), mask.T
     c: constexpr = q.D**-0.5 / LN2
@@ -188,8 +188,8 @@ def _forward_kernel(q, k, v, out, lse, mask, visits, groups, M: constexpr, N: co
 
 @jit
 def _dq_kernel(q, k, v, out, grad, lse, deltas, dq, mask, visits, groups, M: constexpr, N: constexpr, DOT: constexpr):
-    """dQ of one block of queries of one head. Δ is needed here first, and is written for the other kernel."""
-    # 1) load what belongs to the queries: Q, dO, L and Δ
+    """dQ of one block of queries of one head. It also computes Δ, which it writes for the next kernel."""
+    # 1) load what belongs to the queries: Q, dO (here G), L and Δ
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     h, b, T = tl.program_id(1), tl.program_id(2), mask.T
     c: constexpr = q.D**-0.5 / LN2
@@ -226,7 +226,7 @@ def _dkdv_kernel(q, k, v, grad, lse, deltas, dk, dv, mask, visits, groups, M: co
     K, V = load_rows(k, b, h, j, S), load_rows(v, b, h, j, S)  # [N, WIDTH]
     DK, DV = tl.zeros([N, k.WIDTH], tl.float32), tl.zeros([N, k.WIDTH], tl.float32)
 
-    # 2) go through the queries that see them, in each query head of this key head; everything is transposed
+    # 2) go through the queries that see them, in each query head that reads this key head; S and P are transposed
     for r in range(groups):
         head = h * groups + r
         row = (b * tl.num_programs(1) * groups + head) * T
@@ -295,7 +295,7 @@ def tile_for(q, backward) -> tuple[Tile, dict]:
 
 # ------------------------------------------------------------------------------------------ launching
 # Every layer of a step passes the same segments and positions. Two caches give it the mask and the lists that the first
-# layer made. They recognise a tensor by its identity, and by its version that it has not been changed in place.
+# layer made. They recognise a tensor by its identity, and a change in place by the number that PyTorch counts it with.
 
 
 @functools.lru_cache(maxsize=4)
