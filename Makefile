@@ -20,7 +20,7 @@ test-long: .venv/installed
 
 # the fused kernel compiled for every target, head size and type, without a GPU
 test-kernel: .venv/installed
-	.venv/bin/python -m bench.kernel_compile
+	.venv/bin/python -m bench.kernel_proofs
 
 # a hospital is drawn, a model learns it from nothing in four runs of two processes, and its scores are printed
 phantom: runs/hospital/data/.ready

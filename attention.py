@@ -1,19 +1,27 @@
-"""Attention, one mask language for everything: encoder, connector, training, prefill, decoding.
+"""Attention for the encoder, the connector, training, prefill and decoding: who sees whom, and how it is computed.
 
 Every position has a segment number. Position i sees position j when
 
     j <= i  and  (segment[j] == 0 or segment[j] == segment[i])
 
-Segment 0 is the shared prefix, segments 1, 2, … are continuations that see the prefix and themselves
-alone, and segment -1 is padding, which nobody sees. Plain causal attention is the case where every
-segment is 0; bidirectional attention (the image encoder, the connector) has no mask at all.
+Segment 0 is the shared prefix. Segments 1, 2, … are continuations: each sees the prefix and itself, but no other
+continuation. Segment -1 is padding, which nobody sees. A prefix of three positions, two continuations, padding:
 
-A sliding window narrows what is seen to the last positions, itself included (Mistral: Jiang et al. 2023).
+                     0  0  0  1  1  2  2 -1      segment of j
+    i = 0   0        x
+        1   0        x  x
+        2   0        x  x  x
+        3   1        x  x  x  x
+        4   1        x  x  x  x  x
+        5   2        x  x  x  .  .  x
+        6   2        x  x  x  .  .  x  x
+        7  -1        x  x  x  .  .  .  .  .     (what padding sees is never used)
 
-`attention` is computed by a fused Triton kernel, below, or by PyTorch; `_choose` says when by which.
+Causal attention is the case in which every segment is 0. Bidirectional attention (encoder, connector) has no mask.
+A sliding window also hides all but the last `window` positions, the query's own included (Mistral: Jiang et al. 2023).
 
-Decoding has the same mask with one continuation per beam or sample: `shared_prefix_attention` reads the
-prefix's keys and values once for all of them.
+In this file: the mask, attention in plain PyTorch, the choice between that and the fused kernel of kernel.py, and the
+decoding step, in which the beams or samples of a study are continuations that share one copy of its prefix.
 """
 
 import functools
@@ -24,110 +32,190 @@ import torch.nn.functional as F
 
 from kernel import fused_attention, interpreted, kernel_available
 
-logger = logging.getLogger(__name__)  # a library does not know its program's flags: `sample.py --verbose` shows this
+logger = logging.getLogger(__name__)  # silent unless a program shows it, as `sample.py --verbose` does
 
-# ------------------------------------------------------------------------------------------ the plain twin
-
-
-def _plain(q, k, v, causal, segments, window, positions):
-    """`attention` by PyTorch, with a [B or 1, 1, T, S] mask where it has no name for what is seen."""
-    T, S = q.shape[2], k.shape[2]
-    mask = None
-    if segments is not None or window or (causal and 1 < T < S):
-        mask = _visible(segments, T, S, window, positions, q.device)
-    return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=causal and mask is None and T > 1, enable_gqa=q.shape[1] != k.shape[1]
-    )  # a lone newest position sees all keys
+# ------------------------------------------------------------------------------------------ the reference
 
 
-def _visible(segments, T, S, window=None, positions=None, device=None):
-    """Boolean mask [B or 1, 1, T, S] of what the last T of S positions see; segments and positions [B, S] or None."""
-    seen = torch.ones(1, T, S, dtype=torch.bool, device=device)
+def visible(segments, T, S, window=None, positions=None, device=None):
+    """What the last T of S positions see, as booleans [B or 1, 1, T, S].
+
+    segments and positions are [B, S] or None. Without segments the mask is causal. The window counts positions, or
+    places in the row where positions is None.
+    """
+    # 1) nothing behind the query: the T queries are the last of the S positions
+    j = torch.arange(S, device=device)
+    i = j[-T:, None]  # [T, 1]
+    seen = j <= i  # [T, S]
+
+    # 2) the prefix and one's own continuation
     if segments is not None:
-        query, key = segments[:, S - T :, None], segments[:, None, :]  # [B, T, 1], [B, 1, S]
-        seen = (key == 0) | ((key == query) & (key > 0))
-    if window and positions is None:
-        seen = seen.triu(S - T - window + 1)
-    elif window:
-        seen = seen & (positions[:, S - T :, None] - positions[:, None, :] < window)
-    return seen.tril(S - T)[:, None]
+        query = segments[:, -T:, None]  # [B, T, 1]
+        key = segments[:, None, :]  # [B, 1, S]
+        prefix = key == 0
+        own = (key == query) & (key > 0)
+        seen = seen & (prefix | own)  # [B, T, S]
+
+    # 3) nothing before the window
+    if window:
+        if positions is None:
+            positions = j[None]
+        query = positions[:, -T:, None]
+        key = positions[:, None, :]
+        seen = seen & (query - key < window)
+    return seen.view(-1, 1, T, S)
+
+
+def plain_attention(q, k, v, causal, segments, window, positions):
+    """`attention` in plain PyTorch: the reference for the fused kernel, and what runs where that cannot."""
+    H, T = q.shape[1:3]
+    H_kv, S = k.shape[1:3]
+
+    # plain causal attention is a flag in PyTorch. A single query is the newest position: it sees every key and needs
+    # neither flag nor mask. Everything else needs a dense mask.
+    mask = None
+    behind_keys = causal and 1 < T < S
+    if segments is not None or window or behind_keys:
+        mask = visible(segments, T, S, window, positions, q.device)
+    is_causal = causal and mask is None and T > 1
+
+    is_grouped = H_kv < H
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, enable_gqa=is_grouped)
 
 
 # ------------------------------------------------------------------------------------------ attention
 
 
-def _choose(q, S, causal, segments, window) -> str:
-    """What computes it. PyTorch's kernels are the better choice for what they know: no mask, and plain causal.
+def attention(q, k, v, *, causal=False, segments=None, window=None, positions=None, impl=None):
+    """softmax(q kᵀ / √D) v under the mask above.
 
-    For segments, windows and queries behind earlier keys they want a dense mask, T × S, and skip nothing.
+    q          [B, H, T, D]
+    k, v       [B, H_kv, S, D]; H is a multiple of H_kv, and H / H_kv query heads share a key head
+    causal     position i sees j <= i
+    segments   integers [B, S]: the rule above, which is causal too
+    window     causal, and only the last `window` positions are seen
+    positions  integers [B, S]: what the window counts. Needed where several continuations follow one prefix; without
+               it the window counts places in the row
+    impl       "triton" or "torch" overrides the choice between the fused kernel and PyTorch
+
+    Under a mask the queries are the last T of the S positions, so that a prefill can continue behind cached keys.
+    Returns [B, H, T, D]. A query that sees nothing gets zeros. Raises ValueError if impl="triton" cannot run.
+    """
+    # 1) a window and segments are causal; a window that is as wide as the row hides nothing
+    S = k.shape[2]
+    causal = causal or window is not None or segments is not None
+    if positions is None and window is not None and window >= S:
+        window = None
+
+    # 2) choose what computes it
+    if impl is None:
+        impl = _choose(q, S, causal, segments, window)
+    elif impl == "triton" and not (kernel_available(q.device) or interpreted()):
+        raise ValueError(f"the Triton kernel does not run on {q.device}: it needs Triton and a GPU; leave impl out")
+    kind = _kind_of_mask(causal, segments, window)
+    _log_once(f"attention with {kind} on {q.device.type}, head size {q.shape[3]}: {impl}")
+
+    # 3) compute
+    mask = dict(causal=causal, segments=segments, window=window, positions=positions)
+    if impl == "triton":
+        return fused_attention(q, k, v, **mask)
+    return plain_attention(q, k, v, **mask)
+
+
+def _choose(q, S, causal, segments, window) -> str:
+    """PyTorch's own kernels are faster without a mask and for plain causal attention; the fused kernel for the rest.
+
+    For segments, windows and queries behind cached keys PyTorch needs a number for every pair, and skips nothing.
     """
     T, D = q.shape[2:]
-    dense = segments is not None or window is not None or (causal and T < S)
-    return "triton" if dense and T > 1 and D <= 256 and kernel_available(q.device) else "torch"
+    behind_keys = causal and T < S
+    needs_mask = segments is not None or window is not None or behind_keys
+
+    # the kernel's registers hold heads of up to 256 columns; and a single query leaves it nothing to skip
+    suits_kernel = needs_mask and T > 1 and D <= 256
+    if suits_kernel and kernel_available(q.device):
+        return "triton"
+    return "torch"
 
 
-@functools.cache  # each line once
+def _kind_of_mask(causal, segments, window) -> str:
+    if segments is not None:
+        return "segments"
+    if window:
+        return "a window"
+    if causal:
+        return "causal"
+    return "no mask"
+
+
+@functools.cache  # each line once, not once per layer and step
 def _log_once(line: str):
     logger.info(line)
 
 
-def attention(q, k, v, *, causal=False, segments=None, window=None, positions=None, impl=None):
-    """softmax(q kᵀ / √D) v, with grouped-query heads.
-
-    q [B, H, T, D]; k and v [B, H_kv, S, D] with H a multiple of H_kv and S >= T: the T queries are the
-    last T of the S positions, so a prefill can go on behind keys that are already there.
-    causal: position i sees j <= i. segments (integers, [B, S]): the mask above, which is causal too.
-    window: causal, and of what is visible only the last `window` keys are seen, by their place in the row or,
-    where several segments go on from one prefix, by their positions (integers, [B, S]).
-    impl: "triton" or "torch" instead of the better one; ValueError where the former cannot run.
-    Returns [B, H, T, D]; a query that may see nothing gets zeros.
-    """
-    S = k.shape[2]
-    causal = causal or window is not None or segments is not None
-    window = None if positions is None and window is not None and window >= S else window
-    chosen = impl or _choose(q, S, causal, segments, window)
-    if impl == "triton" and not (kernel_available(q.device) or interpreted()):
-        raise ValueError(f"the Triton kernel does not run on {q.device}: it needs Triton and a GPU; leave impl out")
-    kind = "segments" if segments is not None else "a window" if window else "causal" if causal else "no mask"
-    _log_once(f"attention with {kind} on {q.device.type}, head size {q.shape[-1]}: {chosen}")
-    return (fused_attention if chosen == "triton" else _plain)(q, k, v, causal, segments, window, positions)
+# ------------------------------------------------------------------------------------------ decoding
 
 
 def shared_prefix_attention(q, prefix_k, prefix_v, lengths, suffix_k, suffix_v, window=None):
-    """One decoding step of K continuations of each of B studies: one softmax over prefix and own suffix.
+    """One decoding step of K continuations (beams, samples) of each of B studies.
 
-    q [B, H, K, D], the newest position of each continuation.
-    prefix_k, prefix_v [B, H_kv, P, D]: one copy per study, read once for all its K continuations; only
-    the first lengths[b] positions of study b count (lengths: integers, [B]).
-    suffix_k, suffix_v [B, K, H_kv, S, D]: what each continuation has added, newest position included.
-    window: only the last `window` positions are seen, the newest included.
-    Returns [B, H, K, D].
+    q                   [B, H, K, D]: the newest position of each continuation
+    prefix_k, prefix_v  [B, H_kv, P, D]: one copy per study, padded on the right
+    lengths             integers [B]: how many of the P prefix positions belong to study b
+    suffix_k, suffix_v  [B, K, H_kv, S, D]: what each continuation has added, its newest position included
+    window              only the last `window` positions are seen, the newest included
 
-    There is no kernel of its own for this, for on paper there is little to win. What it would save is the scores,
-    written and read again for 16 bytes each (two products, a mask, a concatenation, a softmax). In a layer of the 7B
-    model with 10 continuations of 1,431 positions that is 7 MB a study, beside 23 MB of keys and values and 405 MB
-    of weights: 1.7 % of a step's bytes with one study and 13 % with sixteen, if all of it went through memory; but each
-    of those tensors has at most 15 MB, which a data-centre GPU's cache of 40 MB and more hands from one to the next.
+    Returns [B, H, K, D]. Each continuation sees its study's prefix and its own suffix under one softmax.
+
+    There is no fused kernel for this, because it would save little: only the scores would not go through memory. For
+    the 7B model with 10 continuations of 1,431 positions they are 7 MB of the 435 MB that a layer moves per step, and
+    a data-centre GPU's cache holds most of them anyway. (An estimate from tensor sizes, not a measurement.)
     """
     B, H, K, D = q.shape
-    H_kv, P, S = prefix_k.shape[1], prefix_k.shape[2], suffix_k.shape[3]
-    R = H // H_kv
-    q = (q * D**-0.5).view(B, H_kv, R, K, D)
-    # Grouping the K continuations and the R query heads of one key head into one matrix makes the
-    # prefix product a single GEMM that reads every prefix key once.
-    prefix_scores = q.reshape(B, H_kv, R * K, D) @ prefix_k.mT  # [B, H_kv, R * K, P]
+    H_kv, P = prefix_k.shape[1:3]
+    S = suffix_k.shape[3]
+    R = H // H_kv  # query heads that share a key head
+    q = q * D**-0.5
+    q = q.view(B, H_kv, R, K, D)
+
+    # 1) scores of the prefix: all heads and continuations that share its keys are the rows of one matrix, so that one
+    #    product reads every key once
+    rows = q.flatten(2, 3)  # [B, H_kv, R * K, D]
+    prefix_scores = rows @ prefix_k.mT  # [B, H_kv, R * K, P]
+    prefix_scores = prefix_scores.view(B, H_kv, R, K, P)
+
+    # 2) scores of the suffixes: one product for each continuation, whose rows are only the heads
+    rows = q.movedim(3, 1)  # [B, K, H_kv, R, D]
+    suffix_scores = rows @ suffix_k.mT  # [B, K, H_kv, R, S]
+    suffix_scores = suffix_scores.movedim(1, 3)  # [B, H_kv, R, K, S]
+
+    # 3) hide the padding of the prefix and what is before the window. With a prefix of 5, a suffix of 2 and a window
+    #    of 3, the newest position is 5 + 2 - 1 = 6: it sees 4, 5 and 6, so that 6 - 3 = 3 is the last hidden one
     places = torch.arange(P, device=q.device)
-    hidden = places >= lengths[:, None]  # [B, P]
-    suffix_scores = q.permute(0, 3, 1, 2, 4) @ suffix_k.mT  # [B, K, H_kv, R, S]
+    ends = lengths[:, None]  # [B, 1]
+    hidden = places >= ends  # [B, P]
     if window is not None:
-        hidden |= places <= lengths[:, None] + S - 1 - window
-        suffix_scores[..., : max(S - window, 0)] = float("-inf")
-    prefix_scores = prefix_scores.masked_fill(hidden[:, None, None], float("-inf"))
-    suffix_scores = suffix_scores.permute(0, 2, 3, 1, 4).reshape(B, H_kv, R * K, S)
-    weights = torch.cat((prefix_scores, suffix_scores), -1).softmax(-1)  # summed in float32, rounded once
+        newest = ends + S - 1
+        hidden |= places <= newest - window
+        outside = max(S - window, 0)
+        suffix_scores[..., :outside] = float("-inf")
+    hidden = hidden[:, None, None, None]  # [B, 1, 1, 1, P]
+    prefix_scores = prefix_scores.masked_fill(hidden, float("-inf"))
+
+    # 4) one softmax over both (PyTorch sums it in float32 and rounds once)
+    scores = torch.cat((prefix_scores, suffix_scores), -1)  # [B, H_kv, R, K, P + S]
+    weights = scores.softmax(-1)
     prefix_weights, suffix_weights = weights.split((P, S), -1)
-    suffix_weights = suffix_weights.view(B, H_kv, R, K, S).permute(0, 3, 1, 2, 4)  # [B, K, H_kv, R, S]
-    suffix_out = (suffix_weights @ suffix_v).permute(0, 2, 3, 1, 4)  # [B, H_kv, R, K, D]
-    # padded prefix rows have weight 0, but 0 * uninitialised memory could be NaN: the cache starts as zeros
-    prefix_out = (prefix_weights @ prefix_v).view(B, H_kv, R, K, D)
-    return (prefix_out + suffix_out).reshape(B, H, K, D)
+
+    # 5) sums of the values, with the same rows as above. Hidden positions have weight 0, but 0 · NaN is NaN: the cache
+    #    must not hold uninitialised memory
+    rows = prefix_weights.flatten(2, 3)  # [B, H_kv, R * K, P]
+    prefix_out = rows @ prefix_v  # [B, H_kv, R * K, D]
+    rows = suffix_weights.movedim(3, 1)  # [B, K, H_kv, R, S]
+    suffix_out = rows @ suffix_v  # [B, K, H_kv, R, D]
+
+    # 6) back to one dimension of heads: [B, H_kv, R, K, D] -> [B, H, K, D]
+    prefix_out = prefix_out.view(B, H_kv, R, K, D)
+    suffix_out = suffix_out.movedim(1, 3)
+    out = prefix_out + suffix_out
+    return out.flatten(1, 2)

@@ -1,337 +1,348 @@
-"""The fused Triton attention kernel, forward and backward, with the mask of attention.py.
+"""Fused attention in Triton, forward and backward, under the mask of attention.py.
 
-Of one head, with c = log2(e) / √D, the sums over the keys j that query i sees:
+For one head, with c = log2(e) / √D, and sums over the keys j that query i sees:
 
     S = c Q Kᵀ      L_i = log2 Σ_j 2^S_ij      P_ij = 2^(S_ij - L_i)      O = P V
 
-Forward (online softmax: Milakov & Gimelshein 2018; in tiles: Dao 2023, FlashAttention-2): a program has M queries
-and goes through the keys N at a time, with the running maximum m of S and the running sum z of 2^(S - m); where m
-rises, what was summed shrinks by 2^(m_old - m_new). At the end O = acc / z and L = m + log2 z. No T × S matrix is
-ever in memory: only O and L are kept.
+Forward is the online softmax (Milakov & Gimelshein 2018) in tiles (FlashAttention-2: Dao 2023). A program holds M
+queries and reads the keys N at a time. It keeps the running maximum m of S and the running sum z of 2^(S - m). When m
+rises, the sums so far shrink by 2^(m_old - m_new). At the end O = acc / z and L = m + log2 z. Only O and L are written
+to memory, never a T × S matrix.
 
-Backward: P comes back from L, and with Δ_i = Σ_d dO_id O_id
+Backward computes P again from L. With Δ_i = Σ_d dO_id O_id:
 
     dV = Pᵀ dO      dS = P ∘ (dO Vᵀ - Δ)      dQ = dS K / √D      dK = dSᵀ Q / √D
 
-One kernel has a block of queries and sums dQ over keys; another has a block of keys and sums dK and dV over queries and
-over the query heads of their key head. No two programs add to one number: gradients are the same in every run.
+One kernel holds a block of queries and sums dQ over the keys. Another holds a block of keys and sums dK and dV over the
+queries. No two programs add to the same number, so gradients are the same in every run.
 
-The mask is one function, `_sees`. A small kernel asks it about every pair, once for all heads, and lists for each block
-the blocks with which it has a visible pair, those where every pair is visible apart. The other kernels go through that
-list: they skip exactly what is empty, and mask only what is mixed. The list serves every layer of a step. Of a causal
-row about half of all blocks are empty; of the continuations behind a shared prefix all but those of each with itself.
+The mask is one function, `_sees`. A small kernel evaluates it once per step and lists for each block which blocks are
+fully visible to it and which are partly visible. The others skip the rest, and mask only what is partly visible.
 """
 
 import functools
-import math
+from typing import NamedTuple
 
 import torch
 
 try:
     import triton
     import triton.language as tl
-except ImportError:  # macOS, Windows: PyTorch computes everything
-    triton = tl = None
 
-# ------------------------------------------------------------------------------------------ kernels
-# Tensors, masks and lists of visits are tuples, made by `_strided`, `_mask` and `_visits`. t are places among the
-# queries, j among the keys, h is a head, b a row.
+    jit, constexpr = triton.jit, tl.constexpr
+    LN2 = constexpr(0.6931471805599453)
+except ImportError:  # Triton does not exist for macOS and Windows: PyTorch computes everything
+    triton = tl = constexpr = None
+    jit = lambda function: function
 
-jit, constexpr = (triton.jit, tl.constexpr) if triton else (lambda function: function, None)
+# ------------------------------------------------------------------------------------------ masks and memory
+# b is a row of the batch, h a head; t are places among the T queries, j places among the S keys.
+
+
+class Tensor(NamedTuple):
+    """A tensor [B, H, T, D]. Strides count rows of D numbers, so that the compiler knows that D divides the addresses.
+
+    Otherwise it would know only whether 16 divides a stride, and could not load 16 bytes at a time from heads of 24.
+    """
+
+    pointer: torch.Tensor
+    stride_b: int
+    stride_h: int
+    stride_t: int
+    D: int  # a constant of the compiled kernel, as WIDTH is
+    WIDTH: int  # the power of two that holds D: a head of 80 is computed as one of 128
+
+
+class Mask(NamedTuple):
+    """Who sees whom in a batch of rows. The T queries are the last of the S positions."""
+
+    table: torch.Tensor  # [B or 1, 2, S]: segments, positions
+    stride: int  # of B; 0 if all rows have the same mask
+    T: int
+    S: int
+    ahead: int  # position i sees nothing behind i + ahead: 0 is causal
+    window: int
+
+
+class Visits(NamedTuple):
+    """For each block of one side, a list of the blocks of the other side that it visits.
+
+    A list is two counts, then the fully visible blocks from the front and the partly visible ones from the back:
+
+        3 2 | 0 1 2 . 5 3        sees blocks 0, 1, 2 fully, 3 and 5 partly, 4 not at all; inner = 6
+    """
+
+    lists: torch.Tensor  # [B or 1, outer, 2 + inner]
+    stride: int  # of B; 0 if all rows have the same mask
+    inner: int  # blocks on the other side
 
 
 @jit
 def _sees(mask, b, t, j):
-    """The mask of queries t [M] and keys j [N] of row b: [M, N]. What is outside the row neither sees nor is seen."""
-    table, stride, T, S, ahead, window = mask
-    row = table + b * stride
-    i = S - T + t  # the queries are the last of the row
-    exists = (t < T) & (i >= 0)  # without a mask there may be more queries than keys; then all of this is 0
-    own, place = tl.load(row + i, exists, 0), tl.load(row + S + i, exists, 0)
-    segment, position = tl.load(row + j, j < S, -1), tl.load(row + S + j, j < S, 0)
-    own = tl.where(own > 0, own, -2)  # what is not in a continuation has none of its own to see
-    last = tl.where(t < T, i + ahead, -1)
-    seen = (segment == 0)[None, :] | (segment[None, :] == own[:, None])
-    return seen & (j[None, :] <= last[:, None]) & (position[None, :] > (place - window)[:, None])
+    """Which queries t [M] see which keys j [N]: [M, N]. Places outside the row neither see nor are seen."""
+    segments = mask.table + b * mask.stride
+    positions = segments + mask.S
+    i = mask.S - mask.T + t  # the place of a query in the row
+    # without a mask there may be more queries than keys; then i is negative, and zeros are as good as any number
+    exists = (t < mask.T) & (i >= 0)
+    query_segment, query_position = tl.load(segments + i, exists, 0), tl.load(positions + i, exists, 0)
+    key_segment, key_position = tl.load(segments + j, j < mask.S, -1), tl.load(positions + j, j < mask.S, 0)
+
+    # everybody sees the prefix; a continuation (segment > 0) also sees itself; no key has the segment -2
+    own = tl.where(query_segment > 0, query_segment, -2)
+    seen = (key_segment == 0)[None, :] | (key_segment[None, :] == own[:, None])
+    last = tl.where(t < mask.T, i + mask.ahead, -1)
+    before = query_position - mask.window
+    return seen & (j[None, :] <= last[:, None]) & (key_position[None, :] > before[:, None])
 
 
 @jit
-def _visits_kernel(visits, mask, inner, M: constexpr, N: constexpr, BY_KEY: constexpr):
-    """For one block (of keys: BY_KEY, else of queries) list the blocks of the other side that it has to do with.
-
-    Its row of visits: the number of blocks where all is visible and where some is; then `inner` places, which hold the
-    former from the front and the latter from the back.
-    """
+def _visits_kernel(lists, mask, inner, M: constexpr, N: constexpr, BY_KEY: constexpr):
+    """Write the list of one block: a block of keys if BY_KEY, else a block of queries. See `Visits`."""
     outer, b = tl.program_id(0), tl.program_id(1)
-    row = visits + (b * tl.num_programs(0) + outer) * (inner + 2)
+    row = lists + (b * tl.num_programs(0) + outer) * (inner + 2)
     full, mixed = 0, 0
     for other in range(inner):
         t = (other if BY_KEY else outer) * M
-        j = (outer if BY_KEY else other) * N + tl.arange(0, N)
-        pairs = tl.sum(_sees(mask, b, t + tl.arange(0, M), j).to(tl.int32))
-        # behind the last query a block may go on: what is loaded there is zeros, and gives nothing
-        whole = pairs == tl.minimum(M, mask[2] - t) * N
-        tl.store(row + tl.where(whole, 2 + full, 1 + inner - mixed), other, pairs > 0)
-        full += whole.to(tl.int32)
-        mixed += ((pairs > 0) & (whole == 0)).to(tl.int32)
+        j = (outer if BY_KEY else other) * N
+        pairs = tl.sum(_sees(mask, b, t + tl.arange(0, M), j + tl.arange(0, N)).to(tl.int32))
+        # queries behind the last one need no mask: they are loaded as zeros and add nothing
+        is_full = pairs == tl.minimum(M, mask.T - t) * N
+        tl.store(row + tl.where(is_full, 2 + full, 1 + inner - mixed), other, pairs > 0)
+        full += is_full.to(tl.int32)
+        mixed += ((pairs > 0) & (is_full == 0)).to(tl.int32)
     tl.store(row, full)
     tl.store(row + 1, mixed)
 
 
 @jit
-def _list(visits, b, block):
-    """Of one block: its list, where the blocks without a mask end in it, and where those with one begin and end."""
-    pointer, stride, inner = visits
-    row = pointer + b * stride + block * (inner + 2)
-    return row + 2, tl.load(row), inner - tl.load(row + 1), inner
+def _visit_list(visits, b, block, MASKED: constexpr):
+    """The list of a block, and where its partly visible (MASKED) or its fully visible blocks begin and end there."""
+    row = visits.lists + b * visits.stride + block * (visits.inner + 2)
+    begin = visits.inner - tl.load(row + 1) if MASKED else 0
+    end = visits.inner if MASKED else tl.load(row)
+    return row + 2, begin, end
 
 
 @jit
-def _rows(x, b, h, t, D: constexpr, WIDTH: constexpr):
-    """Pointers [rows, WIDTH] to rows t of head h, and which of the columns are there: a head of 80 is padded to 128."""
-    pointer, stride_b, stride_h, stride_t = x
-    d = tl.arange(0, WIDTH)
-    base = pointer + (b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h) * D
-    return base + t[:, None] * stride_t * D + d[None, :], (d < D)[None, :]
+def _rows(x, b, h, t, count):
+    """Pointers to rows t of a head, [rows, WIDTH], and which of them exist: rows before `count`, columns before D."""
+    d = tl.arange(0, x.WIDTH)
+    # 64 bits: a large batch has more than 2^31 numbers
+    head = x.pointer + (b.to(tl.int64) * x.stride_b + h.to(tl.int64) * x.stride_h) * x.D
+    return head + t[:, None] * x.stride_t * x.D + d[None, :], (t < count)[:, None] & (d < x.D)[None, :]
 
 
 @jit
-def _load(x, b, h, t, count, D: constexpr, WIDTH: constexpr):
-    """Rows t of head h, [rows, WIDTH]; zeros outside."""
-    pointers, there = _rows(x, b, h, t, D, WIDTH)
-    return tl.load(pointers, (t < count)[:, None] & there, 0.0)
+def load_rows(x, b, h, t, count):
+    """Rows t of a head, [rows, WIDTH]. What does not exist is zero."""
+    pointers, exists = _rows(x, b, h, t, count)
+    return tl.load(pointers, exists, 0.0)
 
 
 @jit
-def _store(x, b, h, t, count, values, D: constexpr, WIDTH: constexpr):
-    pointers, there = _rows(x, b, h, t, D, WIDTH)
-    tl.store(pointers, values.to(x[0].dtype.element_ty), (t < count)[:, None] & there)
+def store_rows(x, b, h, t, count, values):
+    pointers, exists = _rows(x, b, h, t, count)
+    tl.store(pointers, values.to(x.pointer.dtype.element_ty), exists)
+
+
+# ------------------------------------------------------------------------------------------ forward and backward
 
 
 @jit
-def _forward_blocks(
-    acc, m, z, Q, k, v, mask, b, h, t, c, blocks, begin, end,
-    D: constexpr, WIDTH: constexpr, N: constexpr, DOT: constexpr, MASKED: constexpr,
-):  # fmt: skip
-    """Go on through the keys of the listed blocks: acc [M, WIDTH], m and z [M], as at the top."""
-    S = mask[3]
-    for n in range(begin, end):
-        j = tl.load(blocks + n) * N + tl.arange(0, N)
-        s = tl.dot(Q, tl.trans(_load(k, b, h, j, S, D, WIDTH)), input_precision=DOT) * c  # [M, N]
-        if MASKED:
-            s = tl.where(_sees(mask, b, t, j), s, float("-inf"))
-        top = tl.maximum(m, tl.max(s, 1))
-        base = tl.where(top == float("-inf"), 0.0, top) if MASKED else top  # nothing seen so far: -inf - -inf is NaN
-        p, shrink = tl.exp2(s - base[:, None]), tl.exp2(m - base)
-        V = _load(v, b, h, j, S, D, WIDTH)
-        acc = tl.dot(p.to(V.dtype), V, acc * shrink[:, None], input_precision=DOT)
-        m, z = top, z * shrink + tl.sum(p, 1)
-    return acc, m, z
-
-
-@jit
-def _forward_kernel(
-    q, k, v, out, lse, mask, visits, R, c,
-    D: constexpr, WIDTH: constexpr, M: constexpr, N: constexpr, DOT: constexpr,
-):  # fmt: skip
-    block = tl.num_programs(0) - 1 - tl.program_id(0)  # the last queries have the most keys: longest work first
-    h, b, T = tl.program_id(1), tl.program_id(2), mask[2]
-    t = block * M + tl.arange(0, M)
-    Q = _load(q, b, h, t, T, D, WIDTH)
-    m, z = tl.full([M], float("-inf"), tl.float32), tl.zeros([M], tl.float32)
-    acc = tl.zeros([M, WIDTH], tl.float32)
-    blocks, full, mixed, end = _list(visits, b, block)
-    acc, m, z = _forward_blocks(acc, m, z, Q, k, v, mask, b, h // R, t, c, blocks, 0, full, D, WIDTH, N, DOT, False)
-    acc, m, z = _forward_blocks(acc, m, z, Q, k, v, mask, b, h // R, t, c, blocks, mixed, end, D, WIDTH, N, DOT, True)
-    blind = z == 0  # sees nothing: O = 0, and backward P = 2^(S - inf) = 0
-    z = tl.where(blind, 1.0, z)
-    _store(out, b, h, t, T, acc / z[:, None], D, WIDTH)
-    row = lse + (b * tl.num_programs(1) + h) * T
-    tl.store(row + t, tl.where(blind, float("inf"), m + tl.log2(z)), t < T)
-
-
-@jit
-def _dq_blocks(
-    acc, Q, G, L, delta, k, v, mask, b, h, t, c, blocks, begin, end,
-    D: constexpr, WIDTH: constexpr, N: constexpr, DOT: constexpr, MASKED: constexpr,
-):  # fmt: skip
-    S = mask[3]
-    for n in range(begin, end):
-        j = tl.load(blocks + n) * N + tl.arange(0, N)
-        K, V = _load(k, b, h, j, S, D, WIDTH), _load(v, b, h, j, S, D, WIDTH)
-        p = tl.exp2(tl.dot(Q, tl.trans(K), input_precision=DOT) * c - L[:, None])  # [M, N]
-        if MASKED:
-            p = tl.where(_sees(mask, b, t, j), p, 0.0)
-        ds = p * (tl.dot(G, tl.trans(V), input_precision=DOT) - delta[:, None])
-        acc = tl.dot(ds.to(K.dtype), K, acc, input_precision=DOT)
-    return acc
-
-
-@jit
-def _dq_kernel(
-    q, k, v, out, grad, lse, deltas, dq, mask, visits, R, c, scale,
-    D: constexpr, WIDTH: constexpr, M: constexpr, N: constexpr, DOT: constexpr,
-):  # fmt: skip
-    """dQ of one block of queries; on the way Δ, which the next kernel reads."""
+def _forward_kernel(q, k, v, out, lse, mask, visits, groups, M: constexpr, N: constexpr, DOT: constexpr):
+    """O and L of one block of queries of one head. `groups` query heads share a key head."""
+    # 1) load the queries. The last block starts first, because it sees the most keys
     block = tl.num_programs(0) - 1 - tl.program_id(0)
-    h, b, T = tl.program_id(1), tl.program_id(2), mask[2]
+    h, b, T = tl.program_id(1), tl.program_id(2), mask.T
+    c: constexpr = q.D**-0.5 / LN2
     t = block * M + tl.arange(0, M)
-    Q, G = _load(q, b, h, t, T, D, WIDTH), _load(grad, b, h, t, T, D, WIDTH)
-    delta = tl.sum(G.to(tl.float32) * _load(out, b, h, t, T, D, WIDTH).to(tl.float32), 1)
+    Q = load_rows(q, b, h, t, T)  # [M, WIDTH]
+    m, z = tl.full([M], float("-inf"), tl.float32), tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, q.WIDTH], tl.float32)
+
+    # 2) go through the keys: first the fully visible blocks, then the others under the mask
+    for MASKED in tl.static_range(2):
+        blocks, begin, end = _visit_list(visits, b, block, MASKED)
+        for n in range(begin, end):
+            j = tl.load(blocks + n) * N + tl.arange(0, N)
+            K = load_rows(k, b, h // groups, j, mask.S)  # [N, WIDTH]
+            s = tl.dot(Q, K.T, input_precision=DOT) * c  # [M, N]
+            if MASKED:
+                s = tl.where(_sees(mask, b, t, j), s, float("-inf"))
+            top = tl.maximum(m, tl.max(s, 1))
+            # a query that has seen nothing so far has top = -inf, and -inf - -inf would be NaN
+            base = tl.where(top == float("-inf"), 0.0, top) if MASKED else top
+            p, shrink = tl.exp2(s - base[:, None]), tl.exp2(m - base)
+            V = load_rows(v, b, h // groups, j, mask.S)
+            acc = tl.dot(p.to(V.dtype), V, acc * shrink[:, None], input_precision=DOT)
+            m, z = top, z * shrink + tl.sum(p, 1)
+
+    # 3) normalise. A query that sees nothing gets O = 0 and L = inf, which makes P = 0 in the backward kernels
+    blind = z == 0
+    z = tl.where(blind, 1.0, z)
+    store_rows(out, b, h, t, T, acc / z[:, None])
+    L = tl.where(blind, float("inf"), m + tl.log2(z))
+    tl.store(lse + (b * tl.num_programs(1) + h) * T + t, L, t < T)
+
+
+@jit
+def _dq_kernel(q, k, v, out, grad, lse, deltas, dq, mask, visits, groups, M: constexpr, N: constexpr, DOT: constexpr):
+    """dQ of one block of queries of one head. It also computes Δ, which it writes for the next kernel."""
+    # 1) load what belongs to the queries: Q, dO (here G), L and Δ
+    block = tl.num_programs(0) - 1 - tl.program_id(0)
+    h, b, T = tl.program_id(1), tl.program_id(2), mask.T
+    c: constexpr = q.D**-0.5 / LN2
+    t = block * M + tl.arange(0, M)
+    Q, G = load_rows(q, b, h, t, T), load_rows(grad, b, h, t, T)  # [M, WIDTH]
     row = (b * tl.num_programs(1) + h) * T
+    L = tl.load(lse + row + t, t < T, 0.0)  # [M]
+    delta = tl.sum(G.to(tl.float32) * load_rows(out, b, h, t, T).to(tl.float32), 1)
     tl.store(deltas + row + t, delta, t < T)
-    L = tl.load(lse + row + t, t < T, 0.0)
-    acc = tl.zeros([M, WIDTH], tl.float32)
-    blocks, full, mixed, end = _list(visits, b, block)
-    acc = _dq_blocks(acc, Q, G, L, delta, k, v, mask, b, h // R, t, c, blocks, 0, full, D, WIDTH, N, DOT, False)
-    acc = _dq_blocks(acc, Q, G, L, delta, k, v, mask, b, h // R, t, c, blocks, mixed, end, D, WIDTH, N, DOT, True)
-    _store(dq, b, h, t, T, acc * scale, D, WIDTH)
+
+    # 2) go through the keys as in the forward kernel, and sum dS K
+    acc = tl.zeros([M, q.WIDTH], tl.float32)
+    for MASKED in tl.static_range(2):
+        blocks, begin, end = _visit_list(visits, b, block, MASKED)
+        for n in range(begin, end):
+            j = tl.load(blocks + n) * N + tl.arange(0, N)
+            K, V = load_rows(k, b, h // groups, j, mask.S), load_rows(v, b, h // groups, j, mask.S)  # [N, WIDTH]
+            p = tl.exp2(tl.dot(Q, K.T, input_precision=DOT) * c - L[:, None])  # P: [M, N]
+            if MASKED:
+                p = tl.where(_sees(mask, b, t, j), p, 0.0)
+            ds = p * (tl.dot(G, V.T, input_precision=DOT) - delta[:, None])
+            acc = tl.dot(ds.to(K.dtype), K, acc, input_precision=DOT)
+    store_rows(dq, b, h, t, T, acc * q.D**-0.5)
 
 
 @jit
-def _dkdv_blocks(
-    dk, dv, K, V, q, grad, lse, deltas, mask, b, h, j, c, blocks, begin, end,
-    D: constexpr, WIDTH: constexpr, M: constexpr, DOT: constexpr, MASKED: constexpr,
-):  # fmt: skip
-    T = mask[2]
-    for n in range(begin, end):
-        t = tl.load(blocks + n) * M + tl.arange(0, M)
-        Q, G = _load(q, b, h, t, T, D, WIDTH), _load(grad, b, h, t, T, D, WIDTH)
-        L, delta = tl.load(lse + t, t < T, 0.0), tl.load(deltas + t, t < T, 0.0)
-        p = tl.exp2(tl.dot(K, tl.trans(Q), input_precision=DOT) * c - L[None, :])  # Pᵀ, [N, M]
-        if MASKED:
-            p = tl.where(tl.trans(_sees(mask, b, t, j)), p, 0.0)
-        dv = tl.dot(p.to(G.dtype), G, dv, input_precision=DOT)
-        ds = p * (tl.dot(V, tl.trans(G), input_precision=DOT) - delta[None, :])
-        dk = tl.dot(ds.to(Q.dtype), Q, dk, input_precision=DOT)
-    return dk, dv
-
-
-@jit
-def _dkdv_kernel(
-    q, k, v, grad, lse, deltas, dk, dv, mask, visits, R, c, scale,
-    D: constexpr, WIDTH: constexpr, M: constexpr, N: constexpr, DOT: constexpr,
-):  # fmt: skip
-    """dK and dV of one block of keys: over the blocks of queries that see it, in each of the R query heads."""
+def _dkdv_kernel(q, k, v, grad, lse, deltas, dk, dv, mask, visits, groups, M: constexpr, N: constexpr, DOT: constexpr):
+    """dK and dV of one block of keys of one key head."""
+    # 1) load the keys and values
     block, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    T, S = mask[2], mask[3]
+    T, S = mask.T, mask.S
+    c: constexpr = q.D**-0.5 / LN2
     j = block * N + tl.arange(0, N)
-    K, V = _load(k, b, h, j, S, D, WIDTH), _load(v, b, h, j, S, D, WIDTH)
-    DK, DV = tl.zeros([N, WIDTH], tl.float32), tl.zeros([N, WIDTH], tl.float32)
-    blocks, full, mixed, end = _list(visits, b, block)
-    for r in range(R):
-        head = h * R + r
-        row = (b * tl.num_programs(1) * R + head) * T
-        L, delta = lse + row, deltas + row
-        DK, DV = _dkdv_blocks(DK, DV, K, V, q, grad, L, delta, mask, b, head, j, c, blocks, 0, full,
-                              D, WIDTH, M, DOT, False)  # fmt: skip
-        DK, DV = _dkdv_blocks(DK, DV, K, V, q, grad, L, delta, mask, b, head, j, c, blocks, mixed, end,
-                              D, WIDTH, M, DOT, True)  # fmt: skip
-    _store(dk, b, h, j, S, DK * scale, D, WIDTH)
-    _store(dv, b, h, j, S, DV, D, WIDTH)
+    K, V = load_rows(k, b, h, j, S), load_rows(v, b, h, j, S)  # [N, WIDTH]
+    DK, DV = tl.zeros([N, k.WIDTH], tl.float32), tl.zeros([N, k.WIDTH], tl.float32)
+
+    # 2) go through the queries that see them, in each query head that reads this key head; S and P are transposed
+    for r in range(groups):
+        head = h * groups + r
+        row = (b * tl.num_programs(1) * groups + head) * T
+        for MASKED in tl.static_range(2):
+            blocks, begin, end = _visit_list(visits, b, block, MASKED)
+            for n in range(begin, end):
+                t = tl.load(blocks + n) * M + tl.arange(0, M)
+                Q, G = load_rows(q, b, head, t, T), load_rows(grad, b, head, t, T)  # [M, WIDTH]
+                L = tl.load(lse + row + t, t < T, 0.0)  # [M]
+                delta = tl.load(deltas + row + t, t < T, 0.0)
+                p = tl.exp2(tl.dot(K, Q.T, input_precision=DOT) * c - L[None, :])  # Pᵀ: [N, M]
+                if MASKED:
+                    p = tl.where(_sees(mask, b, t, j).T, p, 0.0)
+                DV = tl.dot(p.to(G.dtype), G, DV, input_precision=DOT)
+                ds = p * (tl.dot(V, G.T, input_precision=DOT) - delta[None, :])
+                DK = tl.dot(ds.to(Q.dtype), Q, DK, input_precision=DOT)
+    store_rows(dk, b, h, j, S, DK * q.D**-0.5)
+    store_rows(dv, b, h, j, S, DV)
+
+
+class Tile(NamedTuple):
+    own: int  # rows of the block that a program holds
+    visited: int  # rows of each block that it visits
+    num_warps: int
+    num_stages: int  # blocks that are loaded ahead while others are computed
+
+
+# (GPU, columns that a head may have) -> tiles of the forward kernel and of the backward kernels. They are the largest
+# that fit into registers and shared memory: `python -m bench.kernel_proofs` checks it. Shared memory is 99 KB on all
+# NVIDIA GPUs from Ampere on, 227 KB on sm_90 and sm_100 ("hopper"), and 64 KB on AMD.
+TILES = {
+    ("ampere", 32): (Tile(128, 64, 4, 3), Tile(64, 64, 4, 3)),
+    ("ampere", 64): (Tile(128, 32, 4, 3), Tile(64, 64, 4, 3)),
+    ("ampere", 128): (Tile(128, 32, 8, 3), Tile(64, 32, 8, 2)),
+    ("ampere", 256): (Tile(64, 32, 8, 2), Tile(32, 32, 8, 2)),
+    ("hopper", 64): (Tile(128, 64, 4, 3), Tile(64, 64, 4, 3)),
+    ("hopper", 128): (Tile(128, 64, 8, 3), Tile(64, 64, 8, 2)),
+    ("hopper", 256): (Tile(64, 64, 8, 2), Tile(64, 16, 8, 2)),
+    ("amd", 64): (Tile(128, 64, 4, 2), Tile(64, 32, 4, 1)),
+    ("amd", 128): (Tile(128, 32, 4, 2), Tile(64, 32, 4, 1)),
+    ("amd", 256): (Tile(64, 32, 4, 2), Tile(32, 16, 4, 1)),
+    ("float32", 32): (Tile(64, 32, 4, 2), Tile(32, 16, 4, 1)),
+    ("float32", 64): (Tile(32, 16, 4, 2), Tile(32, 32, 4, 1)),
+    ("float32", 128): (Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
+    ("float32", 256): (Tile(16, 16, 4, 1), Tile(16, 16, 8, 1)),
+}
+
+
+def gpu_kind(device) -> str:
+    if torch.version.hip:
+        return "amd"
+    is_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
+    return "hopper" if is_hopper else "ampere"
+
+
+def tile_for(q, backward) -> tuple[Tile, dict]:
+    """The tile for queries [B, H, T, D], and how the kernels are compiled for it."""
+    gpu, D = gpu_kind(q.device), q.shape[-1]
+    kind = "float32" if q.dtype == torch.float32 else gpu
+    columns = min(columns for row, columns in TILES if row == kind and columns >= D)
+    tile = TILES[kind, columns][backward]
+    # float32 on NVIDIA's tensor cores is a sum of three TF32 products; AMD's matrix cores compute it directly
+    dot = "ieee" if gpu == "amd" else "tf32x3"
+    return tile, dict(DOT=dot, num_warps=tile.num_warps, num_stages=tile.num_stages)
 
 
 # ------------------------------------------------------------------------------------------ launching
-
-# Columns of a padded head -> of the forward and of the backward kernels: rows of a program's own block, rows of the
-# blocks that it visits, warps, stages of loads under way. The largest blocks that keep everything in registers and fit
-# the shared memory: tests/kernel_compile.py shows that they do.
-_SMALL = ((128, 64, 4, 3), (64, 64, 4, 3))
-_SINGLE = ((64, 32, 4, 2), (32, 16, 4, 1))
-_AMD = ((128, 64, 4, 2), (64, 32, 4, 1))
-TILES = {
-    "ampere": {16: _SMALL, 32: _SMALL, 64: ((128, 32, 4, 3), (64, 64, 4, 3)), 128: ((128, 32, 8, 3), (64, 32, 8, 2)),
-               256: ((64, 32, 8, 2), (32, 32, 8, 2))},
-    "hopper": {16: _SMALL, 32: _SMALL, 64: _SMALL, 128: ((128, 64, 8, 3), (64, 64, 8, 2)),
-               256: ((64, 64, 8, 2), (64, 16, 8, 2))},
-    "amd": {16: _AMD, 32: _AMD, 64: _AMD, 128: ((128, 32, 4, 2), (64, 32, 4, 1)),
-            256: ((64, 32, 4, 2), (32, 16, 4, 1))},
-    "float32": {16: _SINGLE, 32: _SINGLE, 64: ((32, 16, 4, 2), (32, 32, 4, 1)), 128: ((16, 16, 4, 1), (16, 16, 4, 1)),
-                256: ((16, 16, 4, 1), (16, 16, 8, 1))},
-}  # fmt: skip
-
-
-def _target(device) -> str:
-    """Whose row of the table a GPU takes, by its shared memory and by how its tensor cores read.
-
-    hopper: 227 KB, operands from shared memory (sm_90, sm_100). ampere: the 99 KB that every other NVIDIA GPU has
-    (sm_80 to sm_89, sm_120). amd: 64 KB, warps of 64.
-    """
-    if torch.version.hip:
-        return "amd"
-    return "hopper" if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10) else "ampere"
-
-
-def _tile(q, backward):
-    """What the table says: rows of the own and of the visited block, and what else the kernels are compiled for."""
-    target, D = _target(q.device), q.shape[-1]
-    width = max(16, triton.next_power_of_2(D))
-    own, visited, warps, stages = TILES["float32" if q.dtype == torch.float32 else target][width][backward]
-    # float32 on NVIDIA's tensor cores is three products of TF32; AMD's matrix cores take it as it is
-    dot = "ieee" if target == "amd" else "tf32x3"
-    return own, visited, dict(D=D, WIDTH=width, DOT=dot, num_warps=warps, num_stages=stages)
-
-
-def _strided(x):
-    """A tensor [B, H, T, D] as the kernels read it: itself and its strides over B, H and T, in rows of D numbers.
-
-    The compiler is told of a number that 16 divides it, and of no other divisor: of heads of 24 it would not know that
-    they can be loaded 16 bytes at a time. That strides are multiples of D tells it.
-    """
-    return x, *(stride // x.shape[-1] for stride in x.stride()[:3])
-
-
-def _in_rows(x):
-    """x, or a copy where its heads do not lie in rows of D numbers."""
-    whole = x.stride(-1) == 1 and all(stride % x.shape[-1] == 0 for stride in x.stride()[:3])
-    return x if whole else x.contiguous()
+# Every layer of a step passes the same segments and positions. Two caches give it the mask and the lists that the first
+# layer made. They recognise a tensor by its identity, and a change in place by the number that PyTorch counts it with.
 
 
 @functools.lru_cache(maxsize=4)
-def _mask(segments, positions, versions, causal, window, T, S, device):
-    """A mask as the kernels read it: (segments and positions [B or 1, 2, S], its stride over B, T, S, ahead, window).
-
-    Position j is seen from place i when j <= i + ahead: ahead = 0 is causal, S no limit.
-    Remembered by the tensors themselves (a tensor equals itself alone) and their versions, which rise when they change.
-    """
-    B = 1 if segments is None and positions is None else len(segments if positions is None else positions)
-    table = torch.zeros(B, 2, S, dtype=torch.int32, device=device)
-    if segments is not None:
-        table[:, 0] = segments
-    table[:, 1] = torch.arange(S, device=device) if positions is None else positions
-    return table, 2 * S * (B > 1), T, S, 0 if causal else max(S, T), window or 2**31 - 1
+def make_mask(segments, positions, versions, causal, window, T, S, device) -> Mask:
+    if segments is None:
+        segments = torch.zeros(1, S, dtype=torch.int32, device=device)
+    if positions is None:
+        positions = torch.arange(S, dtype=torch.int32, device=device)[None]
+    table = torch.stack(torch.broadcast_tensors(segments, positions), 1).int()  # [B or 1, 2, S]
+    stride = table.stride(0) if len(table) > 1 else 0
+    return Mask(table, stride, T, S, ahead=0 if causal else max(S, T), window=window or 2**31 - 1)
 
 
 @functools.lru_cache(maxsize=12)
-def _visits(mask, M, N, by_key):
-    """(list of blocks that see each other, its stride over B, blocks on the other side); see `_visits_kernel`."""
-    table, _, T, S, *_ = mask
-    outer, inner = -(-T // M), -(-S // N)
-    if by_key:
-        outer, inner = inner, outer
-    B = len(table)
-    visits = torch.empty(B, outer, inner + 2, dtype=torch.int32, device=table.device)
-    _visits_kernel[outer, B](visits, mask, inner, M=M, N=N, BY_KEY=by_key, num_warps=8)
-    return visits, visits.stride(0) * (B > 1), inner
+def list_visits(mask, M, N, by_key) -> Visits:
+    """Lists for blocks of M queries and N keys: one for each block of queries or, by_key, of keys."""
+    queries, keys = triton.cdiv(mask.T, M), triton.cdiv(mask.S, N)
+    outer, inner = (keys, queries) if by_key else (queries, keys)
+    lists = torch.empty(len(mask.table), outer, 2 + inner, dtype=torch.int32, device=mask.table.device)
+    _visits_kernel[outer, len(lists)](lists, mask, inner, M=M, N=N, BY_KEY=by_key, num_warps=8)
+    return Visits(lists, lists.stride(0) if len(lists) > 1 else 0, inner)
 
 
-def _forward(q, k, v, mask):
-    """-> out [B, H, T, D] as q lies in memory, and the base-2 log-sum-exp [B, H, T]: +inf where nothing is seen."""
-    (B, H, T, D), H_kv = q.shape, k.shape[1]
-    out, lse = torch.empty_like(q), torch.empty(B, H, T, dtype=torch.float32, device=q.device)
-    M, N, options = _tile(q, backward=False)
-    tensors = (_strided(x) for x in (q, k, v, out))
-    _forward_kernel[-(-T // M), H, B](
-        *tensors, lse, mask, _visits(mask, M, N, False), H // H_kv, D**-0.5 / math.log(2),
-        M=M, N=N, **options,
-    )  # fmt: skip
-    return out, lse
+def _dense_rows(x):
+    """x, or a copy if its strides are not multiples of D, as `Tensor` needs them."""
+    fits = x.stride(-1) == 1 and all(stride % x.shape[-1] == 0 for stride in x.stride()[:3])
+    return x if fits else x.contiguous()
 
 
-class _Fused(torch.autograd.Function):
+def describe(x) -> Tensor:
+    D = x.shape[-1]
+    strides = [stride // D for stride in x.stride()[:3]]
+    return Tensor(x, *strides, constexpr(D), constexpr(max(16, triton.next_power_of_2(D))))
+
+
+class FusedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, mask):
-        out, lse = _forward(q, k, v, mask)
+        B, H, T, _ = q.shape
+        out = torch.empty_like(q)
+        lse = q.new_empty(B, H, T, dtype=torch.float32)
+        tile, options = tile_for(q, backward=False)
+        _forward_kernel[triton.cdiv(T, tile.own), H, B](
+            q=describe(q), k=describe(k), v=describe(v), out=describe(out), lse=lse,
+            mask=mask, visits=list_visits(mask, tile.own, tile.visited, by_key=False),
+            groups=H // k.shape[1], M=tile.own, N=tile.visited, **options,
+        )  # fmt: skip
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.mask = mask
         return out
@@ -340,42 +351,49 @@ class _Fused(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
         q, k, v, out, lse = ctx.saved_tensors
-        (B, H, T, D), (H_kv, S) = q.shape, k.shape[1:3]
+        (B, H, T, _), (_, H_kv, S, _) = q.shape, k.shape
         dq, dk, dv, deltas = (torch.empty_like(x) for x in (q, k, v, lse))
-        own, visited, options = _tile(q, backward=True)
-        rest = H // H_kv, D**-0.5 / math.log(2), D**-0.5
-        q, k, v, out, grad, *gradients = (_strided(x) for x in (q, k, v, out, _in_rows(grad), dq, dk, dv))
-        _dq_kernel[-(-T // own), H, B](
-            q, k, v, out, grad, lse, deltas, gradients[0], ctx.mask, _visits(ctx.mask, own, visited, False), *rest,
-            M=own, N=visited, **options,
+        tile, options = tile_for(q, backward=True)
+        shared = dict(
+            q=describe(q), k=describe(k), v=describe(v), grad=describe(_dense_rows(grad)), lse=lse, deltas=deltas,
+            mask=ctx.mask, groups=H // H_kv, **options,
         )  # fmt: skip
-        _dkdv_kernel[-(-S // own), H_kv, B](
-            q, k, v, grad, lse, deltas, *gradients[1:], ctx.mask, _visits(ctx.mask, visited, own, True), *rest,
-            M=visited, N=own, **options,
-        )  # fmt: skip
+
+        # a program for each block of queries and each query head; it visits keys
+        visits = list_visits(ctx.mask, tile.own, tile.visited, by_key=False)
+        _dq_kernel[triton.cdiv(T, tile.own), H, B](
+            out=describe(out), dq=describe(dq), visits=visits, M=tile.own, N=tile.visited, **shared
+        )
+        # a program for each block of keys and each key head; it visits queries
+        visits = list_visits(ctx.mask, tile.visited, tile.own, by_key=True)
+        _dkdv_kernel[triton.cdiv(S, tile.own), H_kv, B](
+            dk=describe(dk), dv=describe(dv), visits=visits, M=tile.visited, N=tile.own, **shared
+        )
         return dq, dk, dv, None
 
 
 def fused_attention(q, k, v, causal, segments, window, positions):
-    """`attention` by the kernel."""
-    if torch.is_autocast_enabled(q.device.type):  # as PyTorch does with its own kernels
-        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
-    q, k, v = map(_in_rows, (q, k, v))
-    # what has no version (made in inference mode) gets one that nothing equals
-    versions = tuple(x is not None and (object() if x.is_inference() else x._version) for x in (segments, positions))
+    """`attention.attention` computed by the kernels, for D <= 256; see there for the arguments."""
+    # in autocast the inputs are cast as PyTorch casts those of its own kernels
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    q, k, v = _dense_rows(q), _dense_rows(k), _dense_rows(v)
+    # PyTorch does not count the changes of tensors made in inference mode: object() lets them look new in every call
+    tensors = [x for x in (segments, positions) if x is not None]
+    versions = tuple(object() if x.is_inference() else x._version for x in tensors)
     with torch.cuda.device_of(q):  # Triton launches on the current GPU
-        mask = _mask(segments, positions, versions, causal, window, q.shape[2], k.shape[2], q.device)
-        return _Fused.apply(q, k, v, mask)
+        mask = make_mask(segments, positions, versions, causal, window, T=q.shape[2], S=k.shape[2], device=q.device)
+        return FusedAttention.apply(q, k, v, mask)
 
 
 def kernel_available(device) -> bool:
-    """Whether the kernel runs on a device: Triton is there, and it is a GPU of AMD or, from Ampere on, of NVIDIA."""
-    device = torch.device(device)
-    if triton is None or device.type != "cuda":
+    """Whether the kernels run on a device. They need Triton and an AMD GPU or an NVIDIA GPU from Ampere on."""
+    if triton is None or torch.device(device).type != "cuda":
         return False
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def interpreted() -> bool:
-    """Whether Triton's interpreter computes the kernel, on any device (TRITON_INTERPRET=1)."""
+    """Whether Triton's interpreter runs the kernels, on any device (TRITON_INTERPRET=1)."""
     return triton is not None and triton.knobs.runtime.interpret

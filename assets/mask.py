@@ -1,107 +1,87 @@
-"""Draws mask.svg: what a row with a shared prefix lets see, from the mask function that attention uses.
+"""Draw mask.svg: what the positions of a row with a shared prefix see, according to attention.visible.
 
     python assets/mask.py
 """
 
 import sys
-from itertools import groupby
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from attention import _visible
+from attention import visible
 
-SMALL = [0] * 8 + [1] * 4 + [2] * 3 + [3] * 5 + [-1] * 2
-REAL = [0] * 1404 + [1] * 90 + [2] * 45 + [3] * 130 + [4] * 75  # prompt and image, four questions with their answers
-BLOCK = 64
-INK, PALE, PREFIX, OWN, MIXED, PADDING = "#222222", "#eceff1", "#5b8fc0", "#d98a2b", "#4f9d69", "#b8bec4"
-
-
-def cells(colours, x, y, size):
-    """Squares [rows][columns] of colours; neighbours of one colour in a row are one rectangle, with gaps drawn over."""
-    for row, line in enumerate(colours):
-        column = 0
-        for colour, run in groupby(line):
-            width = len(list(run))
-            yield (f'<rect x="{x + column * size}" y="{y + row * size}" width="{width * size}" height="{size}" '
-                   f'fill="{colour}"/>')  # fmt: skip
-            column += width
-    n, m = len(colours), len(colours[0])
-    lines = "".join(f"M{x} {y + k * size}h{m * size}" for k in range(n + 1))
-    lines += "".join(f"M{x + k * size} {y}v{n * size}" for k in range(m + 1))
-    yield f'<path d="{lines}" stroke="#ffffff" stroke-width="1"/>'
+# the segments of two rows; the second is of real size: prompt and image, four questions with their answers
+SMALL = torch.tensor([0] * 8 + [1] * 4 + [2] * 3 + [3] * 5 + [-1] * 2)
+REAL = torch.tensor([0] * 1404 + [1] * 90 + [2] * 45 + [3] * 130 + [4] * 75)
+PALE, PREFIX, OWN, MIXED = "#eceff1", "#5b8fc0", "#d98a2b", "#4f9d69"
+TOP = 76  # where both grids begin
 
 
-def text(x, y, words, anchor="middle", size=12, more=""):
-    return f'<text x="{x}" y="{y}" text-anchor="{anchor}" font-size="{size}" {more}>{words}</text>'
+def text(x, y, words, anchor="middle", size=12):
+    return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" font-size="{size}">{words}</text>'
 
 
-def legend(x, y, entries):
-    for colour, words in entries:
-        yield f'<rect x="{x}" y="{y - 11}" width="13" height="13" fill="{colour}"/>'
-        yield text(x + 20, y, words, "start")
-        y += 20
+def squares(places, size, colour):
+    """A square at each (x, y); the white stroke separates neighbours."""
+    path = "".join(f"M{x:g} {y:g}h{size}v{size}h-{size}z" for x, y in places)
+    return f'<path d="{path}" fill="{colour}" stroke="#ffffff"/>'
 
 
-def small(x, y, size):
-    """The rule, position by position."""
-    seen = _visible(torch.tensor([SMALL]), len(SMALL), len(SMALL))[0, 0].tolist()
-    colour = lambda i, j: (PREFIX if SMALL[j] == 0 else OWN) if seen[i][j] else PALE
-    yield from cells([[colour(i, j) for j in range(len(SMALL))] for i in range(len(SMALL))], x, y, size)
-    begin = 0
-    for segment, run in groupby(SMALL):
-        length = len(list(run))
-        name = {0: "prefix", -1: "padding"}.get(segment, f"question {segment}")
-        near, middle, end = begin * size, (begin + length / 2) * size, (begin + length) * size
-        colour = {0: PREFIX, -1: PADDING}.get(segment, OWN)
-        yield f'<path d="M{x + near + 2} {y - 6}H{x + end - 2}M{x - 6} {y + near + 2}V{y + end - 2}" stroke="{colour}" stroke-width="4"/>'  # noqa: E501
-        yield text(x - 14, y + middle + 4, name, "end")
-        yield text(x + middle, y - 14, segment if segment >= 0 else "−1")
-        begin += length
-    yield text(x - 14, y - 14, "segment", "end")
+def panel(x, size, title, layers):
+    """A grid under its title and above its legend. layers: (where [n, n], colour, meaning) of each kind of cell."""
+    n = len(layers[0][0])
+    yield text(x + n * size / 2, 30, title, size=15)
+    for number, (where, colour, meaning) in enumerate(layers):
+        places = [(x + j * size, TOP + i * size) for i, j in where.nonzero().tolist()]
+        yield squares(places, size, colour)
+        y = TOP + n * size + 14 + 20 * number
+        yield squares([(x, y)], 14, colour)
+        yield text(x + 20, y + 11, meaning, "start")
 
 
-def real(x, y, size):
-    """A row of real size, in the kernel's blocks, and how many of them it computes."""
-    T = len(REAL)
-    seen = _visible(torch.tensor([REAL]), T, T)[0, 0]
-    kind = lambda block: PREFIX if block.all() else MIXED if block.any() else PALE
-    blocks = [[kind(part) for part in rows.split(BLOCK, 1)] for rows in seen.split(BLOCK)]
-    yield from cells(blocks, x, y, size)
-    edge = x + (REAL.count(0) / BLOCK) * size
-    yield f'<path d="M{edge} {y - 8}V{y + len(blocks) * size}" stroke="{INK}" stroke-width="1" stroke-dasharray="3 3"/>'
-    yield text((x + edge) / 2, y - 14, "prefix: prompt and image, 1,404 positions")
-    yield text((edge + x + len(blocks) * size) / 2, y - 14, "4 questions")
-    found = [colour for line in blocks for colour in line]
-    share = lambda colour: f"{found.count(colour) / len(found):.0%} of the blocks"
-    yield from legend(x + 2, y + len(blocks) * size + 24, [
-        (PREFIX, f"all visible: computed without a mask, {share(PREFIX)}"),
-        (MIXED, f"some visible: computed with it, {share(MIXED)}"),
-        (PALE, f"nothing visible: skipped, {share(PALE)}"),
+def draw_rule(x, size):
+    """A small row, position by position."""
+    seen = visible(SMALL[None], len(SMALL), len(SMALL))[0, 0]
+    prefix = SMALL == 0
+    yield from panel(x, size, "Who sees whom (each row is one query)", [
+        (seen & prefix, PREFIX, "visible: the prefix, to everybody behind it"),
+        (seen & ~prefix, OWN, "visible: one’s own question and answer up to this position"),
+        (~seen, PALE, "hidden: later positions, other questions, padding"),
     ])  # fmt: skip
+    # on top the number of each segment, on the left its name
+    yield text(x - 8, TOP - 10, "segment", "end")
+    for segment, name in {0: "prefix", 1: "question 1", 2: "question 2", 3: "question 3", -1: "padding"}.items():
+        middle = (segment == SMALL).nonzero().float().mean() * size
+        yield text(x + middle + size / 2, TOP - 10, segment)
+        yield text(x - 8, TOP + middle + size / 2 + 4, name, "end")
+
+
+def draw_blocks(x, size):
+    """A row of real size in blocks of 64 × 64, as in the kernel, and how many of them it computes."""
+    seen = visible(REAL[None], len(REAL), len(REAL)).float()
+    # the share of visible pairs in each block; the last block is cut off
+    shares = F.avg_pool2d(seen, 64, ceil_mode=True)[0, 0]
+    full, mixed, hidden = shares == 1, (shares > 0) & (shares < 1), shares == 0
+    percent = lambda where: f"{where.float().mean():.0%} of the blocks"
+    yield from panel(x, size, "The same mask in blocks of 64 × 64", [
+        (full, PREFIX, f"all visible: computed without a mask, {percent(full)}"),
+        (mixed, MIXED, f"some visible: computed under the mask, {percent(mixed)}"),
+        (hidden, PALE, f"nothing visible: skipped, {percent(hidden)}"),
+    ])  # fmt: skip
+    edge = 1404 / 64 * size
+    yield f'<path d="M{x + edge} {TOP - 8}v{len(full) * size + 8}" stroke="#222222" stroke-dasharray="3 3"/>'
+    yield text(x + edge / 2, TOP - 10, "prefix: prompt and image, 1,404 positions")
+    yield text(x + edge + 40, TOP - 10, "4 questions")
 
 
 def draw() -> str:
-    size, width = 17, 960
-    edge = len(SMALL) * size
-    parts = [
-        text(287, 34, "Who sees whom (a row across: one query)", size=14, more='font-weight="bold"'),
-        *small(100, 76, size),
-        *legend(102, 76 + edge + 24, [
-            (PREFIX, "seen: the prefix, by everybody behind it"),
-            (OWN, "seen: one’s own question and answer, up to oneself"),
-            (PALE, "hidden: what comes later, the other questions, padding"),
-        ]),
-        text(734, 34, f"The same mask in blocks of {BLOCK} × {BLOCK}", size=14, more='font-weight="bold"'),
-        *real(545, 76, 13.5),
-    ]  # fmt: skip
-    return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} 540" font-family="Helvetica, sans-serif">
+    shapes = "\n".join([*draw_rule(100, 17), *draw_blocks(545, 13.5)])
+    return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 960 540" font-family="Helvetica" fill="#222222">
 <title>The mask of a row whose questions share a prefix</title>
-<rect width="{width}" height="540" rx="8" fill="#ffffff"/>
-<g fill="{INK}">
-{chr(10).join(parts)}
-</g>
+<rect width="960" height="540" rx="8" fill="#ffffff"/>
+{shapes}
 </svg>
 """
 

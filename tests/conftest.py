@@ -4,6 +4,7 @@ GOLDEN_DIR, where it is set, names a fuller set of the same layout than the copy
 """
 
 import functools
+import itertools
 import json
 import os
 import resource
@@ -60,3 +61,31 @@ def read(*path: str):
 @pytest.fixture
 def seven():
     return load("libra-7b")
+
+
+def random_tensor(*shape, dtype=torch.float32, seed=0):
+    """Normal numbers with a deviation of 1.5, so that no softmax over their products is flat."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).mul(1.5).to(dtype)
+
+
+def attention_by_loops(q, k, v, segments=None, window=None, positions=None):
+    """The oracle for attention: float64, one query at a time, over the keys that the rule lets it see.
+
+    segments and positions are lists [B][S]; without segments everything is visible. Without positions the window counts
+    places in the row. A query that sees nothing gets a sum over nothing: zeros.
+    """
+    (B, H, T, D), (H_kv, S) = q.shape, k.shape[1:3]
+    q, k, v = q.double(), k.double(), v.double()
+    outputs = []
+    for b, h, t in itertools.product(range(B), range(H), range(T)):
+        i, seen = S - T + t, list(range(S))
+        if segments is not None:
+            segment = segments[b]
+            seen = [j for j in seen if j <= i and segment[j] != -1 and segment[j] in (0, segment[i])]
+        if window is not None:
+            place = range(S) if positions is None else positions[b]
+            seen = [j for j in seen if place[i] - place[j] < window]
+        head = h // (H // H_kv)
+        keys, values = k[b, head, seen], v[b, head, seen]
+        outputs.append((keys @ q[b, h, t] / D**0.5).softmax(0) @ values)
+    return torch.stack(outputs).view(B, H, T, D)

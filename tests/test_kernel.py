@@ -1,4 +1,4 @@
-"""The fused kernel: its numbers in Triton's interpreter, and on a GPU if there is one, its machine code, its choice."""
+"""The fused kernel: its results (tests/kernel_numerics.py), its machine code, when it is chosen, what replaces it."""
 
 import os
 import subprocess
@@ -6,8 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import GOLDEN, ROOT
-from test_attention import qkv
+from conftest import GOLDEN, ROOT, random_tensor
 
 import attention
 import kernel
@@ -15,80 +14,76 @@ import kernel
 sys.path.insert(0, str(ROOT / "assets"))
 import mask
 
-needs_triton = pytest.mark.skipif(kernel.triton is None, reason="Triton is for Linux")
+ROW = torch.zeros(1, 33, dtype=torch.long)
+needs_triton = pytest.mark.skipif(kernel.triton is None, reason="Triton exists for Linux only")
 
 
 def run(*arguments, **environment):
-    """A program of its own: Triton decides as it is imported whether it compiles or interprets."""
-    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=os.environ | environment,
-                          capture_output=True, text=True)  # fmt: skip
+    """Run Python in a new process: Triton decides when it is imported whether it compiles or interprets."""
+    command, environment = [sys.executable, *arguments], os.environ | environment
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
-    return done.stdout
+    return done
 
 
 @needs_triton
 @pytest.mark.parametrize("interpreted", ["1", "0"] if torch.cuda.is_available() else ["1"])
-def test_the_kernel_s_numbers(interpreted):
-    assert " passed" in run("-m", "pytest", "tests/kernel_numbers.py", TRITON_INTERPRET=interpreted)
+def test_the_kernel_computes_what_loops_compute(interpreted):
+    assert " passed" in run("-m", "pytest", "tests/kernel_numerics.py", TRITON_INTERPRET=interpreted).stdout
 
 
 @needs_triton
-def test_the_kernel_s_machine_code(tmp_path):
-    printed = run("-m", "bench.kernel_compile", "--quick", TRITON_CACHE_DIR=str(tmp_path))
+def test_the_machine_code_uses_tensor_cores(tmp_path):
+    printed = run("-m", "bench.kernel_proofs", "--quick", TRITON_CACHE_DIR=str(tmp_path)).stdout
     assert printed.count("wgmma") == printed.count("mma.sync") == 6  # two head sizes, three kernels
 
 
-@pytest.mark.parametrize(
-    ("given", "sizes", "chosen"),
-    [
-        (dict(segments=0), (33, 33, 64), "triton"),
-        (dict(segments=0), (33, 33, 512), "torch"),  # more than the kernel's registers hold
-        (dict(segments=0, window=4, positions=0), (33, 33, 64), "triton"),
-        (dict(window=4), (33, 33, 64), "triton"),
-        (dict(window=33), (33, 33, 64), "torch"),  # hides nothing
-        (dict(causal=True), (8, 33, 64), "triton"),
-        (dict(causal=True), (33, 33, 64), "torch"),
-        (dict(causal=True), (1, 33, 64), "torch"),
-        (dict(), (33, 33, 64), "torch"),
-    ],
-)
-def test_the_kernel_is_chosen_for_what_pytorch_s_do_not_know(monkeypatch, given, sizes, chosen):
-    tensors = {name: torch.zeros(1, sizes[1], dtype=torch.long) if name in ("segments", "positions") else value
-               for name, value in given.items()}  # fmt: skip
-    asked = []
-    for name in ("fused_attention", "_plain"):
-        monkeypatch.setattr(attention, name, lambda *arguments, name=name: asked.append(name))
-    for available, expected in ((True, {"triton": "fused_attention", "torch": "_plain"}[chosen]), (False, "_plain")):
+@pytest.mark.parametrize(("T", "D", "given", "chosen"), [
+    (33, 64, dict(segments=ROW), "fused_attention"),
+    (33, 512, dict(segments=ROW), "plain_attention"),  # more than the kernel's registers hold
+    (33, 64, dict(segments=ROW, window=4, positions=ROW), "fused_attention"),
+    (33, 64, dict(window=4), "fused_attention"),
+    (33, 64, dict(window=33), "plain_attention"),  # hides nothing
+    (8, 64, dict(causal=True), "fused_attention"),
+    (33, 64, dict(causal=True), "plain_attention"),
+    (1, 64, dict(causal=True), "plain_attention"),
+    (33, 64, dict(), "plain_attention"),
+])  # fmt: skip
+def test_the_kernel_is_chosen_for_masks_that_pytorch_has_no_kernel_for(monkeypatch, T, D, given, chosen):
+    calls = []
+    for name in ("fused_attention", "plain_attention"):
+        monkeypatch.setattr(attention, name, lambda *_, name=name, **__: calls.append(name))
+    q, k = random_tensor(1, 1, T, D), random_tensor(1, 1, 33, D)
+    for available in (True, False):
         monkeypatch.setattr(attention, "kernel_available", lambda device, available=available: available)
-        attention.attention(*qkv(1, 1, 1, *sizes), **tensors)
-        assert asked.pop() == expected
-    attention.attention(*qkv(1, 1, 1, *sizes), **tensors, impl="torch")
-    assert asked == ["_plain"]
+        attention.attention(q, k, k, **given)
+    attention.attention(q, k, k, **given, impl="torch")
+    assert calls == [chosen, "plain_attention", "plain_attention"]
 
 
 def test_without_a_gpu_the_kernel_is_refused_in_one_line():
+    q = random_tensor(1, 1, 5, 16)
     assert not kernel.kernel_available("cpu")
-    with pytest.raises(ValueError, match=r"^the Triton kernel does not run on cpu: .*leave impl out$"):
-        attention.attention(*qkv(1, 1, 1, 5, 5, 16), causal=True, impl="triton")
+    with pytest.raises(ValueError, match=r"^.*Triton.* cpu.*$"):
+        attention.attention(q, q, q, causal=True, impl="triton")
 
 
 def test_without_triton_pytorch_computes_everything():
     code = """if True:
         import sys
-        sys.modules["triton"] = None  # as where it cannot be installed
+        sys.modules["triton"] = None  # as if it were not installed
         import torch, attention
         q = torch.ones(1, 1, 4, 16)
         print(attention.attention(q, q, q, segments=torch.tensor([[0, 0, 1, -1]])).sum(-1).tolist())"""
-    assert run("-c", code, PYTHONPATH=str(ROOT)) == "[[[16.0, 16.0, 16.0, 16.0]]]\n"
+    assert run("-c", code, PYTHONPATH=str(ROOT)).stdout == "[[[16.0, 16.0, 16.0, 16.0]]]\n"
 
 
 def test_verbose_says_once_what_computes_attention():
-    command = [sys.executable, ROOT / "sample.py", "--model", GOLDEN / "libra-7b" / "model", "--device", "cpu",
-               "--images", GOLDEN / "images" / "0.png", "--max-new-tokens", "3", "--verbose"]  # fmt: skip
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stderr.splitlines()
-    assert len(said) == len(set(said)) and all(line.endswith(": torch") for line in said)
-    kinds = {line.split(" on cpu, ")[0] for line in said}
-    assert kinds == {f"sample.py: attention with {kind}" for kind in ("no mask", "causal")}
+    lines = run("sample.py", "--model", GOLDEN / "libra-7b" / "model", "--device", "cpu", "--images",
+                GOLDEN / "images" / "0.png", "--max-new-tokens", "3", "--verbose").stderr.splitlines()  # fmt: skip
+    assert len(lines) == len(set(lines)) and all(line.endswith(": torch") for line in lines)
+    kinds = {line.split(" on cpu, ")[0] for line in lines}
+    assert kinds == {"sample.py: attention with no mask", "sample.py: attention with causal"}
 
 
 def test_the_picture_of_the_mask_is_what_its_script_draws():

@@ -1,0 +1,165 @@
+"""Compile the attention kernels for GPUs that are not here, and check that the machine code can be fast.
+
+    python -m bench.kernel_proofs            every target, head size and type: some ten minutes on one core
+    python -m bench.kernel_proofs --quick    bfloat16, head sizes 64 and 128, sm_80 and sm_90
+
+It calls the attention function itself, with a driver for Triton that names a GPU and launches nothing. So it compiles
+what that GPU would run: the same block sizes, the same alignment of pointers and strides. Each kernel must use tensor
+cores, load 16 bytes at a time, fit into shared memory, and keep everything in registers.
+"""
+
+import argparse
+import itertools
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+import kernel
+
+
+class Target(NamedTuple):
+    gpu: GPUTarget
+    kind: str  # row of kernel.TILES
+    shared: int  # bytes of shared memory that a program may use
+
+
+TARGETS = {
+    "sm_80": Target(GPUTarget("cuda", 80, 32), "ampere", 99 * 1024),  # 163 KB, but sm_86, sm_89 and sm_120 have less
+    "sm_90": Target(GPUTarget("cuda", 90, 32), "hopper", 227 * 1024),
+    "sm_100": Target(GPUTarget("cuda", 100, 32), "hopper", 227 * 1024),
+    "gfx942": Target(GPUTarget("hip", "gfx942", 64), "amd", 64 * 1024),
+}
+SIZES = (16, 24, 64, 72, 80, 96, 128, 256)
+TYPES = (torch.bfloat16, torch.float16, torch.float32)
+TENSOR_CORES = r"wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma_\w+"
+# Bytes that a thread may spill from registers to memory. In float32 a head of 256 is too much at any block size: it
+# works, slowly. In 16 bits dK and dV on sm_90 spill one number; smaller blocks would spill none, but not fit wgmma.
+ACCEPTED = {(torch.float32, 256): 1000, (torch.bfloat16, 256): 8, (torch.float16, 256): 8}
+
+
+class Facts(NamedTuple):
+    registers: int  # per thread
+    spilled: int  # bytes per thread
+    instructions: set[str]  # for tensor cores
+    wide: bool  # loads 16 bytes at a time
+
+
+def run_tool(program, *arguments) -> str:
+    """Run one of the CUDA tools that come with Triton and return what it prints."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / program
+    done = subprocess.run([path, *arguments], check=True, capture_output=True, text=True)
+    return done.stdout + done.stderr
+
+
+def nvidia_registers(compiled) -> tuple[int, int]:
+    """(registers, spilled bytes) per thread."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin, ptx = Path(folder, "cubin"), Path(folder, "ptx")
+        cubin.write_bytes(compiled.asm["cubin"])
+        ptx.write_text(compiled.asm["ptx"])
+        usage = run_tool("cuobjdump", "--dump-resource-usage", cubin)
+        registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", usage)[-1]
+        if stack == "0":
+            return int(registers), 0
+
+        # the stack may hold arrays too: ask the assembler what was spilled
+        arch = re.search(r"\.target (\w+)", compiled.asm["ptx"]).group(1)
+        assembler = "ptxas-blackwell" if "sm_1" in arch else "ptxas"
+        report = run_tool(assembler, "-v", f"-arch={arch}", ptx, "-o", Path(folder, "out"))
+        return int(registers), sum(map(int, re.findall(r"(\d+) bytes spill", report)))
+
+
+def facts_of(compiled) -> Facts:
+    if "amdgcn" in compiled.asm:
+        text = compiled.asm["amdgcn"]
+        # scalar registers are spilled to vector registers, which touches no memory: only the latter count
+        registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text).group(1))
+        spilled = 4 * int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text).group(1))
+        wide = re.search("load_dwordx4", text)
+    else:
+        text = compiled.asm["ptx"]
+        registers, spilled = nvidia_registers(compiled)
+        wide = re.search(r"ld\.global[\w.:]*\.v4\.b32|cp\.async\.cg", text)
+    instructions = set(re.findall(TENSOR_CORES, text))
+    return Facts(registers, spilled, instructions, wide=wide is not None)
+
+
+class AbsentGPU:
+    """A driver of Triton for a GPU that is not here."""
+
+    def __init__(self, gpu):
+        self.get_current_target = lambda: gpu
+        self.get_current_device = lambda: str(gpu)  # Triton keeps compiled kernels by device
+        self.get_current_stream = lambda device: None
+
+
+def compile_kernels(target: Target, D: int, dtype) -> list:
+    """Run attention forward and backward without launching anything; return [(kernel name, compiled kernel), …]."""
+    kernels = []
+    launch = JITFunction.run
+
+    def compile_only(function, *arguments, grid, warmup, **options):
+        name = function.__name__.strip("_").removesuffix("_kernel")
+        kernels.append((name, launch(function, *arguments, grid=grid, warmup=True, **options)))
+
+    # 1) let Triton and the tables of block sizes believe in the GPU
+    driver.set_active(AbsentGPU(target.gpu))
+    kernel.gpu_kind = lambda device: target.kind
+    JITFunction.run = compile_only
+
+    # 2) attention over one row, laid out as the projections of a layer leave it; new segments mean a new mask, so that
+    #    the kernel that lists visits is compiled each time
+    try:
+        q, k, v = (torch.empty(1, 256, 1, D, dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(3))
+        segments = torch.zeros(1, 256, dtype=torch.long)
+        out = kernel.fused_attention(q, k, v, causal=True, segments=segments, window=None, positions=None)
+        out.backward(torch.empty_like(out))
+    finally:
+        JITFunction.run = launch
+    return kernels
+
+
+def prove(targets, sizes, types) -> list[str]:
+    """Print the facts of every kernel; return what is wrong, one line each."""
+    problems = []
+    print(f"{'target':7}{'type':>9}{'D':>4}  {'kernel':8}{'registers':>9}{'spilled':>8}{'shared':>8}  tensor cores")
+    for name, dtype, D in itertools.product(targets, types, sizes):
+        target = TARGETS[name]
+        for kernel_name, compiled in compile_kernels(target, D, dtype):
+            facts = facts_of(compiled)
+            label = f"{name:7}{str(dtype)[6:]:>9}{D:4}  {kernel_name:8}"
+            numbers = f"{facts.registers:9}{facts.spilled:8}{compiled.metadata.shared:8}"
+            print(label + numbers, "", *sorted(facts.instructions), flush=True)
+            # the kernel that lists visits computes no products and loads few numbers
+            multiplies = kernel_name != "visits"
+            faults = {
+                "spills": facts.spilled > ACCEPTED.get((dtype, D), 0),
+                "too much shared memory": compiled.metadata.shared > target.shared,
+                "no tensor cores": multiplies and not facts.instructions,
+                "narrow loads": multiplies and not facts.wide,
+            }
+            problems += [f"{name} {dtype} {D} {kernel_name}: {fault}" for fault, is_true in faults.items() if is_true]
+    return problems
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="bfloat16, head sizes 64 and 128, sm_80 and sm_90")
+    if parser.parse_args().quick:
+        problems = prove(("sm_80", "sm_90"), (64, 128), (torch.bfloat16,))
+    else:
+        problems = prove(TARGETS, SIZES, TYPES)
+    sys.exit("\n".join(problems) or 0)
+
+
+if __name__ == "__main__":
+    main()
