@@ -2,7 +2,6 @@
 
 import io
 import re
-import string
 import time
 import urllib.request
 import warnings
@@ -14,8 +13,8 @@ from PIL import Image, ImageOps
 
 ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.I)
 HTTP = re.compile(r"https?://", re.I)
+URL_LETTERS = "!#$%&'()*+,/:;=?@[]~"  # that mean something in an address (RFC 3986)
 URL_BYTES, URL_SECONDS = 64 * 2**20, 20  # the most that one image may take
-
 DICOM_NAME = re.compile(r"\.(dcm|dicom)($|[?#])", re.I)
 # not EPS and others for which Pillow runs another program
 FORMATS = ("JPEG", "JPEG2000", "PNG", "TIFF", "BMP", "GIF", "WEBP", "PPM")
@@ -31,9 +30,9 @@ def load_image(source) -> Image.Image:
         return _to_rgb("the image", source)
 
     # 1) read the file
-    name, data = source, source
+    name = "the image" if isinstance(source, bytes) else source
     if isinstance(source, bytes):
-        name = "the image"
+        data = source
     elif isinstance(source, str) and ADDRESS.match(source):
         data = _download(source)
     elif Path(source).is_file():
@@ -71,13 +70,11 @@ def _download(url: str) -> bytes:
         if not HTTP.match(url):
             raise ValueError("it is not http(s)")
         # piece by piece, because urllib limits neither the size nor the whole time, only each wait
-        with opener.open(quote(url, safe=string.punctuation), timeout=URL_SECONDS) as response:
+        with opener.open(quote(url, safe=URL_LETTERS), timeout=URL_SECONDS) as response:
             while piece := response.read1(2**16):
                 data += piece
-                if len(data) > URL_BYTES:
-                    raise ValueError(f"more than {URL_BYTES // 2**20} MB")
-                if time.monotonic() > deadline:
-                    raise TimeoutError(f"not within {URL_SECONDS} s")
+                if len(data) > URL_BYTES or time.monotonic() > deadline:
+                    raise ValueError(f"more than {URL_BYTES // 2**20} MB or {URL_SECONDS} s")
             if response.length:
                 raise ValueError(f"{response.length} bytes are missing")
     except Exception as error:  # urllib, http.client and ssl raise errors of their own
@@ -143,8 +140,8 @@ def _parse_dicom(data: bytes):
 
     # a bare data set does not name its transfer syntax, but pydicom has found its byte order
     _, little_endian = dicom.original_encoding
-    plain = uid.ExplicitVRLittleEndian if little_endian else uid.ExplicitVRBigEndian
-    dicom.file_meta.setdefault("TransferSyntaxUID", plain)
+    syntax = uid.ExplicitVRLittleEndian if little_endian else uid.ExplicitVRBigEndian
+    dicom.file_meta.setdefault("TransferSyntaxUID", syntax)
     return dicom
 
 
@@ -177,13 +174,14 @@ def _grey(dicom, values):
         slope, intercept = dicom.get("RescaleSlope") or 1, dicom.get("RescaleIntercept") or 0
         values = values * float(slope) + float(intercept)
 
-    # 2) VOI LUT (PS3.3, C.11.2): a lookup table, or else the first window, or else the frame's own range
+    # 2) VOI LUT (PS3.3, C.11.2): a lookup table, or else the first window
+    # without either the frame's own range, as in the making of MIMIC-CXR-JPG
     if dicom.get("VOILUTSequence"):
         table = dicom.VOILUTSequence[0]
         bits = table.LUTDescriptor[2]
         return _look_up(dicom, table, values) / (2**bits - 1)
-    center = np.ravel(dicom.get("WindowCenter"))[0]
-    width = np.ravel(dicom.get("WindowWidth"))[0]
+    center, *_ = np.ravel(dicom.get("WindowCenter"))
+    width, *_ = np.ravel(dicom.get("WindowWidth"))
     function = dicom.get("VOILUTFunction") or "LINEAR"
     if center is None or width is None or width <= 0:
         low, high = values.min(), values.max()
@@ -191,8 +189,7 @@ def _grey(dicom, values):
         return 1 / (1 + np.exp(-4 * (values - center) / width))
     else:
         # C.11.2.1: LINEAR_EXACT is as wide as it says, LINEAR one value less
-        low, high = center - width / 2, center + width / 2
-        high -= function == "LINEAR"
+        low, high = center - width / 2, center + width / 2 - (function == "LINEAR")
     return (values - low) / max(high - low, 1e-9)
 
 
@@ -201,8 +198,8 @@ def _look_up(dicom, item, values):
     entries, first, _ = item.LUTDescriptor
     table = item.LUTData
     if isinstance(table, bytes):
-        _, little_endian = dicom.original_encoding
         entry_bytes = len(table) // (entries or 2**16)  # 0 stands for 2**16
+        _, little_endian = dicom.original_encoding
         table = np.frombuffer(table, f"{'<' if little_endian else '>'}u{entry_bytes}")
     places = (values.astype(np.int64) - first).clip(0, len(table) - 1)
     return np.asarray(table)[places]
