@@ -1,9 +1,19 @@
-"""The connector: encoder layers of two images -> one sequence of image embeddings.
+"""The connectors: features of the current and the prior image -> one sequence of image embeddings.
 
-The Temporal Alignment Connector (TAC; Zhang et al., Libra, Findings of ACL 2025, section 3): a layerwise feature
-extractor (LFE) fuses the encoder's layers into one, a temporal fusion module (TFM) relates the current image to the
-prior one. Parameters bear the published names. The MLP connectors, LLaVA's, look at the current image alone; with
-`_pair` behind their name they take each patch of both images side by side, the plainest thing that sees the prior.
+The Temporal Alignment Connector (TAC; Zhang et al., Libra, Findings of ACL 2025, section 3) fuses the encoder's layers
+into one, then relates the current image c to the prior p. With L layers of N patches of width C:
+
+    c, p  =  LFE(c), LFE(p)                             three times (layers L -> L//2 -> L//4 -> 1):
+                                                            x = x · sigmoid(fc2(gelu(fc1(mean of x over N and C))))
+                                                            x = 1×1 convolution over layers, no bias
+    p    +=  ((cos(c, p) + 1) / 2)^8 · LFE_prior_bias   cosine of the flattened images; a scalar, 0 at first
+    c1    =  norm1(c + self_attention_current(c))
+    p1    =  norm2(p + self_attention_prior(p))
+    x     =  norm3(c1 + cross_attention(c1, p1))        query c1; key and value p1
+    out   =  mlp_final(norm4(c + mlp_attn(x)))          the residual is c, not c1
+
+LLaVA's connectors (linear, mlp2x_gelu) read the current image only. An MLP with `_pair` behind its name reads each
+patch of both images side by side: the plainest connector that sees the prior.
 """
 
 import re
@@ -16,126 +26,165 @@ from attention import attention
 
 
 class TAC(nn.Module):
-    """features [B, 2, L, N, C], of (current, prior) -> image embeddings [B, N, hidden]."""
+    """features [B, 2, L, N, C] of (current, prior) -> image embeddings [B, N, hidden]."""
 
     def __init__(self, num_layers: int, width: int, heads: int, hidden_size: int):
-        """heads: the decoder's. ValueError where they do not divide the width."""
+        """num_layers and width are the encoder's, heads (which must divide the width) and hidden_size the decoder's."""
         super().__init__()
         if width % heads:
             raise ValueError(f"TAC: the decoder's {heads} heads do not divide the encoder's width {width}")
-        half, quarter = max(1, num_layers // 2), max(1, num_layers // 4)
+
+        # layerwise feature extractor: three stages, each a gate and a convolution
         self.LFE_prior_bias = nn.Parameter(torch.zeros(()))
-        self.LFE = nn.Sequential(
-            SqueezeExcite(num_layers, half), nn.Conv2d(num_layers, half, 1, bias=False),
-            SqueezeExcite(half, quarter), nn.Conv2d(half, quarter, 1, bias=False),
-            SqueezeExcite(quarter, 1), nn.Conv2d(quarter, 1, 1, bias=False),
-        )  # fmt: skip
+        half, quarter = max(1, num_layers // 2), max(1, num_layers // 4)
+        stages = []
+        for layers, fewer in [(num_layers, half), (half, quarter), (quarter, 1)]:
+            stages.append(SqueezeExcite(layers, fewer))
+            stages.append(nn.Conv2d(layers, fewer, 1, bias=False))
+        self.LFE = nn.Sequential(*stages)
+
+        # temporal fusion module
         self.cur_self_attention = BiasedAttention(width, heads)
         self.prior_self_attention = BiasedAttention(width, heads)
         self.cros_attention = BiasedAttention(width, heads)
-        self.norm1, self.norm2, self.norm3, self.norm4 = (nn.LayerNorm(width) for _ in range(4))
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
+        self.norm3 = nn.LayerNorm(width)
+        self.norm4 = nn.LayerNorm(width)
         self.mlp_attn = nn.Sequential(
-            nn.Linear(width, width), nn.GELU(), nn.Dropout(0.1), nn.Linear(width, width), nn.Dropout(0.1)
-        )
-        self.mlp_final = nn.Sequential(
-            nn.Linear(width, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size), nn.GELU(),
-            nn.Linear(hidden_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size),
+            nn.Linear(width, width), nn.GELU(), nn.Dropout(0.1),
+            nn.Linear(width, width), nn.Dropout(0.1),
         )  # fmt: skip
-        self.dropout = nn.Dropout(0.1)
+        self.mlp_final = mlp(4, width, hidden_size)
 
     def forward(self, features):
-        return self.fuse(*self.extract(features).unbind(1))
+        current, prior = self.extract(features).unbind(1)
+        return self.fuse(current, prior)
 
     def extract(self, features):
         """Layerwise feature extractor: features [..., L, N, C] -> [..., N, C].
 
-        Each squeeze-and-excite gate scales whole layers and each 1×1 convolution mixes whole layers, so given the
-        gates the extractor is one weighted sum of the L layers, and the gates need the layers' means alone: two
-        passes over the features, where computing it as written takes nine (test_tac keeps that version).
+        A gate scales whole layers and a 1×1 convolution mixes whole layers, so the result is one weighted sum of the L
+        layers, and the gates need only their means: two passes over the features instead of nine.
         """
-        mean = features.mean((-2, -1))  # [..., L]
-        mix = None  # [..., L', L]: this many outputs as sums of the L layers
-        for gate, convolution in zip(self.LFE[0::2], self.LFE[1::2], strict=True):
-            step = convolution.weight[:, :, 0, 0] * gate(mean)[..., None, :]
-            mix = step if mix is None else step @ mix
-            mean = (step @ mean[..., None])[..., 0]
-        return (mix @ features.flatten(-2)).view(*features.shape[:-3], *features.shape[-2:])
+        # 1) follow the layers' means through the three stages; each stage is a matrix
+        means = features.mean((-2, -1))  # [..., L]
+        stages = []
+        gates, convolutions = self.LFE[0::2], self.LFE[1::2]
+        for gate, convolution in zip(gates, convolutions, strict=True):
+            stage = convolution.weight.flatten(1) * gate(means).unsqueeze(-2)  # [..., L_out, L_in]
+            means = (stage @ means.unsqueeze(-1)).squeeze(-1)  # [..., L_out]
+            stages.append(stage)
+
+        # 2) multiply the stages, and sum the layers with the weights that result
+        weights = stages[2] @ (stages[1] @ stages[0])  # [..., 1, L]
+        image = weights @ features.flatten(-2)  # [..., 1, N * C]
+        return image.squeeze(-2).unflatten(-1, features.shape[-2:])  # [..., N, C]
 
     def fuse(self, c, p):
-        """Temporal fusion module: c, p [B, N, C] -> image embeddings [B, N, hidden]."""
-        # in float32: the eighth power of a cosine near 1 has nothing to spare
-        cosine = F.cosine_similarity(c.float().flatten(1), p.float().flatten(1), dim=1)
-        p = p + (((cosine + 1) / 2) ** 8).to(p.dtype)[:, None, None] * self.LFE_prior_bias
-        c1 = self.norm1(c + self.dropout(self.cur_self_attention(c, c)))
-        p1 = self.norm2(p + self.dropout(self.prior_self_attention(p, p)))
-        x = self.norm3(c1 + self.dropout(self.cros_attention(c1, p1)))
+        """Temporal fusion module: current and prior [B, N, C] -> image embeddings [B, N, hidden]."""
+        # a prior that resembles the current image gets more of the learned bias
+        # in float32, because the eighth power of a cosine near 1 needs the digits
+        current = c.float().flatten(1)  # [B, N * C]
+        prior = p.float().flatten(1)
+        cosine = F.cosine_similarity(current, prior, dim=1)
+        likeness = ((cosine + 1) / 2) ** 8  # [B]
+        p = p + likeness.to(p.dtype)[:, None, None] * self.LFE_prior_bias
+
+        # each image attends to itself, then the current image to the prior
+        c1 = self.norm1(c + self.cur_self_attention(c, c))
+        p1 = self.norm2(p + self.prior_self_attention(p, p))
+        x = self.norm3(c1 + self.cros_attention(c1, p1))
         return self.mlp_final(self.norm4(c + self.mlp_attn(x)))
 
 
-class MLPConnector(nn.Module):
-    """features [B, 2, 1, N, C], of (current, prior) -> image embeddings [B, N, hidden]; images: 1 current, 2 both."""
-
-    def __init__(self, depth: int, width: int, hidden_size: int, linear: bool, images: int = 1):
-        super().__init__()
-        self.images = images
-        layers = [nn.Linear(images * width, hidden_size)]
-        for _ in range(1, depth):
-            layers += [nn.GELU(), nn.Linear(hidden_size, hidden_size)]
-        self.projector = layers[0] if linear else nn.Sequential(*layers)  # published: no number in a linear one's names
-
-    def forward(self, features):
-        return self.projector(features[:, : self.images, 0].transpose(1, 2).flatten(2))  # of [B, N, images * C]
-
-
-def make_connector(kind: str, num_layers: int, width: int, heads: int, hidden_size: int) -> nn.Module:
-    """The connector that `mm_projector_type` names; ValueError where there is none, or its sizes do not fit.
-
-    num_layers and width: the encoder's, as selected; heads and hidden_size: the decoder's.
-    """
-    if kind == "TAC":
-        return TAC(num_layers, width, heads, hidden_size)
-    found = re.fullmatch(r"linear|mlp([1-9]\d*)x_gelu(_pair)?", str(kind))
-    if not found:
-        raise ValueError(f"mm_projector_type {kind!r} is not one of TAC, linear, mlp2x_gelu, …, mlp2x_gelu_pair, …")
-    if num_layers != 1:
-        raise ValueError(f"mm_projector_type {kind!r} reads one encoder layer: mm_vision_select_layer cannot be 'all'")
-    return MLPConnector(int(found[1] or 1), width, hidden_size, kind == "linear", images=2 if found[2] else 1)
-
-
 class SqueezeExcite(nn.Module):
-    """The gate of each layer, from the layers' means: [..., L] -> [..., L]."""
+    """The gates of L layers, from the layers' means: [..., L] -> [..., L]."""
 
     def __init__(self, layers: int, squeezed: int):
         super().__init__()
+        # convolutions on disk; on means alone they are linear layers
         self.fc1 = nn.Conv2d(layers, squeezed, 1)
         self.fc2 = nn.Conv2d(squeezed, layers, 1)
 
-    def forward(self, mean):
-        h = F.gelu(F.linear(mean, self.fc1.weight[:, :, 0, 0], self.fc1.bias))
-        return torch.sigmoid(F.linear(h, self.fc2.weight[:, :, 0, 0], self.fc2.bias))
+    def forward(self, means):
+        h = F.linear(means, self.fc1.weight.flatten(1), self.fc1.bias)  # [..., squeezed]
+        h = F.gelu(h)
+        h = F.linear(h, self.fc2.weight.flatten(1), self.fc2.bias)  # [..., L]
+        return torch.sigmoid(h)
 
 
-class BiasedAttention(nn.Module):
-    """nn.MultiheadAttention with `add_bias_kv`, its names and its initial values: one learned extra key and value."""
+class BiasedAttention(nn.MultiheadAttention):
+    """Attention with one learned key and value beside those of the source image, then dropout.
+
+    Torch's module provides the parameters, their names and initial values; `attention` computes.
+    """
 
     def __init__(self, width: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.bias_k = nn.Parameter(torch.empty(1, 1, width))
-        self.bias_v = nn.Parameter(torch.empty(1, 1, width))
-        self.out_proj = nn.Linear(width, width)
-        nn.init.xavier_uniform_(self.in_proj_weight)
-        nn.init.xavier_normal_(self.bias_k)
-        nn.init.xavier_normal_(self.bias_v)
-        nn.init.zeros_(self.out_proj.bias)
+        super().__init__(width, heads, add_bias_kv=True)
+        self.drop = nn.Dropout(0.1)
 
     def forward(self, query, source):
-        """query [B, N, C] attends to source [B, M, C] and to the extra key: [B, N, C]."""
-        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
-        q = F.linear(query, weights[0], biases[0])
-        k = torch.cat((F.linear(source, weights[1], biases[1]), self.bias_k.expand(len(source), -1, -1)), 1)
-        v = torch.cat((F.linear(source, weights[2], biases[2]), self.bias_v.expand(len(source), -1, -1)), 1)
-        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))  # [B, H, N, D]
-        return self.out_proj(attention(q, k, v).transpose(1, 2).flatten(2))
+        """query [B, N, C] attends to source [B, M, C] and to the learned key -> [B, N, C]."""
+        weight_q, weight_k, weight_v = self.in_proj_weight.chunk(3)
+        bias_q, bias_k, bias_v = self.in_proj_bias.chunk(3)
+        q = F.linear(query, weight_q, bias_q)  # [B, N, C]
+        k = F.linear(source, weight_k, bias_k)  # [B, M, C]
+        v = F.linear(source, weight_v, bias_v)
+
+        # append the learned key and value, the same for every study
+        learned_k = self.bias_k.expand(len(k), -1, -1)  # [B, 1, C]
+        learned_v = self.bias_v.expand(len(v), -1, -1)
+        k = torch.cat((k, learned_k), dim=1)  # [B, M + 1, C]
+        v = torch.cat((v, learned_v), dim=1)
+
+        # each head attends for itself
+        q, k, v = (self.split_heads(x) for x in (q, k, v))
+        out = attention(q, k, v).transpose(1, 2)  # [B, N, H, D]
+        return self.drop(self.out_proj(out.flatten(2)))
+
+    def split_heads(self, x):  # [B, N, C] -> [B, H, N, D]
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+class MLPConnector(nn.Module):
+    """features [B, 2, 1, N, C] of (current, prior) -> image embeddings [B, N, hidden]."""
+
+    def __init__(self, projector: nn.Module, images: int = 1):
+        """images: 1 reads the current image, 2 reads both. The projector takes patches of width images * C."""
+        super().__init__()
+        self.images = images
+        self.projector = projector
+
+    def forward(self, features):
+        patches = features[:, : self.images, 0].transpose(1, 2)  # [B, N, images, C]
+        return self.projector(patches.flatten(2))
+
+
+def mlp(depth: int, width: int, hidden_size: int) -> nn.Sequential:
+    """`depth` linear layers with a GELU between each two: [..., width] -> [..., hidden_size]."""
+    layers = [nn.Linear(width, hidden_size)]
+    for _ in range(1, depth):
+        layers += [nn.GELU(), nn.Linear(hidden_size, hidden_size)]
+    return nn.Sequential(*layers)
+
+
+def make_connector(kind: str, num_layers: int, width: int, heads: int, hidden_size: int) -> nn.Module:
+    """Return the connector that `mm_projector_type` names: TAC, linear, mlp2x_gelu, …, mlp2x_gelu_pair, ….
+
+    num_layers and width are those of the selected features, heads and hidden_size the decoder's.
+    Raises a ValueError if there is no such connector, or if its sizes do not fit.
+    """
+    if kind == "TAC":
+        return TAC(num_layers, width, heads, hidden_size)
+    name = re.fullmatch(r"linear|mlp(?P<depth>[1-9]\d*)x_gelu(?P<pair>_pair)?", str(kind))
+    if not name:
+        raise ValueError(f"mm_projector_type {kind!r} is not one of TAC, linear, mlp2x_gelu, …, mlp2x_gelu_pair, …")
+    if num_layers != 1:
+        raise ValueError(f"mm_projector_type {kind!r} reads one encoder layer: mm_vision_select_layer cannot be 'all'")
+
+    # published names: a linear connector's have no number, those of an MLP of depth 1 have
+    if kind == "linear":
+        return MLPConnector(nn.Linear(width, hidden_size))
+    depth, images = int(name["depth"]), 2 if name["pair"] else 1
+    return MLPConnector(mlp(depth, images * width, hidden_size), images)

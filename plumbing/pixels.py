@@ -6,78 +6,109 @@ import numpy as np
 import torch
 from PIL import Image
 
+from plumbing.settings import check_supported
+
 
 @dataclass(frozen=True)
 class PixelConfig:
-    """How an image becomes pixels, from `preprocessor_config.json`; pad is ours."""
+    """How an image becomes pixels. All but `pad`, `squash` and `rounds` are fields of `preprocessor_config.json`."""
 
-    size: int  # the shortest edge is resized to it
+    size: int  # the shortest edge after resizing
     crop: int  # side of the centre crop
-    mean: tuple[float, ...]
+    mean: tuple[float, ...]  # per channel
     std: tuple[float, ...]
     scale: float  # 1 / 255
-    pad: str  # "mean" or "black": pad to a square first; "none"
-    squash: bool = False  # both edges are resized to `size`
-    rounds: bool = False  # the crop's corner is rounded, half to even, not down
+    pad: str  # "mean" or "black": pad to a square of this colour first; "none"
+    squash: bool = False  # resize both edges to `size`, whatever the shape
+    rounds: bool = False  # round the corner of the crop half to even, instead of down
 
 
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# fields that change the result -> the values that we compute with
+SUPPORTED = dict(
+    do_resize=(True,), do_rescale=(True,), do_normalize=(True,),
+    resample=(3,),  # bicubic
+)  # fmt: skip
 
 
 def pixel_config(config: dict, source, pad: str) -> PixelConfig:
-    """A parsed preprocessor_config.json -> PixelConfig; ValueError that names an unsupported field.
-
-    Sizes are numbers (CLIP's first files) or objects. Where both edges are given (SigLIP), there is no crop.
-    """
-    supported = dict(do_resize=True, do_rescale=True, do_normalize=True, resample=3)
+    """Turn a parsed preprocessor_config.json into a PixelConfig; a ValueError names a field that is not supported."""
     where = f"{source}/preprocessor_config.json"
-    for name, value in supported.items():
-        if config.get(name, value) != value:
-            raise ValueError(f"{where}: {name} {config[name]!r} is not supported, only {value!r}")
+    check_supported(config, SUPPORTED, where)
+
+    # a number (CLIP's first files) stands for the shortest edge, and for both sides of the crop
     size, crop = config.get("size"), config.get("crop_size")
-    edges = size if isinstance(size, dict) else {"shortest_edge": size}
-    squash = "height" in edges
-    square = edges if squash else crop if isinstance(crop, dict) else {"height": crop, "width": crop}
-    shortest, side = edges.get("height" if squash else "shortest_edge"), square.get("height")
-    sizes_fit = isinstance(shortest, int) and isinstance(side, int) and 0 < side <= shortest
-    if not sizes_fit or side != square.get("width") or squash == config.get("do_center_crop", not squash):
-        crops = f"crop_size {crop!r} and do_center_crop {config.get('do_center_crop')!r}"
-        raise ValueError(f"{where}: size {size!r} with {crops} is not supported")
-    if lacking := [name for name in ("image_mean", "image_std") if name not in config]:
-        raise ValueError(f"{where} lacks {' and '.join(lacking)}")
-    mean, std = tuple(config["image_mean"]), tuple(config["image_std"])
-    return PixelConfig(shortest, side, mean, std, config.get("rescale_factor", 1 / 255), pad, squash)
+    if not isinstance(size, dict):
+        size = {"shortest_edge": size}
+    if not isinstance(crop, dict):
+        crop = {"height": crop, "width": crop}
+
+    # a file that gives both edges (SigLIP) resizes to them, and leaves nothing to crop
+    squash = "height" in size
+    if squash:
+        crop = size
+    shortest = size.get("height" if squash else "shortest_edge")
+    side = crop.get("height")
+
+    # the crop must be a square within the resized image
+    crops = config.get("do_center_crop", not squash)
+    are_numbers = isinstance(shortest, int) and isinstance(side, int)
+    fits = are_numbers and side == crop.get("width") and 0 < side <= shortest
+    if not fits or crops == squash:
+        given = {name: config.get(name) for name in ("size", "crop_size", "do_center_crop")}
+        raise ValueError(f"{where}: this combination is not supported: {given}")
+
+    mean, std = config.get("image_mean"), config.get("image_std")
+    if mean is None or std is None:
+        raise ValueError(f"{where} lacks image_mean or image_std")
+    scale = config.get("rescale_factor", 1 / 255)
+    return PixelConfig(shortest, side, tuple(mean), tuple(std), scale=scale, pad=pad, squash=squash)
 
 
 def open_clip_pixels(size: int, pad: str) -> PixelConfig:
-    """open_clip's own preprocessing, which no file describes."""
-    return PixelConfig(size, size, CLIP_MEAN, CLIP_STD, 1 / 255, pad, rounds=True)
+    """Return open_clip's preprocessing, which none of its files describes."""
+    return PixelConfig(size, crop=size, mean=CLIP_MEAN, std=CLIP_STD, scale=1 / 255, pad=pad, rounds=True)
 
 
 def preprocess(image: Image.Image, config: PixelConfig) -> torch.Tensor:
-    """A PIL image in mode RGB -> pixels [3, S, S]."""
+    """A PIL image in mode RGB -> pixels [3, S, S], float32."""
     return normalise(frame(image, config), config)
 
 
 def frame(image: Image.Image, config: PixelConfig) -> np.ndarray:
-    """A PIL image in mode RGB -> uint8 [S, S, 3], what the encoder will see: pad to a square, bicubic resize, crop."""
+    """A PIL image in mode RGB -> what the encoder sees of it, uint8 [S, S, 3]: padded, resized and cropped."""
+    # 1) pad to a square, with the image in its centre; an odd pixel goes right or below
     if config.pad != "none" and image.width != image.height:
-        colour = tuple(int(255 * mean) for mean in config.mean) if config.pad == "mean" else (0, 0, 0)
+        means = config.mean if config.pad == "mean" else (0, 0, 0)
+        colour = tuple(int(255 * mean) for mean in means)
         side = max(image.size)
+        left, top = (side - image.width) // 2, (side - image.height) // 2
         square = Image.new("RGB", (side, side), colour)
-        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        square.paste(image, (left, top))
         image = square
-    short, long = (1, 1) if config.squash else sorted(image.size)
-    long = int(config.size * long / short)
-    size = (config.size, long) if image.width <= image.height else (long, config.size)
-    image = image.resize(size, Image.Resampling.BICUBIC)
-    corner = (lambda margin: round(margin / 2)) if config.rounds else (lambda margin: margin // 2)
-    left, top = (corner(side - config.crop) for side in size)
-    return np.array(image.crop((left, top, left + config.crop, top + config.crop)))
+
+    # 2) resize the shortest edge to the size; the longest is rounded down, as in `transformers`
+    width = height = config.size
+    if not config.squash and image.width > image.height:
+        width = int(config.size * image.width / image.height)
+    elif not config.squash:
+        height = int(config.size * image.height / image.width)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+
+    # 3) cut a square out of the centre
+    left, top = (width - config.crop) / 2, (height - config.crop) / 2
+    rounded = round if config.rounds else int
+    left, top = rounded(left), rounded(top)
+    box = (left, top, left + config.crop, top + config.crop)
+    return np.array(image.crop(box))
 
 
 def normalise(frame: np.ndarray, config: PixelConfig) -> torch.Tensor:
-    """uint8 [S, S, 3] -> pixels [3, S, S], float32."""
+    """What the encoder sees, uint8 [S, S, 3] -> pixels [3, S, S], float32."""
     pixels = torch.from_numpy(frame).permute(2, 0, 1)  # [3, S, S]
-    pixels = (pixels.double() * config.scale).float()  # published: rescaled in float64, normalised in float32
-    return (pixels - torch.tensor(config.mean)[:, None, None]) / torch.tensor(config.std)[:, None, None]
+    # as published: rescaled in float64, normalised in float32
+    pixels = (pixels.double() * config.scale).float()
+    mean, std = torch.tensor(config.mean), torch.tensor(config.std)
+    return (pixels - mean[:, None, None]) / std[:, None, None]

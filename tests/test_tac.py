@@ -1,3 +1,5 @@
+"""The oracles: golden values, the equations of TAC as they are written in torch's own modules, nn.MultiheadAttention."""
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ from torch import nn
 
 from tac import TAC, BiasedAttention, make_connector
 
-# The connector as its equations are written, in torch's own modules, under the published names.
+# ------------------------------------------------------------------------------------------- the equations
 
 
 class PlainSqueezeExcite(nn.Module):
@@ -63,7 +65,7 @@ class PlainTAC(nn.Module):
 
 
 def randomised(ours, theirs):
-    """Both in float64 with the same random parameters, none of them at a special value; names must agree."""
+    """Both in float64 with the same random parameters; the names must agree."""
     torch.manual_seed(0)
     for parameter in ours.parameters():
         nn.init.normal_(parameter, 0.1, 0.5)
@@ -71,102 +73,117 @@ def randomised(ours, theirs):
     return ours.double().eval(), theirs.double().eval()
 
 
-def features_of(*shape):
+def random_features(*shape):
     """Layers of different means, so that their gates differ; images that are alike, but not the same."""
     generator = torch.Generator().manual_seed(1)
     draw = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)
     return draw(shape[0], 1, *shape[2:]) + 0.7 * draw(*shape) + draw(*shape[:3], 1, 1)
 
 
+def outputs_and_gradients(module, run, inputs):
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    out = run(*leaves)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=out.dtype)
+    names = [name for name, _ in module.named_parameters()]
+    gradients = torch.autograd.grad((out * weights).sum(), [*leaves, *module.parameters()])
+    return out.detach(), gradients[: len(leaves)], dict(zip(names, gradients[len(leaves) :], strict=True))
+
+
 def assert_same(ours, theirs, run_ours, run_theirs, *inputs):
-    """Equal outputs; equal gradients of every parameter and input."""
-    results = []
-    for module, run in ((ours, run_ours), (theirs, run_theirs)):
-        leaves = [x.clone().requires_grad_() for x in inputs]
-        out = run(*leaves)
-        weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=out.dtype)
-        named = dict(module.named_parameters())
-        grads = torch.autograd.grad((out * weights).sum(), [*named.values(), *leaves])
-        results.append({"out": out.detach()} | dict(zip([*named, *map(str, range(len(leaves)))], grads, strict=True)))
-    assert results[0].keys() == results[1].keys()
-    for name, value in results[0].items():
-        assert relative(value, results[1][name]) < 1e-5, name
+    """Equal outputs; equal gradients of every input and parameter."""
+    out, input_gradients, gradients = outputs_and_gradients(ours, run_ours, inputs)
+    expected, expected_input_gradients, expected_gradients = outputs_and_gradients(theirs, run_theirs, inputs)
+    assert relative(out, expected) < 1e-5
+    for gradient, reference in zip(input_gradients, expected_input_gradients, strict=True):
+        assert relative(gradient, reference) < 1e-5
+    assert gradients.keys() == expected_gradients.keys()
+    for name, gradient in gradients.items():
+        assert relative(gradient, expected_gradients[name]) < 1e-5, name
+
+
+# ------------------------------------------------------------------------------------------- the tests
 
 
 @pytest.mark.parametrize(("family", "case"), cases(), ids=lambda value: getattr(value, "name", value))
 def test_golden_image_embeddings(family, case):
     expected = load_file(case / "expected.safetensors")
-    out = load(family).connector(expected["features"][None])[0]
-    assert relative(out, expected["image_embeddings"]) < 1e-4
+    embeddings = load(family).connector(expected["features"][None])[0]
+    assert relative(embeddings, expected["image_embeddings"]) < 1e-4
 
 
 @pytest.mark.parametrize("L", [12, 5, 2, 1])
-def test_the_extractor_as_one_weighted_sum_is_the_extractor_as_written(L):
+def test_the_extractor_as_one_weighted_sum_equals_the_extractor_as_written(L):
     tac, plain = TAC(L, 12, 3, 8), plain_extractor(L)
     randomised(tac.LFE, plain)
-    run = lambda x: plain(x.flatten(0, 1)).unflatten(0, x.shape[:2])[:, :, 0]
-    assert_same(tac.LFE, plain, tac.extract, run, features_of(2, 2, L, 7, 12))
+    run_plain = lambda x: plain(x.flatten(0, 1)).unflatten(0, x.shape[:2])[:, :, 0]
+    assert_same(tac.LFE, plain, tac.extract, run_plain, random_features(2, 2, L, 7, 12))
 
 
 @pytest.mark.parametrize(("width", "heads"), [(24, 2), (36, 3), (20, 1)])
-def test_attention_with_an_extra_key_is_that_of_torch(width, heads):
+def test_attention_with_a_learned_key_equals_that_of_torch(width, heads):
     ours, theirs = randomised(BiasedAttention(width, heads), plain_attention(width, heads))
-    query, source = features_of(1, 2, 3, 9, width)[0]  # [3, 9, width] each
+    query, source = random_features(1, 2, 3, 9, width)[0]  # [3, 9, width] each
     assert_same(ours, theirs, ours, lambda q, s: attend(theirs, q, s), query[:, :7], source)
 
 
-def test_fresh_attention_starts_where_that_of_torch_does():
+@pytest.mark.parametrize("sizes", [(12, 24, 2, 10), (5, 36, 3, 8), (2, 20, 1, 6)], ids=str)
+def test_the_connector_equals_its_equations(sizes):
+    ours, theirs = randomised(TAC(*sizes), PlainTAC(*sizes))
+    assert_same(ours, theirs, ours, theirs, random_features(2, 2, sizes[0], 7, sizes[1]))
+
+
+def test_fresh_weights_are_those_of_torch_modules():
     torch.manual_seed(3)
-    ours = BiasedAttention(24, 2).state_dict()
+    theirs = PlainTAC(5, 24, 2, 10).state_dict()
     torch.manual_seed(3)
-    for name, value in plain_attention(24, 2).state_dict().items():
+    ours = TAC(5, 24, 2, 10).state_dict()
+    for name, value in theirs.items():
         assert torch.equal(ours[name], value), name
 
 
-@pytest.mark.parametrize("sizes", [(12, 24, 2, 10), (5, 36, 3, 8), (2, 20, 1, 6)], ids=str)
-def test_the_connector_is_its_equations(sizes):
-    ours, theirs = randomised(TAC(*sizes), PlainTAC(*sizes))
-    assert_same(ours, theirs, ours, theirs, features_of(2, 2, sizes[0], 7, sizes[1]))
-
-
-def test_dropout_acts_in_training_alone_and_where_the_equations_have_it():
+def test_dropout_acts_in_training_only_and_where_the_equations_have_it():
     """The same seed drops the same elements, as both draw in the order current, prior, cross, mlp."""
     ours, theirs = randomised(TAC(5, 24, 2, 10), PlainTAC(5, 24, 2, 10))
-    features = features_of(2, 2, 5, 7, 24)
-    still = ours(features).detach()
+    features = random_features(2, 2, 5, 7, 24)
+    evaluated = ours(features).detach()
     outs = []
     for module in (ours.train(), theirs.train()):
         torch.manual_seed(4)
         outs.append(module(features).detach())
-    assert relative(outs[0], outs[1]) < 1e-5 < 1e-2 < relative(outs[0], still)
-    assert torch.equal(ours.eval()(features), still)
+    assert relative(outs[0], outs[1]) < 1e-5 < 1e-2 < relative(outs[0], evaluated)
+    assert torch.equal(ours.eval()(features), evaluated)
 
 
+@torch.no_grad()
 def test_a_study_does_not_depend_on_its_batch():
     tac, _ = randomised(TAC(5, 24, 2, 10), PlainTAC(5, 24, 2, 10))
-    features = features_of(3, 2, 5, 7, 24)
+    features = random_features(3, 2, 5, 7, 24)
     alone = torch.cat([tac(study[None]) for study in features])
-    assert relative(tac(features).detach(), alone.detach()) < 1e-10
+    assert relative(tac(features), alone) < 1e-10
 
 
+@torch.no_grad()
 @pytest.mark.parametrize(("kind", "images"), [("mlp2x_gelu", 1), ("mlp2x_gelu_pair", 2)])
 def test_an_mlp_takes_each_patch_alone_of_the_current_image_or_of_both(kind, images):
-    features = features_of(2, 2, 1, 7, 24).float()
-    torch.manual_seed(5)
+    features = random_features(2, 2, 1, 7, 24).float()
     connector = make_connector(kind, 1, 24, 2, 10)
     first, _, second = connector.projector
     for b, n in ((0, 3), (1, 6)):
         patch = torch.cat([features[b, image, 0, n] for image in range(images)])
-        expected = second.weight @ torch.nn.functional.gelu(first.weight @ patch + first.bias) + second.bias
-        assert relative(connector(features)[b, n].detach(), expected.detach()) < 1e-5
+        expected = second.weight @ F.gelu(first.weight @ patch + first.bias) + second.bias
+        assert relative(connector(features)[b, n], expected) < 1e-5
 
 
-def test_heads_that_do_not_divide_the_width_are_refused():
-    with pytest.raises(ValueError, match=r"5 heads.* width 24"):
-        TAC(12, 24, 5, 10)
+@pytest.mark.parametrize(
+    ("kind", "layers", "width", "culprit"),
+    [("TAC", 12, 23, "width 23"), ("qformer", 1, 24, "qformer"), ("mlp2x_gelu", 12, 24, "mm_vision_select_layer")],
+)
+def test_a_connector_that_does_not_fit_is_refused(kind, layers, width, culprit):
+    with pytest.raises(ValueError, match=culprit):
+        make_connector(kind, layers, width, 2, 10)
 
 
-def test_parameters_bear_the_published_names():
+def test_parameters_have_the_published_names():
     published = read("libra-7b", "model", "model.safetensors.index.json")["weight_map"]
     names = {name.removeprefix("model.mm_projector.") for name in published if ".mm_projector." in name}
     assert set(TAC(12, 48, 4, 64).state_dict()) == names
