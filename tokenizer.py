@@ -1,18 +1,17 @@
 """Text <-> ids, and conversations -> prompt ids with a mask of what is learnt.
 
-The `tokenizers` library reads a `tokenizer.json`; the older SentencePiece `tokenizer.model` is converted here to a BPE
-of the same library. Conversation templates are data. `render` turns a conversation into text, ids and the mask, for
-inference and training alike.
+The `tokenizers` library reads a `tokenizer.json`. An older SentencePiece `tokenizer.model` is converted to a BPE of the
+same library. Templates are data; `render` puts a conversation into one, for inference and training alike.
 """
 
 import codecs
 import difflib
 import struct
+from collections import namedtuple
 from dataclasses import dataclass, replace
 from io import BytesIO
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
 
 import tokenizers
 from tokenizers import AddedToken, models, normalizers, processors
@@ -22,9 +21,6 @@ from plumbing.files import read_json
 IMAGE = -200  # the image in a list of ids, however many positions it takes; IMAGE_TOKEN_INDEX in the published code
 IMAGE_TEXT = "<image>"
 IMAGE_START, IMAGE_END = "<im_start>", "<im_end>"  # around the image, if the config sets mm_use_im_start_end
-
-LLAMA_NAMES = {"bos": "<s>", "eos": "</s>", "unk": "<unk>"}  # what a SentencePiece model uses by default
-UNTIDY = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")  # clean_up_tokenization, transformers
 
 
 class Tokenizer:
@@ -41,12 +37,11 @@ class Tokenizer:
         folder = Path(folder)
         json_file, model_file = folder / "tokenizer.json", folder / "tokenizer.model"
         uses_model_file = model_file.exists() and (sentencepiece_first or not json_file.exists())
-        config_file = folder / "tokenizer_config.json"
-        config = read_json(config_file) if config_file.exists() else {}
+        config = _read_if_present(folder / "tokenizer_config.json")
         self.cleans_up = config.get("clean_up_tokenization_spaces") is True
 
-        # 1) the names of the special tokens
-        defaults = LLAMA_NAMES if uses_model_file else {}
+        # 1) the names of the special tokens; Llama's SentencePiece tokenizer has defaults
+        defaults = {"bos": "<s>", "eos": "</s>", "unk": "<unk>"} if uses_model_file else {}
         names = {}
         for kind in ("bos", "eos", "unk", "pad"):
             names[kind] = _text_of(config.get(f"{kind}_token")) or defaults.get(kind)
@@ -69,17 +64,18 @@ class Tokenizer:
         self.backend.no_padding()
 
         # 3) the ids of the special tokens
-        find_id = self.backend.token_to_id
-        self.bos_token_id = find_id(names["bos"]) if names["bos"] else None
-        self.special_ids = set(map(find_id, filter(None, [*names.values(), *more_names])))
+        special = filter(None, [*names.values(), *more_names])
+        self.special_ids = set(map(self.backend.token_to_id, special))
+        self.bos_token_id = self.backend.token_to_id(names["bos"] or "")
 
-    def __len__(self) -> int:
+    def __len__(self):
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     def add_special(self, names: list[str]):
         """Adds special tokens, as published loading does; tokens that exist keep their ids."""
-        self.backend.add_special_tokens([AddedToken(name, normalized=False) for name in names])
-        self.special_ids |= {self.backend.token_to_id(name) for name in names}
+        for name in names:
+            self.backend.add_special_tokens([AddedToken(name, normalized=False)])
+            self.special_ids.add(self.backend.token_to_id(name))
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of a text, with bos in front if the tokenizer adds one."""
@@ -87,25 +83,25 @@ class Tokenizer:
         return ids
 
     def encode_with_offsets(self, text: str):
-        """Returns the list of ids and, for each id, (first character, behind the last) of what it stands for.
+        """Returns ids and, for each, the characters (from, to) that it stands for.
 
-            text     No change
-            tokens   <s>     ▁No     ▁change
-            offsets  (0, 0)  (0, 2)  (2, 9)
+            No change  ->  <s>     ▁No     ▁change
+                           (0, 0)  (0, 2)  (2, 9)
         """
         if self.legacy or not text:
             encoding = self.backend.encode(text)
             return encoding.ids, encoding.offsets
 
-        # Only in legacy mode the backend puts a "▁" before every chunk between special tokens. Otherwise the text as a
+        # In legacy mode the backend puts a "▁" before every chunk between special tokens. Otherwise only the text as a
         # whole gets one, here; the offsets do not count it.
         encoding = self.backend.encode("▁" + text.replace("▁", " "))
-        ids, tokens = encoding.ids, encoding.tokens
+        ids = encoding.ids
         offsets = [(max(start - 1, 0), max(end - 1, 0)) for start, end in encoding.offsets]
 
         # `transformers` drops a "▁" that is alone before a special token
         first = 1 if ids[0] == self.bos_token_id else 0
-        if tokens[first] == "▁" and len(ids) > first + 1 and ids[first + 1] in self.special_ids:
+        following = ids[first + 1 : first + 2]
+        if encoding.tokens[first] == "▁" and self.special_ids.intersection(following):
             del ids[first], offsets[first]
         return ids, offsets
 
@@ -116,7 +112,8 @@ class Tokenizer:
         else:
             text = self._decode_pieces([id for id in ids if id not in self.special_ids])
         if self.cleans_up:
-            for before in UNTIDY:
+            # the list of `clean_up_tokenization` in `transformers`
+            for before in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
                 text = text.replace(before, before.strip())
         return text
 
@@ -128,7 +125,7 @@ class Tokenizer:
                 texts.append(self._decode_run(run))
             else:
                 texts += map(self.backend.id_to_token, run)
-        return " ".join(text for text in texts if text)
+        return " ".join(filter(None, texts))
 
     def _decode_run(self, ids):
         data = b""
@@ -147,6 +144,10 @@ class Tokenizer:
 codecs.register_error("one_each", lambda error: ("\ufffd" * (error.end - error.start), error.end))
 
 
+def _read_if_present(path):
+    return read_json(path) if path.exists() else {}
+
+
 def _text_of(token):
     """A config writes a token as its text or as an object with the text in "content"."""
     return token["content"] if isinstance(token, dict) else token
@@ -154,57 +155,53 @@ def _text_of(token):
 
 # ------------------------------------------------------------------------------------- SentencePiece files
 
-# kinds of pieces and, below, the numbers of fields: see sentencepiece_model.proto in github.com/google/sentencepiece
-NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
-BPE = 2  # a model type
-
-
-class Piece(NamedTuple):
-    text: str
-    score: float
-    kind: int
+# These kinds and the numbers of fields are those of sentencepiece_model.proto in github.com/google/sentencepiece.
+KINDS = NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
+Piece = namedtuple("Piece", ["text", "score", "kind"])
 
 
 def _convert_sentencepiece(folder, config, names, legacy):
     """Converts tokenizer.model. Returns (a `tokenizers` BPE that gives the same ids, the pieces by id)."""
     pieces, byte_fallback = _parse_sentencepiece(folder / "tokenizer.model")
     vocab = {piece.text: id for id, piece in enumerate(pieces)}
-    scores = {piece.text: piece.score for piece in pieces if piece.kind == NORMAL}
 
     # 1) SentencePiece merges whichever two neighbours form the piece with the best score. BPE wants the pairs listed:
     # every split of a piece into two pieces, best score first.
-    merges = []
-    for text, score in scores.items():
-        for cut in range(1, len(text)):
-            left, right = vocab.get(text[:cut]), vocab.get(text[cut:])
-            if left is not None and right is not None:
-                merges.append((-score, left, right))
-    merges = [(pieces[left].text, pieces[right].text) for _, left, right in sorted(merges)]
-    settings = dict(unk_token=names["unk"], fuse_unk=True, byte_fallback=byte_fallback)
-    backend = tokenizers.Tokenizer(models.BPE(vocab, merges, **settings))
+    splits = []
+    for piece in pieces:
+        for cut in range(1, len(piece.text)):
+            left, right = piece.text[:cut], piece.text[cut:]
+            if piece.kind == NORMAL and left in vocab and right in vocab:
+                splits.append((-piece.score, vocab[left], vocab[right]))
+    splits.sort()
+    merges = [(pieces[left].text, pieces[right].text) for _, left, right in splits]
+    options = dict(unk_token=names["unk"], fuse_unk=True, byte_fallback=byte_fallback)
+    backend = tokenizers.Tokenizer(models.BPE(vocab, merges, **options))
 
     # 2) "▁" stands for a space. In legacy mode every chunk between special tokens gets one in front.
     prefix = [normalizers.Prepend("▁")] if legacy else []
     backend.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
 
-    # 3) added tokens: the special pieces, those of the older added_tokens.json, and those of the config, which win
-    older = folder / "added_tokens.json"
-    added = {vocab[text]: {"content": text} for text in names.values() if text in vocab}
-    if older.exists():
-        added |= {id: {"content": text} for text, id in read_json(older).items()}
-    added |= {int(id): token for id, token in config.get("added_tokens_decoder", {}).items()}
+    # 3) added tokens: of the config, else of the older added_tokens.json, else the special pieces
+    added = {int(id): token for id, token in config.get("added_tokens_decoder", {}).items()}
+    for text, id in _read_if_present(folder / "added_tokens.json").items():
+        added.setdefault(id, {"content": text})
+    for text in vocab.keys() & names.values():
+        added.setdefault(vocab[text], {"content": text})
 
     # in the order of their ids: a token that is no piece gets the next free id
-    for id, token in sorted(added.items()):
-        flags = {name: token.get(name, False) for name in ("single_word", "lstrip", "rstrip")}
-        backend.add_tokens([AddedToken(token["content"], normalized=False, **flags)])
-        if backend.token_to_id(token["content"]) != id:
-            raise ValueError(f"{folder}: the added token {token['content']!r} cannot have id {id}: fetch it again")
+    for id in sorted(added):
+        text = added[id]["content"]
+        flags = {name: added[id].get(name, False) for name in ("single_word", "lstrip", "rstrip")}
+        backend.add_tokens([AddedToken(text, normalized=False, **flags)])
+        if backend.token_to_id(text) != id:
+            raise ValueError(f"{folder}: the added token {text!r} cannot have id {id}: fetch it again")
 
     # 4) bos in front of every text
     if config.get("add_bos_token", True):
-        special = [(names["bos"], backend.token_to_id(names["bos"]))]
-        backend.post_processor = processors.TemplateProcessing(f"{names['bos']} $A", special_tokens=special)
+        bos = names["bos"]
+        special = [(bos, backend.token_to_id(bos))]
+        backend.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=special)
     return backend, pieces
 
 
@@ -214,6 +211,7 @@ def _parse_sentencepiece(file):
     try:
         for number, value in _protobuf_fields(file.read_bytes()):
             if number == 1:
+                # a piece: field 1 is its text, 2 its score, 3 its kind
                 fields = dict(_protobuf_fields(value))
                 (score,) = struct.unpack("<f", fields[2])
                 text = fields[1].decode("utf-8")
@@ -226,13 +224,12 @@ def _parse_sentencepiece(file):
         raise ValueError(f"{file} is truncated or not a SentencePiece model ({error!r}): fetch it again") from None
 
     # a model that needs more than the conversion can do would give wrong ids
-    kinds = {piece.kind for piece in pieces}
     needs = {
-        "a model type other than BPE": trainer.get(3) != BPE,
-        "a normalisation table": bool(normalizer.get(2)),
+        "a model type other than BPE": trainer.get(3) != 2,
+        "a normalisation table": normalizer.get(2),
         "no dummy prefix": not normalizer.get(3, True),
-        "removal of extra whitespace": bool(normalizer.get(4, True)),
-        "user-defined pieces": not kinds <= {NORMAL, UNKNOWN, CONTROL, BYTE},
+        "removal of extra whitespace": normalizer.get(4, True),
+        "user-defined pieces": any(piece.kind not in KINDS for piece in pieces),
         "no pieces": not pieces,
     }
     unsupported = " and ".join(need for need, is_needed in needs.items() if is_needed)
@@ -241,12 +238,11 @@ def _parse_sentencepiece(file):
     return pieces, bool(trainer.get(35))
 
 
-def _protobuf_fields(data: bytes):
-    """Yields (field number, value) for each field of a protobuf message; the value is an int or bytes.
+def _protobuf_fields(data):
+    """Yields (field number, int or bytes) of a protobuf message; see protobuf.dev/programming-guides/encoding.
 
     A field is a key, 8 * number + type, and a value: type 0 is a varint, 1 eight bytes, 5 four bytes, and 2 a varint
     length with as many bytes (text or a message). A varint holds 7 bits a byte, lowest first; bit 8 says "more".
-    See https://protobuf.dev/programming-guides/encoding
     """
     stream = BytesIO(data)
     while stream.tell() < len(data):
@@ -260,7 +256,7 @@ def _protobuf_fields(data: bytes):
         yield number, stream.read(size)
 
 
-def _read_varint(stream: BytesIO) -> int:
+def _read_varint(stream):
     value, shift, byte = 0, 0, 128
     while byte >= 128:
         (byte,) = stream.read(1)  # ValueError at the end of the data
@@ -288,7 +284,7 @@ class Template:
     stop: str = ""  # generation ends at this string; "" means `end` without its white space
     drops_question: bool = False  # an answered question shrinks to its image
 
-    def with_system(self, prompt: str, **changes: str) -> "Template":
+    def with_system(self, prompt, **changes):
         return replace(self, start=self.start.format(prompt), **changes)
 
 
@@ -322,13 +318,13 @@ _GEMMA = Template(
 # The system prompts.
 _TEMPORAL = """\
 The assistant specialized in comparing Chest X-ray images, identifying differences, and noting temporal changes."""
-_USER = "A chat between a curious user and an artificial intelligence assistant. "
-_POLITE = "The assistant gives helpful, detailed, and polite answers to the {}'s questions."
+_CHAT = "A chat between a curious {0} and an artificial intelligence assistant. "
+_POLITE = _CHAT + "The assistant gives helpful, detailed, and polite answers to the {0}'s questions."
 _HELPFUL = "You are a helpful AI assistant."
 _VISUAL = """able to understand the visual content that the user provides, and assist the user with a variety of tasks \
 using natural language."""
 _VISION = f"You are a helpful language and vision assistant. You are {_VISUAL}"
-_MMTAG = f"""{_USER}The assistant is {_VISUAL}\
+_MMTAG = f"""{_CHAT.format("user")}The assistant is {_VISUAL}\
 The visual content will be provided with the following format: <Image>visual content</Image>."""
 _PRETRAIN = """Chest X-ray interpretation task. The input consists of a current chest radiograph, optionally paired \
 with a prior image or clinically similar reference. The model should identify radiologically significant \
@@ -362,12 +358,12 @@ frontal image only."""
 # The published templates; their strings equal those of conv_templates in the published libra/conversation.py.
 TEMPLATES = {
     # the image and the answer alone, to train a connector
-    "plain": Template(start="", open="\n", answer="", end="\n", next="", stop="\n", drops_question=True),
+    "plain": Template("", open="\n", answer="", end="\n", next="", stop="\n", drops_question=True),
     # Vicuna
     "default": _VICUNA.with_system(_TEMPORAL),
-    "v1": _VICUNA.with_system(_USER + _POLITE.format("user")),
-    "vicuna_v1": _VICUNA.with_system(_USER + _POLITE.format("user")),
-    "libra_v0": _VICUNA.with_system(_USER.replace("user", "human") + _POLITE.format("human"), stop="###"),
+    "v1": _VICUNA.with_system(_POLITE.format("user")),
+    "vicuna_v1": _VICUNA.with_system(_POLITE.format("user")),
+    "libra_v0": _VICUNA.with_system(_POLITE.format("human"), stop="###"),
     "libra_v1": _VICUNA.with_system(_TEMPORAL),
     "libra_v1.5_pretrain": _VICUNA.with_system(_PRETRAIN),
     "libra_v1.5_finetune": _VICUNA.with_system(_FINETUNE),
@@ -403,22 +399,21 @@ def find_template(name: str) -> Template:
 
 
 def template_of(config: dict, tokenizer: Tokenizer) -> str:
-    """Chooses a checkpoint's template: the one that its config.json records, else its family's. Returns the name."""
-    recorded, model_type = config.get("mm_conversation_template"), config.get("model_type", "")
+    """Returns the name of a checkpoint's template: what its config.json records, else the first rule that applies."""
+    recorded = config.get("mm_conversation_template")
+    model_type = config.get("model_type", "")
     rules = (
-        (recorded, recorded),
         ("maira_2", config.get("use_maira_feature_norm")),
         ("v1", config.get("mm_vision_tower_config")),
         ("llava_med_v1.5_mistral_7b", model_type == "libra_mistral"),
         ("qwen", model_type.startswith("libra_qwen")),
         ("conv_phi3", model_type == "libra_phi3"),
         ("conv_gemma", model_type == "libra_gemma"),
-        # the Llama family: only Llama 3 has this token
+        # in the Llama family only Llama 3 has this token
         ("libra_llama_3", tokenizer.backend.token_to_id("<|start_header_id|>") is not None),
         ("libra_v1", config.get("mm_projector_type") == "TAC"),
-        ("libra_v0", True),
     )
-    return next(name for name, applies in rules if applies)  # the first that applies
+    return recorded or next((name for name, applies in rules if applies), "libra_v0")
 
 
 # ------------------------------------------------------------------------------------------------- prompts
@@ -460,20 +455,21 @@ def render(turns: list[tuple[str, str | None]], template: Template, tokenizer: T
     # 2) tokenize what is before and behind the image, each alone: tokenizer_image_token in libra/mm_utils.py
     chunks = text.split(IMAGE_TEXT)
     if len(chunks) > 2:
-        raise ValueError(f"a conversation has {len(chunks) - 1} times {IMAGE_TEXT}: it can show only one image")
+        raise ValueError(f"{IMAGE_TEXT} occurs {len(chunks) - 1} times in a conversation, which can show one image")
     ids, labels, start = [], [], 0
     for number, chunk in enumerate(chunks):
-        chunk_ids, ranges = tokenizer.encode_with_offsets(chunk)
+        chunk_ids, offsets = tokenizer.encode_with_offsets(chunk)
         if number > 0:
             ids.append(IMAGE)
             labels.append(False)
             # only the first chunk keeps the bos that the tokenizer adds (Llama 3's then has two, one of the template)
             if ids[0] == tokenizer.bos_token_id:
-                chunk_ids, ranges = chunk_ids[1:], ranges[1:]
+                del chunk_ids[0], offsets[0]
 
         # 3) a token is learnt if one of its characters is
         ids += chunk_ids
-        for first, behind in ranges:
-            labels.append(not learnt.isdisjoint(range(start + first, start + behind)))
+        for first, behind in offsets:
+            characters = range(start + first, start + behind)
+            labels.append(not learnt.isdisjoint(characters))
         start += len(chunk) + len(IMAGE_TEXT)
     return Prompt(text, ids, labels)
