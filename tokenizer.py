@@ -1,404 +1,426 @@
 """Text <-> ids, and conversations -> prompt ids with a mask of what is learnt.
 
-Two kinds of tokenizer files: `tokenizer.json`, which the `tokenizers` library reads, and the older SentencePiece
-`tokenizer.model`, which is rebuilt here as a `tokenizers` BPE. Conversation templates are data; `render` is the one
-function that turns a conversation into text, ids and labels, for inference and training alike.
+The `tokenizers` library reads a `tokenizer.json`. An older SentencePiece `tokenizer.model` is converted to a BPE of the
+same library. Templates are data; `render` puts a conversation into one, for inference and training alike.
 """
 
 import codecs
 import difflib
-import json
-from dataclasses import dataclass
+import struct
+from collections import namedtuple
+from dataclasses import dataclass, replace
+from io import BytesIO
+from itertools import groupby
 from pathlib import Path
-from struct import error as StructError
-from struct import unpack
 
 import tokenizers
 from tokenizers import AddedToken, models, normalizers, processors
 
-IMAGE = -200  # stands for all positions of the image in a list of ids, as in the published code
+from plumbing.files import read_json
+
+IMAGE = -200  # the image in a list of ids, however many positions it takes; IMAGE_TOKEN_INDEX in the published code
 IMAGE_TEXT = "<image>"
-IMAGE_START, IMAGE_END = "<im_start>", "<im_end>"  # around the image, where mm_use_im_start_end is set
+IMAGE_START, IMAGE_END = "<im_start>", "<im_end>"  # around the image, if the config sets mm_use_im_start_end
 
 
 class Tokenizer:
-    """Ids and text as the published code's tokenizer of the same folder gives them.
+    """Converts text to ids and back, exactly as the published code does with the same files.
 
-    bos_token_id: int or None. len(tokenizer): the vocabulary with added tokens.
+    len(tokenizer) is the size of the vocabulary with added tokens; bos_token_id is None if there is no such token.
     """
 
     def __init__(self, folder: Path, sentencepiece_first: bool = False):
-        """folder holds `tokenizer.json` or `tokenizer.model`; where both lie, the flag says which counts."""
+        """Reads `tokenizer.json` or `tokenizer.model`; if the folder holds both, sentencepiece_first decides.
+
+        FileNotFoundError if there is neither; ValueError if a file is damaged or not supported.
+        """
         folder = Path(folder)
-        config = _read(folder / "tokenizer_config.json")
-        names = [config.get(f"{kind}_token") for kind in ("bos", "eos", "unk", "pad")]
-        names = [name["content"] if isinstance(name, dict) else name for name in names]
-        self.cleans_up = config.get("clean_up_tokenization_spaces") is True
-        self.pieces = None  # only SentencePiece needs them, in decoding
-        self.legacy = True
         json_file, model_file = folder / "tokenizer.json", folder / "tokenizer.model"
-        if model_file.exists() and (sentencepiece_first or not json_file.exists()):
-            self.legacy = config.get("legacy") is not False
-            # the defaults of Llama's tokenizer where the file is silent; it has no padding token by default
-            names = [name or default for name, default in zip(names, ("<s>", "</s>", "<unk>", None), strict=True)]
-            self.backend, self.pieces = _sentencepiece(folder, config, names, self.legacy)
+        uses_model_file = model_file.exists() and (sentencepiece_first or not json_file.exists())
+        config = _read_if_present(folder / "tokenizer_config.json")
+        self.cleans_up = config.get("clean_up_tokenization_spaces") is True
+
+        # 1) the names of the special tokens; Llama's SentencePiece tokenizer has defaults
+        defaults = {"bos": "<s>", "eos": "</s>", "unk": "<unk>"} if uses_model_file else {}
+        names = {}
+        for kind in ("bos", "eos", "unk", "pad"):
+            names[kind] = _text_of(config.get(f"{kind}_token")) or defaults.get(kind)
+        more_names = map(_text_of, config.get("additional_special_tokens") or [])
+
+        # 2) the tokenizer itself, from one of the two files
+        self.pieces = None  # only a SentencePiece model's are needed, in `decode`
+        self.legacy = not uses_model_file or config.get("legacy") is not False
+        if uses_model_file:
+            self.backend, self.pieces = _convert_sentencepiece(folder, config, names, self.legacy)
         elif json_file.exists():
             try:
                 self.backend = tokenizers.Tokenizer.from_file(str(json_file))
-            except Exception as error:  # the library raises nothing more special
+            except Exception as error:  # the library raises no narrower class
                 raise ValueError(f"{json_file} is not a tokenizer file ({error}): fetch it again") from None
         else:
             raise FileNotFoundError(f"{folder} holds neither tokenizer.json nor tokenizer.model: fetch one")
+        # a tokenizer.json may ask for these; here only the caller cuts or pads
         self.backend.no_truncation()
         self.backend.no_padding()
-        self.bos_token_id = self.backend.token_to_id(names[0]) if names[0] else None
-        extra = [name["content"] if isinstance(name, dict) else name
-                 for name in config.get("additional_special_tokens") or []]  # fmt: skip
-        self.special = {self.backend.token_to_id(name) for name in (*names, *extra) if name}
-        if self.pieces is None:
-            added = self.backend.get_added_tokens_decoder()
-            self.special |= {id for id, token in added.items() if token.special}
+
+        # 3) the ids of the special tokens
+        special = filter(None, [*names.values(), *more_names])
+        self.special_ids = set(map(self.backend.token_to_id, special))
+        self.bos_token_id = self.backend.token_to_id(names["bos"] or "")
 
     def __len__(self):
         return self.backend.get_vocab_size(with_added_tokens=True)
 
     def add_special(self, names: list[str]):
-        """Add special tokens where they are not there yet, as published loading does."""
-        self.backend.add_special_tokens([AddedToken(name, normalized=False) for name in names])
-        self.special |= {self.backend.token_to_id(name) for name in names}
+        """Adds special tokens, as published loading does; tokens that exist keep their ids."""
+        for name in names:
+            self.backend.add_special_tokens([AddedToken(name, normalized=False)])
+            self.special_ids.add(self.backend.token_to_id(name))
 
     def encode(self, text: str) -> list[int]:
-        """Ids, led by bos where the tokenizer adds one."""
-        return self.encode_with_offsets(text)[0]
+        """Returns the ids of a text, with bos in front if the tokenizer adds one."""
+        ids, _ = self.encode_with_offsets(text)
+        return ids
 
-    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids and, for each, the characters of the text that it stands for; (0, 0) for bos."""
-        if self.legacy:
+    def encode_with_offsets(self, text: str):
+        """Returns ids and, for each, the characters (from, to) that it stands for.
+
+            No change  ->  <s>     ▁No     ▁change
+                           (0, 0)  (0, 2)  (2, 9)
+        """
+        if self.legacy or not text:
             encoding = self.backend.encode(text)
             return encoding.ids, encoding.offsets
-        if not text:
-            return self.backend.encode(text).ids, [(0, 0)] * len(self.backend.encode(text).ids)
+
+        # In legacy mode the backend puts a "▁" before every chunk between special tokens. Otherwise only the text as a
+        # whole gets one, here; the offsets do not count it.
         encoding = self.backend.encode("▁" + text.replace("▁", " "))
-        offsets = [(max(start - 1, 0), max(end - 1, 0)) for start, end in encoding.offsets]
-        first = 1 if encoding.ids[0] == self.bos_token_id else 0
         ids = encoding.ids
-        if len(ids) > first + 1 and encoding.tokens[first] == "▁" and ids[first + 1] in self.special:
+        offsets = [(max(start - 1, 0), max(end - 1, 0)) for start, end in encoding.offsets]
+
+        # `transformers` drops a "▁" that is alone before a special token
+        first = 1 if ids[0] == self.bos_token_id else 0
+        following = ids[first + 1 : first + 2]
+        if encoding.tokens[first] == "▁" and self.special_ids.intersection(following):
             del ids[first], offsets[first]
         return ids, offsets
 
     def decode(self, ids: list[int]) -> str:
-        """Text without special tokens. Bytes that are no UTF-8 (yet) become one U+FFFD each."""
+        """Returns the text of ids, without special tokens. A byte that is not UTF-8 (yet) becomes one U+FFFD."""
         if self.pieces is None:
             text = self.backend.decode(ids, skip_special_tokens=True)
         else:
-            text = self._decode_pieces([id for id in ids if id not in self.special])
+            text = self._decode_pieces([id for id in ids if id not in self.special_ids])
         if self.cleans_up:
+            # the list of `clean_up_tokenization` in `transformers`
             for before in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
                 text = text.replace(before, before.strip())
         return text
 
-    def _decode_pieces(self, ids: list[int]) -> str:
-        """Added tokens stand between spaces, as published; the rest as SentencePiece decodes it."""
-        parts: list[list[int] | str] = [[]]
-        for id in ids:
-            if id < len(self.pieces):
-                parts[-1].append(id)
+    def _decode_pieces(self, ids):
+        """Decodes each run of pieces as SentencePiece does; sets added tokens between spaces, as published."""
+        texts = []
+        for are_pieces, run in groupby(ids, key=lambda id: id < len(self.pieces)):
+            if are_pieces:
+                texts.append(self._decode_run(run))
             else:
-                parts += [self.backend.id_to_token(id) or "", []]
-        texts = [part if isinstance(part, str) else self._decode_run(part) for part in parts]
-        return " ".join(text for text in texts if text)
+                texts += map(self.backend.id_to_token, run)
+        return " ".join(filter(None, texts))
 
-    def _decode_run(self, ids: list[int]) -> str:
-        text, bytes_ = "", b""
+    def _decode_run(self, ids):
+        data = b""
         for number, id in enumerate(ids):
-            piece, kind = self.pieces[id]
-            if kind == BYTE:
-                bytes_ += bytes([int(piece[3:5], 16)])  # <0xE2>
+            piece = self.pieces[id]
+            if piece.kind == BYTE:
+                data += bytes.fromhex(piece.text[3:5])  # <0xE2>
                 continue
-            text += bytes_.decode("utf-8", "one_each")
-            bytes_ = b""
-            text += (piece.removeprefix("▁") if number == 0 else piece).replace("▁", " ")
-        return text + bytes_.decode("utf-8", "one_each")
+            # the first "▁" is the one that encoding added
+            text = piece.text.removeprefix("▁") if number == 0 else piece.text
+            data += text.replace("▁", " ").encode()
+        return data.decode("utf-8", "one_each")
 
 
+# Python's handler "replace" writes one U+FFFD for several wrong bytes; SentencePiece writes one for each.
 codecs.register_error("one_each", lambda error: ("\ufffd" * (error.end - error.start), error.end))
 
 
-def _read(path: Path) -> dict:
-    """A JSON object, {} where there is no such file."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): fetch it again") from None
+def _read_if_present(path):
+    return read_json(path) if path.exists() else {}
 
 
-# ----------------------------------------------------------------------------------------- SentencePiece
+def _text_of(token):
+    """A config writes a token as its text or as an object with the text in "content"."""
+    return token["content"] if isinstance(token, dict) else token
 
-NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6  # kinds of pieces in sentencepiece_model.proto
+
+# ------------------------------------------------------------------------------------- SentencePiece files
+
+# These kinds and the numbers of fields are those of sentencepiece_model.proto in github.com/google/sentencepiece.
+KINDS = NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
+Piece = namedtuple("Piece", ["text", "score", "kind"])
 
 
-def _sentencepiece(folder, config, names, legacy):
-    """tokenizer.model -> (`tokenizers` BPE that gives the same ids, [(piece, kind)])."""
-    file = folder / "tokenizer.model"
-    pieces, byte_fallback = _parse_sentencepiece(file)
-    vocab = {piece: id for id, (piece, _, _) in enumerate(pieces)}
-    # SentencePiece joins the two neighbours that make the piece of the best score, whichever they are; BPE
-    # wants the pairs listed: every split of a piece whose halves are pieces, best score first.
-    merges = sorted(
-        (-score, vocab[piece[:cut]], vocab[piece[cut:]], piece[:cut], piece[cut:])
-        for piece, score, kind in pieces
-        if kind == NORMAL
-        for cut in range(1, len(piece))
-        if piece[:cut] in vocab and piece[cut:] in vocab
-    )
-    backend = tokenizers.Tokenizer(
-        models.BPE(
-            vocab=vocab,
-            merges=[(left, right) for *_, left, right in merges],
-            unk_token=names[2],
-            fuse_unk=True,
-            byte_fallback=byte_fallback,
-        )
-    )
-    # Every chunk between special tokens gets its own "▁" in the legacy behaviour; else `encode` adds one.
-    steps = [normalizers.Prepend("▁")] if legacy else []
-    backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+def _convert_sentencepiece(folder, config, names, legacy):
+    """Converts tokenizer.model. Returns (a `tokenizers` BPE that gives the same ids, the pieces by id)."""
+    pieces, byte_fallback = _parse_sentencepiece(folder / "tokenizer.model")
+    vocab = {piece.text: id for id, piece in enumerate(pieces)}
+
+    # 1) SentencePiece merges whichever two neighbours form the piece with the best score. BPE wants the pairs listed:
+    # every split of a piece into two pieces, best score first.
+    splits = []
+    for piece in pieces:
+        for cut in range(1, len(piece.text)):
+            left, right = piece.text[:cut], piece.text[cut:]
+            if piece.kind == NORMAL and left in vocab and right in vocab:
+                splits.append((-piece.score, vocab[left], vocab[right]))
+    splits.sort()
+    merges = [(pieces[left].text, pieces[right].text) for _, left, right in splits]
+    options = dict(unk_token=names["unk"], fuse_unk=True, byte_fallback=byte_fallback)
+    backend = tokenizers.Tokenizer(models.BPE(vocab, merges, **options))
+
+    # 2) "▁" stands for a space. In legacy mode every chunk between special tokens gets one in front.
+    prefix = [normalizers.Prepend("▁")] if legacy else []
+    backend.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
+
+    # 3) added tokens: of the config, else of the older added_tokens.json, else the special pieces
     added = {int(id): token for id, token in config.get("added_tokens_decoder", {}).items()}
-    added |= {id: {"content": name} for name, id in _read(folder / "added_tokens.json").items() if id not in added}
-    added |= {vocab[name]: {"content": name} for name in names if name in vocab and vocab[name] not in added}
-    flags = lambda token: {flag: token.get(flag, False) for flag in ("single_word", "lstrip", "rstrip")}
-    backend.add_tokens(
-        [AddedToken(token["content"], normalized=False, **flags(token)) for _, token in sorted(added.items())]
-    )
-    for id, token in added.items():
-        if backend.token_to_id(token["content"]) != id:
-            raise ValueError(f"{folder}: the added token {token['content']!r} cannot have id {id}: fetch it again")
+    for text, id in _read_if_present(folder / "added_tokens.json").items():
+        added.setdefault(id, {"content": text})
+    for text in vocab.keys() & names.values():
+        added.setdefault(vocab[text], {"content": text})
+
+    # in the order of their ids: a token that is no piece gets the next free id
+    for id in sorted(added):
+        text = added[id]["content"]
+        flags = {name: added[id].get(name, False) for name in ("single_word", "lstrip", "rstrip")}
+        backend.add_tokens([AddedToken(text, normalized=False, **flags)])
+        if backend.token_to_id(text) != id:
+            raise ValueError(f"{folder}: the added token {text!r} cannot have id {id}: fetch it again")
+
+    # 4) bos in front of every text
     if config.get("add_bos_token", True):
-        bos = names[0]
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))]
-        )
-    return backend, [(piece, kind) for piece, _, kind in pieces]
+        bos = names["bos"]
+        special = [(bos, backend.token_to_id(bos))]
+        backend.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=special)
+    return backend, pieces
 
 
-def _parse_sentencepiece(file: Path):
-    """The pieces [(text, score, kind)] of a SentencePiece BPE model, and whether it falls back to bytes."""
+def _parse_sentencepiece(file):
+    """Reads a SentencePiece BPE model. Returns its pieces, and whether unknown characters become bytes."""
     pieces, trainer, normalizer = [], {}, {}
     try:
-        for number, value in _protobuf(file.read_bytes()):
+        for number, value in _protobuf_fields(file.read_bytes()):
             if number == 1:
-                piece = dict(_protobuf(value))
-                pieces.append((piece[1].decode("utf-8"), unpack("<f", piece[2])[0], piece.get(3, NORMAL)))
+                # a piece: field 1 is its text, 2 its score, 3 its kind
+                fields = dict(_protobuf_fields(value))
+                (score,) = struct.unpack("<f", fields[2])
+                text = fields[1].decode("utf-8")
+                pieces.append(Piece(text, score, kind=fields.get(3, NORMAL)))
             elif number == 2:
-                trainer = dict(_protobuf(value))
+                trainer = dict(_protobuf_fields(value))
             elif number == 3:
-                normalizer = dict(_protobuf(value))
-    except (IndexError, KeyError, ValueError, TypeError, AttributeError, StructError) as error:  # fields of wrong kinds
+                normalizer = dict(_protobuf_fields(value))
+    except (KeyError, ValueError, TypeError, AttributeError, struct.error) as error:  # fields are missing or differ
         raise ValueError(f"{file} is truncated or not a SentencePiece model ({error!r}): fetch it again") from None
-    unsupported = {
-        "a model type other than BPE": trainer.get(3, 1) != 2,
-        "a normalisation table": bool(normalizer.get(2)),
-        "no dummy prefix": not normalizer.get(3, 1),
-        "removal of extra whitespace": bool(normalizer.get(4, 1)),
-        "user-defined pieces": any(kind not in (NORMAL, UNKNOWN, CONTROL, BYTE) for _, _, kind in pieces),
+
+    # a model that needs more than the conversion can do would give wrong ids
+    needs = {
+        "a model type other than BPE": trainer.get(3) != 2,
+        "a normalisation table": normalizer.get(2),
+        "no dummy prefix": not normalizer.get(3, True),
+        "removal of extra whitespace": normalizer.get(4, True),
+        "user-defined pieces": any(piece.kind not in KINDS for piece in pieces),
         "no pieces": not pieces,
     }
-    if found := [name for name, is_found in unsupported.items() if is_found]:
-        raise ValueError(f"{file} has {' and '.join(found)}, which is not supported: give a tokenizer.json instead")
-    return pieces, bool(trainer.get(35, 0))
+    unsupported = " and ".join(need for need, is_needed in needs.items() if is_needed)
+    if unsupported:
+        raise ValueError(f"{file} has {unsupported}, which is not supported: give a tokenizer.json instead")
+    return pieces, bool(trainer.get(35))
 
 
-def _protobuf(data: bytes):
-    """(field number, value) of a protobuf message: an int for varints, bytes for all else."""
-    position = 0
+def _protobuf_fields(data):
+    """Yields (field number, int or bytes) of a protobuf message; see protobuf.dev/programming-guides/encoding.
 
-    def varint():
-        nonlocal position
-        value = shift = 0
-        while True:
-            byte = data[position]
-            position += 1
-            value |= (byte & 127) << shift
-            shift += 7
-            if byte < 128:
-                return value
-
-    while position < len(data):
-        key = varint()
-        kind = key & 7
-        if kind == 0:
-            yield key >> 3, varint()
+    A field is a key, 8 * number + type, and a value: type 0 is a varint, 1 eight bytes, 5 four bytes, and 2 a varint
+    length with as many bytes (text or a message). A varint holds 7 bits a byte, lowest first; bit 8 says "more".
+    """
+    stream = BytesIO(data)
+    while stream.tell() < len(data):
+        number, wire_type = divmod(_read_varint(stream), 8)
+        if wire_type == 0:
+            yield number, _read_varint(stream)
             continue
-        size = varint() if kind == 2 else {1: 8, 5: 4}[kind]
-        if position + size > len(data):
-            raise IndexError("the file ends within a field")
-        yield key >> 3, data[position : position + size]
-        position += size
+        size = _read_varint(stream) if wire_type == 2 else {1: 8, 5: 4}[wire_type]
+        if size > len(data) - stream.tell():
+            raise ValueError("the file ends within a field")
+        yield number, stream.read(size)
 
 
-# -------------------------------------------------------------------------------------------- templates
+def _read_varint(stream):
+    value, shift, byte = 0, 0, 128
+    while byte >= 128:
+        (byte,) = stream.read(1)  # ValueError at the end of the data
+        value |= (byte & 127) << shift
+        shift += 7
+    return value
 
+
+# ---------------------------------------------------------------------------------- conversation templates
 
 @dataclass(frozen=True)
 class Template:
-    """start question open | start question answer ANSWER end after next question …"""
+    """The strings around questions and answers. In two turns, the second of which still waits for its answer:
 
-    start: str  # before the first question, the system prompt included
-    open: str  # behind a question that is to be answered
-    answer: str  # between a question and its given answer
-    end: str  # closes an answer and is learnt with it
-    next: str  # before each later question
-    after: str = ""  # behind every closed answer
-    stop: str = ""  # generation ends at this string; "" stands for `end` without its white space
-    drops_question: bool = False  # a closed question shrinks to the image
+        SYSTEM USER: Is it clear? ASSISTANT: Yes.</s>USER: Any effusion? ASSISTANT:
+        [start      ]            [answer    ]    [end][next]            [open     ]
+    """
 
+    start: str  # before the first question; holds the system prompt
+    open: str  # behind a question that the model is to answer
+    answer: str  # between a question and its answer
+    end: str  # closes an answer, and is learnt with it
+    next: str  # before every later question
+    after: str = ""  # behind `end`, and not learnt
+    stop: str = ""  # generation ends at this string; "" means `end` without its white space
+    drops_question: bool = False  # an answered question shrinks to its image
 
-def _vicuna(system, **changes):
-    return Template(f"{system} USER: ", " ASSISTANT:", " ASSISTANT: ", "</s>", "USER: ", **changes)
-
-
-def _chatml(system, between="", line="\n"):
-    header = f"<|im_end|>{between}<|im_start|>assistant"
-    user = f"{between}<|im_start|>user\n"
-    return Template(f"<|im_start|>system\n{system}<|im_end|>{user}", header + line, header + "\n", "<|im_end|>", user)
+    def with_system(self, prompt, **changes):
+        return replace(self, start=self.start.format(prompt), **changes)
 
 
-def _llama_2(system, stop="<s>", following="<s>[INST] "):
-    return Template(f"[INST] {system}", " [/INST]", " [/INST] ", " </s>", following, stop=stop)
+# The styles of the model families; "{}" is the place of the system prompt.
+_VICUNA = Template("{} USER: ", open=" ASSISTANT:", answer=" ASSISTANT: ", end="</s>", next="USER: ")
+_LLAMA_2 = Template("[INST] {}", open=" [/INST]", answer=" [/INST] ", end=" </s>", next="<s>[INST] ", stop="<s>")
+_MISTRAL = replace(_LLAMA_2, next="[INST] ", stop="</s>")
+_LLAMA_3 = Template(
+    "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{}"
+    "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n",
+    open="<|eot_id|>\n<|start_header_id|>ASSISTANT<|end_header_id|>",
+    answer="<|eot_id|>\n<|start_header_id|>assistant<|end_header_id|>\n\n",
+    end="<|eot_id|>", next="\n<|start_header_id|>user<|end_header_id|>\n\n")  # fmt: skip
+_CHATML = Template(
+    "<|im_start|>system\n{}<|im_end|><|im_start|>user\n", end="<|im_end|>", next="<|im_start|>user\n",
+    open="<|im_end|><|im_start|>assistant\n", answer="<|im_end|><|im_start|>assistant\n")  # fmt: skip
+_QWEN = Template(
+    "<|im_start|>system\n{}<|im_end|>\n<|im_start|>user\n", end="<|im_end|>", next="\n<|im_start|>user\n",
+    open="<|im_end|>\n<|im_start|>assistant", answer="<|im_end|>\n<|im_start|>assistant\n")  # fmt: skip
+_PHI_3 = Template(
+    "<|system|>\n{}<|end|>\n<|user|>\n", end="<|end|>", next="\n<|user|>\n",
+    open="<|end|>\n<|assistant|>\n", answer="<|end|>\n<|assistant|>\n")  # fmt: skip
+_PHI_4 = Template(
+    "<|system|>\n{}<|endoftext|>\n<|user|>\n", end="<|endoftext|>", next="\n<|user|>\n",
+    open="<|endoftext|>\n<|assistant|>\n", answer="<|endoftext|>\n<|assistant|>\n")  # fmt: skip
+_GEMMA = Template(
+    "<end_of_turn>\n<start_of_turn>user\n", end="<end_of_turn>", next="<start_of_turn>user\n",
+    open="<end_of_turn>\n<start_of_turn>model\n", answer="<end_of_turn>\n<start_of_turn>model\n",
+    after="\n", stop="<end_of_turn>\n")  # fmt: skip
 
-
-def _llama_3(system):
-    user, header = "<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>\n<|start_header_id|>{}<|end_header_id|>"
-    start = f"<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n{system}<|eot_id|>{user}"
-    return Template(start, header.format("ASSISTANT"), header.format("assistant") + "\n\n", "<|eot_id|>", "\n" + user)
-
-
-def _phi(system, end):
-    assistant, user = f"{end}\n<|assistant|>\n", "\n<|user|>\n"
-    return Template(f"<|system|>\n{system}{end}{user}", assistant, assistant, end, user)
-
-
-_TEMPORAL = (
-    "The assistant specialized in comparing Chest X-ray images, identifying differences, and noting temporal changes."
-)
-_USER = "A chat between a curious user and an artificial intelligence assistant. "
-_POLITE = "The assistant gives helpful, detailed, and polite answers to the {}'s questions."
-_VISUAL = (
-    "able to understand the visual content that the user provides, and assist the user with a variety of "
-    "tasks using natural language."
-)
-_MMTAG = (
-    f"{_USER}The assistant is {_VISUAL}"
-    "The visual content will be provided with the following format: <Image>visual content</Image>."
-)
-_PRETRAIN = (
-    "Chest X-ray interpretation task. The input consists of a current chest radiograph, optionally paired with a "
-    "prior image or clinically similar reference. The model should identify radiologically significant abnormalities, "
-    "detect and describe temporal changes or differences, and answer clinically relevant visual questions. Depending "
-    "on the task, the output may be a structured Findings or Impression section focusing on critical observations, or "
-    "a concise answer to a specific query. All outputs must follow radiological reporting standards and employ "
-    "professional clinical terminology."
-)
-_FINETUNE = (
-    "Generate the 'Findings' section of a radiology report for a chest X-ray examination. Describe all clinically "
-    "significant normal and abnormal findings using concise, structured, and professional medical language. If a prior "
-    "image is available, incorporate relevant temporal comparisons, noting any improvements, worsening, or stability. "
-    "Avoid referencing prior studies unless they are explicitly provided or clinically necessary to explain the "
-    "current condition."
-)
-_HONEST = (
-    "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe.  "
-    "Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. "
-    "Please ensure that your responses are socially unbiased and positive in nature. If a question does not make any "
-    "sense, or is not factually coherent, explain why instead of answering something not correct. If you don't know "
-    "the answer to a question, please don't share false information."
-)
-_HELPFUL = f"You are a helpful language and vision assistant. You are {_VISUAL}"
-_LLAVA_MED = (
-    "You are LLaVA-Med, a large language and vision assistant trained by a group of researchers at Microsoft, based on "
-    "the general domain LLaVA architecture.\nYou are able to understand the visual content that the user provides, and "
-    "assist the user with a variety of medical and clinical research tasks using natural language.\nFollow the "
-    "instructions carefully and explain your answers in detail"
-)
+# The system prompts.
+_TEMPORAL = """\
+The assistant specialized in comparing Chest X-ray images, identifying differences, and noting temporal changes."""
+_CHAT = "A chat between a curious {0} and an artificial intelligence assistant. "
+_POLITE = _CHAT + "The assistant gives helpful, detailed, and polite answers to the {0}'s questions."
+_HELPFUL = "You are a helpful AI assistant."
+_VISUAL = """able to understand the visual content that the user provides, and assist the user with a variety of tasks \
+using natural language."""
+_VISION = f"You are a helpful language and vision assistant. You are {_VISUAL}"
+_MMTAG = f"""{_CHAT.format("user")}The assistant is {_VISUAL}\
+The visual content will be provided with the following format: <Image>visual content</Image>."""
+_PRETRAIN = """Chest X-ray interpretation task. The input consists of a current chest radiograph, optionally paired \
+with a prior image or clinically similar reference. The model should identify radiologically significant \
+abnormalities, detect and describe temporal changes or differences, and answer clinically relevant visual questions. \
+Depending on the task, the output may be a structured Findings or Impression section focusing on critical \
+observations, or a concise answer to a specific query. All outputs must follow radiological reporting standards and \
+employ professional clinical terminology."""
+_FINETUNE = """Generate the 'Findings' section of a radiology report for a chest X-ray examination. Describe all \
+clinically significant normal and abnormal findings using concise, structured, and professional medical language. If \
+a prior image is available, incorporate relevant temporal comparisons, noting any improvements, worsening, or \
+stability. Avoid referencing prior studies unless they are explicitly provided or clinically necessary to explain the \
+current condition."""
+_HONEST = """You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being \
+safe.  Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. \
+Please ensure that your responses are socially unbiased and positive in nature. If a question does not make any \
+sense, or is not factually coherent, explain why instead of answering something not correct. If you don't know the \
+answer to a question, please don't share false information."""
+_LLAVA_MED = """You are LLaVA-Med, a large language and vision assistant trained by a group of researchers at \
+Microsoft, based on the general domain LLaVA architecture.
+You are able to understand the visual content that the user provides, and assist the user with a variety of medical \
+and clinical research tasks using natural language.
+Follow the instructions carefully and explain your answers in detail"""
 _SYS = "<<SYS>>\n{}\n<</SYS>>\n\n"
-_SUCCINCT = (
-    "when necessary. However, if a question is simple and can be answered with a single word (e.g., yes or no), please "
-    "provide only a succinct response without additional explanation."
-)
+_SUCCINCT = """when necessary. However, if a question is simple and can be answered with a single word (e.g., yes or \
+no), please provide only a succinct response without additional explanation."""
+_GREETING = "Hi! [/INST] Hi there!  How can I help you today?\n </s>[INST] "
+_MPT = "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
+_MAIRA = """You are an expert radiology assistant tasked with interpreting a chest X-ray study. Given the current \
+frontal image only."""
 
+# The published templates; their strings equal those of conv_templates in the published libra/conversation.py.
 TEMPLATES = {
-    "default": _vicuna(_TEMPORAL),
-    "v1": _vicuna(_USER + _POLITE.format("user")),
-    "vicuna_v1": _vicuna(_USER + _POLITE.format("user")),
-    "plain": Template("", "\n", "", "\n", "", stop="\n", drops_question=True),
-    "libra_v0": _vicuna(_USER.replace("user", "human") + _POLITE.format("human"), stop="###"),
-    "libra_v1": _vicuna(_TEMPORAL),
-    "libra_v1.5_pretrain": _vicuna(_PRETRAIN),
-    "libra_v1.5_finetune": _vicuna(_FINETUNE),
-    "libra_v1.5_phi4_pretrain": _phi(_PRETRAIN, "<|endoftext|>"),
-    "libra_v1.5_phi4_finetune": _phi(_FINETUNE, "<|endoftext|>"),
-    "libra_v0_mmtag": Template(f"{_MMTAG}###Human: ", "###Assistant:", "###Assistant: ", "###", "Human: "),
-    "libra_v1_mmtag": _vicuna(_MMTAG),
-    "llama_2": _llama_2(_SYS.format(_HONEST)),
-    "libra_llama_2": _llama_2(_SYS.format(_HELPFUL)),
-    "llama_3": _llama_3(_HONEST),
-    "libra_llama_3": _llama_3(_HELPFUL + _TEMPORAL),
-    "qwen": _chatml("You are a helpful AI assistant.", between="\n", line=""),
-    "mpt": _chatml(
-        "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
-    ),
-    "conv_gemma": Template(
-        "<end_of_turn>\n<start_of_turn>user\n", "<end_of_turn>\n<start_of_turn>model\n",
-        "<end_of_turn>\n<start_of_turn>model\n", "<end_of_turn>", "<start_of_turn>user\n",
-        after="\n", stop="<end_of_turn>\n",
-    ),
-    "conv_phi3": _phi("You are a helpful AI assistant.", "<|end|>"),
-    "mistral_instruct": _llama_2("", "</s>", "[INST] "),
-    "mistral_direct": _chatml("Answer the questions."),
-    "llava_med_v1.5_mistral_7b": _llama_2("", "</s>", "[INST] "),
-    "llava_med_v1.5_mistral_7b_v0": _llama_2(
-        _SYS.format(f"{_LLAVA_MED}.\n") + "Hi! [/INST] Hi there!  How can I help you today?\n </s>[INST] ",
-        "</s>", "[INST] ",
-    ),
-    "llava_med_v1.5_mistral_7b_v1": _llama_2(_SYS.format(f"{_LLAVA_MED} {_SUCCINCT}\n"), "</s>", "[INST] "),
-    "maira_2": _vicuna(
-        "You are an expert radiology assistant tasked with interpreting a chest X-ray study. "
-        "Given the current frontal image only."
-    ),
-}  # fmt: skip
+    # the image and the answer alone, to train a connector
+    "plain": Template("", open="\n", answer="", end="\n", next="", stop="\n", drops_question=True),
+    # Vicuna
+    "default": _VICUNA.with_system(_TEMPORAL),
+    "v1": _VICUNA.with_system(_POLITE.format("user")),
+    "vicuna_v1": _VICUNA.with_system(_POLITE.format("user")),
+    "libra_v0": _VICUNA.with_system(_POLITE.format("human"), stop="###"),
+    "libra_v1": _VICUNA.with_system(_TEMPORAL),
+    "libra_v1.5_pretrain": _VICUNA.with_system(_PRETRAIN),
+    "libra_v1.5_finetune": _VICUNA.with_system(_FINETUNE),
+    "libra_v1_mmtag": _VICUNA.with_system(_MMTAG),
+    "libra_v0_mmtag": Template(f"{_MMTAG}###Human: ", "###Assistant:", "###Assistant: ", end="###", next="Human: "),
+    "maira_2": _VICUNA.with_system(_MAIRA),
+    # Llama 2 and 3, Mistral
+    "llama_2": _LLAMA_2.with_system(_SYS.format(_HONEST)),
+    "libra_llama_2": _LLAMA_2.with_system(_SYS.format(_VISION)),
+    "llama_3": _LLAMA_3.with_system(_HONEST),
+    "libra_llama_3": _LLAMA_3.with_system(_VISION + _TEMPORAL),
+    "mistral_instruct": _MISTRAL.with_system(""),
+    "mistral_direct": _CHATML.with_system("Answer the questions."),
+    "llava_med_v1.5_mistral_7b": _MISTRAL.with_system(""),
+    "llava_med_v1.5_mistral_7b_v0": _MISTRAL.with_system(_SYS.format(f"{_LLAVA_MED}.\n") + _GREETING),
+    "llava_med_v1.5_mistral_7b_v1": _MISTRAL.with_system(_SYS.format(f"{_LLAVA_MED} {_SUCCINCT}\n")),
+    # MPT, Qwen, Phi, Gemma
+    "mpt": _CHATML.with_system(_MPT),
+    "qwen": _QWEN.with_system(_HELPFUL),
+    "conv_phi3": _PHI_3.with_system(_HELPFUL),
+    "libra_v1.5_phi4_pretrain": _PHI_4.with_system(_PRETRAIN),
+    "libra_v1.5_phi4_finetune": _PHI_4.with_system(_FINETUNE),
+    "conv_gemma": _GEMMA,
+}
 
 
 def find_template(name: str) -> Template:
+    """Returns a template by its name. ValueError, with the nearest name, if there is none."""
     if name not in TEMPLATES:
-        nearest = difflib.get_close_matches(name, TEMPLATES, 1, 0)[0]
-        raise ValueError(
-            f"no conversation template {name!r}; did you mean {nearest!r}? There are: {', '.join(TEMPLATES)}"
-        )
+        (nearest,) = difflib.get_close_matches(name, TEMPLATES, n=1, cutoff=0)
+        raise ValueError(f"no template {name!r}; did you mean {nearest!r}? There are: {', '.join(TEMPLATES)}")
     return TEMPLATES[name]
 
 
 def template_of(config: dict, tokenizer: Tokenizer) -> str:
-    """The name of a checkpoint's conversation template: what it records, else its family's."""
-    model_type = config.get("model_type", "")
+    """Returns the name of a checkpoint's template: what its config.json records, else the first rule that applies."""
     recorded = config.get("mm_conversation_template")
+    model_type = config.get("model_type", "")
     rules = (
-        (recorded, recorded),
         ("maira_2", config.get("use_maira_feature_norm")),
         ("v1", config.get("mm_vision_tower_config")),
         ("llava_med_v1.5_mistral_7b", model_type == "libra_mistral"),
         ("qwen", model_type.startswith("libra_qwen")),
         ("conv_phi3", model_type == "libra_phi3"),
         ("conv_gemma", model_type == "libra_gemma"),
+        # in the Llama family only Llama 3 has this token
         ("libra_llama_3", tokenizer.backend.token_to_id("<|start_header_id|>") is not None),
         ("libra_v1", config.get("mm_projector_type") == "TAC"),
-        ("libra_v0", True),
     )
-    return next(name for name, applies in rules if applies)
+    return recorded or next((name for name, applies in rules if applies), "libra_v0")
 
+
+# ------------------------------------------------------------------------------------------------- prompts
 
 @dataclass(frozen=True)
 class Prompt:
-    """A conversation, rendered. labels[i]: whether ids[i] belongs to an answer or closes it."""
+    """A rendered conversation. labels[i] tells whether ids[i] is learnt: part of an answer, or of what closes it."""
 
     text: str
     ids: list[int]
@@ -406,37 +428,48 @@ class Prompt:
 
 
 def render(turns: list[tuple[str, str | None]], template: Template, tokenizer: Tokenizer) -> Prompt:
-    """A conversation [(question, answer), …] -> text, ids (the image as one IMAGE) and labels.
+    """Turns a conversation, [(question, answer), ...], into text, ids and a mask of what is learnt.
 
-    An answer None, in the last turn only, leaves the prompt open for generation. "<image>" stands for the image,
-    at most once. Labels cover each answer and its closing separator, not the header before nor the line break
-    behind. The text is cut at the image and each part tokenized alone, as published: part 0 is kept unchanged
-    (Llama 3 keeps two bos: the template's and the tokenizer's), later parts lose their bos.
+        text    SYSTEM USER: <image>\\nIs it clear? ASSISTANT: Yes.</s>
+        tokens  ...  :  IMAGE  ...  ▁clear  ?  ▁A  SS  IST  ANT  :  ▁Yes  .  </s>
+        labels       0    0           0     0   0   0   0    0   0   1    1   1
+
+    A token is learnt if one of its characters is part of an answer or of the `end` that closes it. An answer None, in
+    the last turn only, leaves the prompt open for generation. Two images are a ValueError.
     """
-    text, answers = "", []  # answers: [(first character, behind the last)]
+    # 1) join the turns; remember which characters are learnt, by their positions in the text
+    text, learnt = "", set()
     for number, (question, answer) in enumerate(turns):
-        if template.drops_question and answer is not None:
-            question = IMAGE_TEXT if IMAGE_TEXT in question else ""
-        text += (template.next if number else template.start) + question
+        text += template.start if number == 0 else template.next
         if answer is None:
-            text += template.open
+            text += question + template.open
             break
-        text += template.answer
-        answers.append((len(text), len(text) + len(answer + template.end)))
-        text += answer + template.end + template.after
+        if template.drops_question:
+            question = IMAGE_TEXT if IMAGE_TEXT in question else ""
+        text += question + template.answer
+        begin = len(text)
+        text += answer + template.end
+        learnt.update(range(begin, len(text)))
+        text += template.after
+
+    # 2) tokenize what is before and behind the image, each alone: tokenizer_image_token in libra/mm_utils.py
     chunks = text.split(IMAGE_TEXT)
     if len(chunks) > 2:
-        raise ValueError(f"{IMAGE_TEXT} stands {len(chunks) - 1} times in a conversation: it has a place for one image")
-    ids, labels, offset = [], [], 0
+        raise ValueError(f"{IMAGE_TEXT} occurs {len(chunks) - 1} times in a conversation, which can show one image")
+    ids, labels, start = [], [], 0
     for number, chunk in enumerate(chunks):
-        chunk_ids, spans = tokenizer.encode_with_offsets(chunk)
-        if number:
+        chunk_ids, offsets = tokenizer.encode_with_offsets(chunk)
+        if number > 0:
             ids.append(IMAGE)
             labels.append(False)
+            # only the first chunk keeps the bos that the tokenizer adds (Llama 3's then has two, one of the template)
             if ids[0] == tokenizer.bos_token_id:
-                chunk_ids, spans = chunk_ids[1:], spans[1:]
+                del chunk_ids[0], offsets[0]
+
+        # 3) a token is learnt if one of its characters is
         ids += chunk_ids
-        for start, end in spans:
-            labels.append(any(first < offset + end and offset + start < last for first, last in answers))
-        offset += len(chunk) + len(IMAGE_TEXT)
+        for first, behind in offsets:
+            characters = range(start + first, start + behind)
+            labels.append(not learnt.isdisjoint(characters))
+        start += len(chunk) + len(IMAGE_TEXT)
     return Prompt(text, ids, labels)

@@ -1,6 +1,5 @@
-"""Files that are whole or absent, JSON objects, and one writer at a time."""
+"""Files and folders that are complete or absent, one writer at a time, JSON objects."""
 
-import errno
 import fcntl
 import json
 import os
@@ -11,82 +10,100 @@ from pathlib import Path
 
 @contextmanager
 def atomic(path, mode: str = "w"):
-    """A file to write that takes the place of `path` when it is whole and on the disk, and leaves nothing otherwise."""
+    """Opens a file for writing that replaces `path` at the end, when it is complete and on the disk.
+
+    If the block fails or the process is killed, `path` stays as it was.
+    """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")  # one name, so that a killed process leaves one file at most
+    # always the same name, so that killed processes leave one such file, not many
+    partial = path.with_name(f".{path.name}.partial")
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     try:
-        with open(partial, mode, **text) as file:
+        with resumable(path), open(partial, mode, **text) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException as error:
+    finally:
+        # after a failure; after a success it has the name `path`
         partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # a full disk does not say where
-            error.filename = str(path)
-        raise
 
 
 @contextmanager
 def atomic_folder(folder: Path):
-    """A new folder to fill, which takes the place of `folder` when it is whole and on the disk.
+    """Yields a new folder to fill; it replaces `folder` at the end, when all its files are on the disk.
 
-    A reader sees the old folder or the new one; whatever fails leaves the old one as it was.
+    If the block fails or the process is killed, `folder` stays as it was; only between the two renames at the end is
+    it found under its name for the moment, .NAME.old. FileExistsError if `folder` is neither empty nor a checkpoint.
     """
     folder = Path(folder)
-    if folder.exists() and not (folder.is_dir() and ((folder / "config.json").exists() or not any(folder.iterdir()))):
+    is_checkpoint = (folder / "config.json").exists()
+    is_empty = folder.is_dir() and not any(folder.iterdir())
+    if folder.exists() and not (is_checkpoint or is_empty):
         raise FileExistsError(f"{folder} holds something that is not a checkpoint: give another folder")
-    partial, old = (folder.with_name(f".{folder.name}.{word}") for word in ("partial", "old"))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
-    partial.mkdir()
+
+    # a killed process may have left a partial folder
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
     try:
         yield partial
-        for file in [*partial.iterdir(), partial]:
-            descriptor = os.open(file, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
+        for file in [*partial.rglob("*"), partial]:
+            _sync(file)
+        # a folder cannot replace one that has files, so the old one moves aside first
+        old = folder.with_name(f".{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
             folder.rename(old)
         partial.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path):
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 @contextmanager
 def only_writer(file, name):
-    """Hold the lock of an open file; ValueError, naming `name`, where another process holds it.
+    """Locks an open file for the block; ValueError, which calls it `name`, if another process has locked it.
 
-    The lock goes with the process, however that ends. (Windows has no fcntl; we support Linux and macOS.)
+    The system releases the lock when the process ends, however it ends. Windows has no such locks (fcntl).
     """
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         raise ValueError(f"{name} is being written by another process: wait for it") from None
-    yield
+    try:
+        yield
+    finally:
+        fcntl.flock(file, fcntl.LOCK_UN)
 
 
 @contextmanager
 def resumable(name):
-    """Around work that keeps what it has done: a full disk says so, and that running it again continues."""
+    """Wraps the writing of `name`: a write that fails, as on a full disk, then says where.
+
+    The system's own error names no file. `cli.guard` adds that the program can run again.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-            raise
-        raise OSError(f"{name}: {error.strerror}: make room and run this again, what is done is kept") from None
+        if error.errno is not None and error.filename is None:
+            error.filename = str(name)
+        raise
 
 
 def read_json(path: Path) -> dict:
-    """A JSON object from a file; ValueError where it holds something else."""
+    """Reads a JSON object; ValueError if the file holds something else, FileNotFoundError if there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing: is {path.parent} a model folder?") from None
-    except ValueError as error:  # covers wrong JSON and wrong UTF-8
+    except ValueError as error:  # not JSON, or not UTF-8
         raise ValueError(f"{path} is not JSON ({error}): fetch it again") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} holds a {type(value).__name__}, not a JSON object: fetch it again")
@@ -94,4 +111,5 @@ def read_json(path: Path) -> dict:
 
 
 def write_json(path: Path, value: dict):
+    """Writes a JSON object, indented, to a file. Inside `atomic_folder` the file is complete or absent."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
