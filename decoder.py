@@ -18,7 +18,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from attention import attention, shared_prefix_attention
-from plumbing.checkpoint import NameMap, check_supported
+from plumbing.checkpoint import NameMap
+from plumbing.files import check_supported
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ NAMES = NameMap(dropped=r"rotary_emb\.inv_freq$|position_ids$")
 class DecoderFamily:
     defaults: dict  # what `transformers` assumes where config.json is silent
     switches: dict = field(default_factory=dict)
-    supported: dict = field(default_factory=dict)  # fields that change the result -> the only value we compute
+    supported: dict = field(default_factory=dict)  # fields that change the result -> the values we compute with
     names: NameMap = NAMES
 
 
@@ -81,7 +82,7 @@ _LLAMA = DecoderFamily(
         rope_theta=10000.0, partial_rotary_factor=1.0, original_max_position_embeddings=None, sliding_window=None,
         max_window_layers=0,
     ),
-    supported=dict(attention_bias=False, mlp_bias=False),
+    supported=dict(attention_bias=(False,), mlp_bias=(False,)),
 )  # fmt: skip
 _QWEN = _LLAMA.defaults | dict(
     vocab_size=151936, intermediate_size=22016, num_key_value_heads=32, max_position_embeddings=32768,
@@ -103,7 +104,7 @@ FAMILIES = {
     "qwen2": DecoderFamily(_QWEN, switches=dict(qkv_bias=True)),
     # a norm on each head's q and k instead
     "qwen3": DecoderFamily(
-        _QWEN | dict(head_dim=128), switches=dict(qk_norm=True), supported=dict(attention_bias=False)
+        _QWEN | dict(head_dim=128), switches=dict(qk_norm=True), supported=dict(attention_bias=(False,))
     ),
     # Phi-3, Phi-4 and Phi-4-mini: projections fused on disk, partial rotary embeddings, longrope
     "phi3": DecoderFamily(
@@ -111,7 +112,7 @@ FAMILIES = {
             vocab_size=32064, hidden_size=3072, intermediate_size=8192, max_position_embeddings=4096,
             original_max_position_embeddings=4096, rms_norm_eps=1e-5,
         ),
-        supported=dict(attention_bias=False),
+        supported=dict(attention_bias=(False,)),
         names=replace(
             NAMES,
             fused={"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")},
@@ -125,7 +126,7 @@ FAMILIES = {
             tie_word_embeddings=True,
         ),
         switches=dict(norm_offset=1.0, scaled_embeddings=True),
-        supported=dict(attention_bias=False),
+        supported=dict(attention_bias=(False,)),
     ),
 }  # fmt: skip
 

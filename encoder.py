@@ -15,7 +15,7 @@ from torch import nn
 
 from attention import attention
 from plumbing.checkpoint import NameMap, StoredTensor, rename_tensors
-from plumbing.settings import check_supported
+from plumbing.files import check_supported
 
 
 @dataclass(frozen=True)

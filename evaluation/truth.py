@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from phantom.hospital import DEVICES, FINDINGS, SIDED, level, read_report
+from phantom.history import DEVICES, FINDINGS
+from phantom.reports import SIDED, level, read_report
 
 
 def truth_statistics(predictions: list[str], truths: list[dict]) -> dict[str, np.ndarray]:

@@ -219,13 +219,6 @@ class NameMap:
     fused: dict = field(default_factory=dict)  # a module on disk that stacks the rows of several of ours -> their names
 
 
-def check_supported(values: dict, supported: dict, where: str):
-    """ValueError where a config field has another value than the only one we compute with."""
-    for name, value in supported.items():
-        if values.get(name, value) != value:
-            raise ValueError(f"{where}: {name} {values[name]!r} is not supported, only {value!r}")
-
-
 def rename_tensors(
     stored: dict[str, StoredTensor], names: NameMap, module: torch.nn.Module
 ) -> dict[str, StoredTensor]:

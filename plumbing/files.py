@@ -113,3 +113,15 @@ def read_json(path: Path) -> dict:
 def write_json(path: Path, value: dict):
     """Writes a JSON object, indented, to a file. Inside `atomic_folder` the file is complete or absent."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def check_supported(settings: dict, supported: dict[str, tuple], where):
+    """Check the fields of a parsed JSON file against the values that this program computes with.
+
+    supported: name of a field -> its allowed values. A field that is absent passes. where: the file, for the message.
+    Raises a ValueError that names the first field with another value.
+    """
+    for name, allowed in supported.items():
+        if name in settings and settings[name] not in allowed:
+            choices = " or ".join(map(repr, allowed))
+            raise ValueError(f"{where}: {name} {settings[name]!r} is not supported, only {choices}")

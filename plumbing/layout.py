@@ -27,7 +27,7 @@ from encoder import Encoder, EncoderConfig, encoder_config, encoder_tensors
 from lora import LoRAConfig, lora_parameters
 from plumbing import checkpoint
 from plumbing.checkpoint import Source, StoredTensor
-from plumbing.files import atomic_folder, read_json, write_json
+from plumbing.files import atomic_folder, check_supported, read_json, write_json
 from plumbing.pixels import PixelConfig, open_clip_pixels, pixel_config
 from tac import make_connector
 from tokenizer import IMAGE_END, IMAGE_START, Tokenizer, template_of
@@ -92,10 +92,7 @@ def libra_config(json: dict, source) -> LibraConfig:
     where = f"{source}/config.json"
     if "mm_vision_tower" not in json:
         raise ValueError(f"{where}: no mm_vision_tower: this is a language model, not a Libra checkpoint")
-    for name, supported in CONFIG_VALUES.items():
-        if name in json and json[name] not in supported:
-            allowed = " or ".join(map(repr, supported))
-            raise ValueError(f"{where}: {name} {json[name]!r} is not supported, only {allowed}")
+    check_supported(json, CONFIG_VALUES, where)
 
     names = [field.name for field in fields(LibraConfig) if field.name != "json"]
     values = {name: json[name] for name in names if name in json}

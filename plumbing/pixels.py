@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from plumbing.settings import check_supported
+from plumbing.files import check_supported
 
 
 @dataclass(frozen=True)
