@@ -17,7 +17,7 @@ from evaluation import metrics, page
 from evaluation.answering import CONDITIONS, QuestionSet, choose, load_model, read_questions, write_answers
 from evaluation.metrics import FLOOR, METRICS, VARIANTS, Interval, published, temporal_f1_score
 from evaluation.pairs import Pair, groups_of, read_merge, read_pairs, write_export
-from evaluation.prior import print_prior, prior_scores, write_prior_csv
+from evaluation.prior import flips, print_prior, prior_scores, write_prior_csv
 from evaluation.truth import read_truth, truth_statistics
 from plumbing.cli import Parser, add_decoding_flags, add_model_flags, guard, print_table, progress
 from plumbing.distributed import init_distributed
@@ -75,27 +75,35 @@ def score(arguments):
 
     # 3) a row of a CSV file, and a page with each study's own scores where one study is enough for a score
     if arguments.csv:
-        row = {"Model Name": name} | dict.fromkeys((*METRICS, *columns, *values), "") | published(whole)
-        row |= {key: round(whole[key], 4) for key in (*columns, *values) if key in whole}
+        row = {"Model Name": name} | dict.fromkeys(METRICS, "") | published(whole)
+        for key in (*columns, *values):
+            row[key] = round(whole[key], 4) if key in whole else ""
         append_csv(arguments.csv, row)
     if arguments.html:
-        single = {key: column for key, column in table.items() if key != FLOOR and column.shape[1] != 2}
-        single = {key: metrics.score_of(column, 1) for key, column in single.items()}
+        single = {}
+        for key, rows in table.items():
+            if key != FLOOR and rows.shape[1] != 2:
+                single[key] = metrics.score_of(rows, 1)
         subtitle = f"{Path(arguments.predictions).name} against {Path(arguments.references).name}"
         page.write(arguments.html, title=name, subtitle=subtitle, groups=sizes, scores=scores, notes=notes,
                    pairs=pairs, values=single, folder=arguments.image_folder)  # fmt: skip
 
     # 4) a JSON object or a table on stdout
     if arguments.json:
-        plain = {key: {group: vars(interval) for group, interval in found.items()} for key, found in scores.items()}
-        result = {"model": name, "studies": sizes, "published": published(whole), "scores": plain}
-        return print(json.dumps(result | {"variants": {key: VARIANTS[key] for key in scores if key in VARIANTS}}))
+        variants = {key: VARIANTS[key] for key in scores if key in VARIANTS}
+        result = {"model": name, "studies": sizes, "published": published(whole), "scores": scores}
+        return print_json(result | {"variants": variants})
     lines = [["", *(f"{group} ({size:,})" for group, size in sizes.items())]]
     for key, found in scores.items():
         lines.append([key, *(found.get(group, "") for group in sizes)])
     print(f"{name}: mean or corpus score × 100 [95 % interval]")
     print_table(lines)
     print(f"{FLOOR}: {VARIANTS[FLOOR]}")
+
+
+def print_json(result: dict):
+    """Intervals and differences become objects of their fields."""
+    print(json.dumps(result, default=vars))
 
 
 def append_csv(path, row: dict):
@@ -122,21 +130,16 @@ def compare(arguments):
     table_a, table_b = (pair_statistics(pairs, arguments.bertscore) for pairs in (a, b))
     groups = groups_of(a)
     sizes = {group: int(members.sum()) for group, members in groups.items()}
-    result = metrics.differences(table_a, table_b, groups, arguments.seed)
+    scores = metrics.differences(table_a, table_b, groups, arguments.seed)
 
     if arguments.json:
-        scores = {key: {} for key in result}
-        for key, found in result.items():
-            for group, (score_a, score_b, gap) in found.items():
-                scores[key][group] = {"a": score_a, "b": score_b, "difference": vars(gap)}
         names = dict(zip("ab", arguments.compare, strict=True))
-        return print(json.dumps(names | {"studies": sizes, "scores": scores}))
+        return print_json(names | {"studies": sizes, "scores": scores})
     print(f"A: {arguments.compare[0]}\nB: {arguments.compare[1]}")
     for group, size in sizes.items():
         lines = [["", "A", "B", "B - A [95 % interval, paired]"]]
-        for key, found in result.items():
-            score_a, score_b, gap = found[group]
-            lines.append([key, f"{score_a:.2f}", f"{score_b:.2f}", gap])
+        for key, found in scores.items():
+            lines.append([key, f"{found[group].a:.2f}", f"{found[group].b:.2f}", found[group].difference])
         print(f"\n{group} ({size:,})")
         print_table(lines)
 
@@ -161,18 +164,18 @@ def prior(arguments):
     ids = [str(question.id) for question in chosen]
     pairs = {condition: read_pairs(arguments.questions, path, ids) for condition, path in files.items()}
     texts = {condition: [pair.prediction for pair in found] for condition, found in pairs.items()}
+    references = [pair.reference for pair in pairs["true"]]
     truths = read_truth(arguments.truth, pairs["true"]) if arguments.truth else None
-    scores = prior_scores(texts, [pair.reference for pair in pairs["true"]], truths, arguments.seed)
+    scores = prior_scores(texts, references, truths, arguments.seed)
 
     # 3) a CSV file, and a JSON object or a table on stdout
     name = arguments.model or pairs["true"][0].model or out.name
     if arguments.csv:
         write_prior_csv(arguments.csv, name, scores)
     if arguments.json:
-        plain = {key: {condition: cell.plain() for condition, cell in cells.items()} for key, cells in scores.items()}
-        return print(json.dumps({"model": name, "studies": len(ids), "scores": plain}))
+        return print_json({"model": name, "studies": len(ids), "scores": scores})
     print(f"{name}, {len(ids):,} studies with a prior: score × 100 [95 % interval], and its paired difference to true")
-    print_prior(scores, texts)
+    print_prior(scores, list(texts), sum(flips(text, text).words for text in texts["true"]))
     print("; ".join(f"{condition}: {CONDITIONS[condition]}" for condition in texts))
 
 

@@ -59,8 +59,9 @@ def choose(questions: list[Question], arguments, only_with_prior: bool = False) 
 
     # --ids is a file with an id on each line, or a list with commas
     if arguments.ids is not None:
-        is_file = Path(arguments.ids).is_file()
-        text = Path(arguments.ids).read_text(encoding="utf-8") if is_file else arguments.ids.replace(",", "\n")
+        text = arguments.ids.replace(",", "\n")
+        if Path(arguments.ids).is_file():
+            text = Path(arguments.ids).read_text(encoding="utf-8")
         wanted = {line.strip() for line in text.splitlines()} - {""}
         unknown = wanted - {str(question.id) for question in questions}
         if unknown:
@@ -70,14 +71,10 @@ def choose(questions: list[Question], arguments, only_with_prior: bool = False) 
 
 
 def draw_other_priors(questions: list[Question], seed: int) -> dict[str, str]:
-    """{question id: another patient's prior}, drawn by (seed, id) from all priors of the questions.
-
-    A patient is the folder pNNNNNNNN in an image's path, as in MIMIC-CXR. Without one, every prior counts as a patient.
-    """
+    """{question id: another patient's prior}, drawn by (seed, id) from all priors of the questions."""
     questions = [question for question in questions if len(question.images) == 2]
     priors = [question.images[1] for question in questions]
-    folders = [re.search(r"(?<![^/])p\d{8}(?![^/])", name) for name in priors]
-    patients = [folder[0] if folder else name for folder, name in zip(folders, priors, strict=True)]
+    patients = [patient_of(name) for name in priors]
     if len(set(patients)) == 1:
         raise ValueError("all priors are of one patient: there is no other patient's to show")
 
@@ -89,6 +86,12 @@ def draw_other_priors(questions: list[Question], seed: int) -> dict[str, str]:
             number = generator.randrange(len(priors))
         drawn[str(question.id)] = priors[number]
     return drawn
+
+
+def patient_of(name: str) -> str:
+    """The folder pNNNNNNNN in an image's path, as in MIMIC-CXR; without one, every image counts as a patient."""
+    folders = [part for part in Path(name).parts if re.fullmatch(r"p\d{8}", part)]
+    return folders[0] if folders else name
 
 
 class QuestionSet:
@@ -212,8 +215,6 @@ def write_answers(arguments, questions: QuestionSet, answers: Path, load: Callab
     Each rank appends its finished batches to a work file .NAME.RANK beside the answers; at the end rank 0 merges them.
     NAME.settings.json records how the answers are made, and a run with other settings is refused.
     """
-    if not answers.parent.is_dir():
-        raise FileNotFoundError(f"no folder {answers.parent} for {answers.name}: make it, or check the path")
     sidecar = answers.with_name(f"{answers.name}.settings.json")
     settings, begun = settings_of(arguments, questions), {}
     complete = answers.exists()

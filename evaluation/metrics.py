@@ -14,10 +14,10 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
+Table = dict[str, np.ndarray]  # {score: rows [N, k]}
 RESAMPLES = 1000  # of the bootstrap
 ORDERS = (1, 2, 3, 4)  # the n of BLEU-n
 
@@ -47,8 +47,6 @@ WORDS_OF_CHANGE = frozenset(
     stable stably unaltered unchanged unfolded worse worsen worsened worsening""".split()  # noqa: SIM905 - to be read
 )
 
-# ------------------------------------------------------------------------------------------ text
-
 
 def clean(text: str) -> str:
     """Clean a text as published: breaks, dashes and underscores become blanks; of all signs only . , : ; ( ) stay."""
@@ -77,19 +75,17 @@ def tokens_13a(text: str) -> list[str]:
     return re.sub(r"([0-9])-", r"\1 - ", text).split()
 
 
-# ------------------------------------------------------------------------------------------ scores of one pair
-
 
 def bleu_rows(prediction: str, reference: str) -> list[list[int]]:
     """The rows of BLEU-1 to BLEU-4; that of BLEU-n has 2n + 2 numbers.
 
-    n-grams of the prediction that the reference has too, each at most as often as there, for 1 … n; n-grams of the
-    prediction for 1 … n; tokens of the prediction; tokens of the reference.
+    Matched n-grams for 1 … n, n-grams of the prediction for 1 … n, tokens of the prediction, tokens of the reference.
     """
     predicted, wanted = tokens_13a(prediction), tokens_13a(reference)
     matched, total, rows = [], [], []
     for n in ORDERS:
         ours, theirs = ngrams(predicted, n), ngrams(wanted, n)
+        # an n-gram matches at most as often as the reference has it
         matched.append((ours & theirs).total())
         total.append(ours.total())
         rows.append([*matched, *total, len(predicted), len(wanted)])
@@ -159,35 +155,36 @@ def meteor_scorer() -> Callable[[str, str], float]:
         # both load their data on first use: find out now whether it is there
         wordnet.ensure_loaded()
         word_tokenize("")
-    except ImportError:
-        raise ValueError("METEOR needs a package: pip install nltk") from None
-    except LookupError:
-        raise ValueError("METEOR needs NLTK's data: python -m nltk.downloader wordnet punkt_tab") from None
+    except (ImportError, LookupError):
+        raise ValueError(
+            "METEOR needs NLTK and its data: pip install nltk; python -m nltk.downloader wordnet punkt_tab"
+        ) from None
     return lambda prediction, reference: single_meteor_score(word_tokenize(reference), word_tokenize(prediction))
 
 
 def bertscore(predictions: list[str], references: list[str]) -> list[float]:
-    """BERTScore's F1 of each pair, in about [0, 1]; 0 if a text is empty. ValueError says what is missing."""
+    """BERTScore's F1 of each pair, in about [0, 1]; 0 if a text is empty. ValueError says what to install."""
     model = "distilbert-base-uncased"
+    f1 = np.zeros(len(predictions))
+    # with transformers 5 the package fails on empty texts
+    full = np.flatnonzero([bool(p and r) for p, r in zip(predictions, references, strict=True)])
     try:
         from bert_score import score
+
+        if len(full):
+            texts = [[side[i] for i in full] for side in (predictions, references)]
+            *_, f1[full] = score(*texts, model_type=model)  # precision, recall, F1
     except ImportError:
         raise ValueError("BERTScore needs a package: pip install bert-score") from None
-    # with transformers 5 the package fails on empty texts
-    full = [i for i in range(len(predictions)) if predictions[i] and references[i]]
-    f1 = np.zeros(len(predictions))
-    try:
-        if full:
-            *_, f1[full] = score([predictions[i] for i in full], [references[i] for i in full], model_type=model)
     except OSError:
         raise ValueError(f"BERTScore needs the model {model}: download it once into the hub's cache") from None
     return f1.tolist()
 
 
-# ------------------------------------------------------------------------------------------ scores of many pairs
 
-
-def statistics(predictions: list[str], references: list[str], with_bertscore: bool = False, show=lambda *_: None):
+def statistics(
+    predictions: list[str], references: list[str], with_bertscore: bool = False, show=lambda done, total: None
+) -> Table:
     """Returns {key: [N, k]}, the rows that `score_of` turns into scores. show(done, N) is called after each pair.
 
     The texts are lowered and cleaned first, as published. Without NLTK or its data METEOR is left out, with a warning.
@@ -214,8 +211,9 @@ def statistics(predictions: list[str], references: list[str], with_bertscore: bo
         rows[FLOOR].append(0 if wanted else 100)
         show(len(rows[FLOOR]), len(predictions))
 
-    # a score that was not computed has no rows
-    return {key: np.array(row, dtype=float).reshape(len(predictions), -1) for key, row in rows.items() if row}
+    # a score that was not computed has no rows; a single number is a row of width 1
+    table = {key: np.array(row, dtype=float) for key, row in rows.items() if row}
+    return {key: column.reshape(len(column), -1) for key, column in table.items()}
 
 
 def score_of(sums: np.ndarray, count) -> np.ndarray:
@@ -253,8 +251,6 @@ def published(scores: dict[str, float]) -> dict[str, float]:
     return {key: round(float(scores[key]), 2) for key in METRICS if key in scores}
 
 
-# ------------------------------------------------------------------------------------------ bootstrap intervals
-
 
 @dataclass(frozen=True)
 class Interval:
@@ -275,15 +271,16 @@ class Interval:
         return f"{value} [{', '.join(ends)}]" if ends else value
 
 
-class Difference(NamedTuple):
-    """The scores of two answer files A and B on the same studies, and the interval of B - A."""
+@dataclass(frozen=True)
+class Difference:
+    """The scores of two answer files A and B on the same studies; difference: the interval of B - A."""
 
     a: float
     b: float
-    gap: Interval
+    difference: Interval
 
 
-def resample(table: dict[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
+def resample(table: Table, seed: int) -> dict[str, np.ndarray]:
     """{key: [N, k]} -> {key: [RESAMPLES]}: every score on the same resamples of the N pairs, drawn by the seed."""
     columns = np.concatenate(list(table.values()), axis=1)  # [N, sum of all k]
     count, generator = len(columns), np.random.default_rng(seed)
@@ -303,7 +300,7 @@ def percentiles(resampled: np.ndarray) -> list[float]:
     return np.nanpercentile(resampled, [2.5, 97.5]).tolist()
 
 
-def intervals(table: dict[str, np.ndarray], groups: dict[str, np.ndarray], seed: int = 0):
+def intervals(table: Table, groups: dict[str, np.ndarray], seed: int = 0) -> dict[str, dict[str, Interval]]:
     """{key: [N, k]} -> {key: {group: Interval}}; groups are {name: bool [N]}. A group without a chance is left out."""
     result = {key: {} for key in table}
     for group, members in groups.items():
@@ -315,15 +312,18 @@ def intervals(table: dict[str, np.ndarray], groups: dict[str, np.ndarray], seed:
     return result
 
 
-def differences(a: dict[str, np.ndarray], b: dict[str, np.ndarray], groups: dict[str, np.ndarray], seed: int = 0):
-    """Two tables of the same N studies -> {key: {group: Difference}}, paired: A and B are resampled together."""
+def differences(a: Table, b: Table, groups: dict[str, np.ndarray], seed: int = 0) -> dict[str, dict[str, Difference]]:
+    """Two tables of the same N studies -> {key: {group: Difference}}, paired."""
     result = {key: {} for key in a if key in b and key != FLOOR}
     for group, members in groups.items():
-        ours, theirs = ({key: table[key][members] for key in result} for table in (a, b))
-        # one seed draws the same studies for both
-        resampled_a, resampled_b = resample(ours, seed), resample(theirs, seed)
+        # one table of both, so that both are resampled together
+        both = {}
         for key in result:
-            score_a, score_b = corpus_score(ours[key]), corpus_score(theirs[key])
-            gap = Interval(score_b - score_a, *percentiles(resampled_b[key] - resampled_a[key]))
-            result[key][group] = Difference(score_a, score_b, gap)
+            both[key, "a"] = a[key][members]
+            both[key, "b"] = b[key][members]
+        resampled = resample(both, seed)
+        for key in result:
+            score_a, score_b = corpus_score(both[key, "a"]), corpus_score(both[key, "b"])
+            ends = percentiles(resampled[key, "b"] - resampled[key, "a"])
+            result[key][group] = Difference(score_a, score_b, Interval(score_b - score_a, *ends))
     return result

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from data import Question, Records, image_names
-from evaluation.metrics import VARIANTS
+from evaluation.metrics import VARIANTS, Table
 from plumbing.files import atomic
 
 
@@ -119,7 +119,7 @@ def write_export(path, pairs: list[Pair]):
         json.dump(lists, file, ensure_ascii=False, indent=1)
 
 
-def read_merge(paths, count: int) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+def read_merge(paths, count: int) -> tuple[Table, dict[str, float]]:
     """RadEval's results for `count` pairs -> ({key: [N, 1]} of values per study, {key: value} of single ones)."""
     columns, values = {}, {}
     for path in paths:

@@ -1,12 +1,12 @@
 """What the prior image does: the same questions answered under several priors, and their scores compared."""
 
 import csv
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from evaluation.metrics import FLOOR, Interval, differences, intervals, statistics, words_of_change
+from evaluation.metrics import FLOOR, Interval, Table, differences, intervals, statistics, words_of_change
 from evaluation.truth import severity_flips, truth_statistics
 from plumbing.cli import print_table, progress
 from plumbing.files import atomic
@@ -47,19 +47,14 @@ def flips(true: str, other: str) -> Flips:
     return Flips(flipped, len(before & (WORSE | BETTER)))
 
 
-@dataclass
-class Cell:
-    """A score under one condition. difference: to the true prior, paired, where that has the score too."""
+@dataclass(frozen=True)
+class Cell(Interval):
+    """A score under one condition. difference: to the true prior, paired, if that has the score too."""
 
-    interval: Interval
-    difference: Interval | None
-
-    def plain(self) -> dict:
-        """{"value", "low", "high", "difference": the same or None}."""
-        return asdict(self.interval) | {"difference": self.difference and asdict(self.difference)}
+    difference: Interval | None = None
 
 
-def prior_scores(texts: dict[str, list[str]], references: list[str], truths: list[dict] | None, seed: int):
+def prior_scores(texts: dict, references: list[str], truths: list[dict] | None, seed: int) -> dict:
     """Returns {score: {condition: Cell}}, all intervals over the same resamples of the N studies.
 
     texts: {condition: N reports}, the condition "true" first; references: N; truths: N of the phantom hospital's.
@@ -82,12 +77,12 @@ def prior_scores(texts: dict[str, list[str]], references: list[str], truths: lis
         gaps = differences(true_table, table, groups, seed) if true_table else {}
         true_table = true_table or table
         for key, interval in scores.items():
-            difference = gaps[key]["all"].gap if key in gaps else None
-            result.setdefault(key, {})[condition] = Cell(interval, difference)
+            difference = gaps[key]["all"].difference if key in gaps else None
+            result.setdefault(key, {})[condition] = Cell(**vars(interval), difference=difference)
     return result
 
 
-def reactions(true: list[str], other: list[str], truths: list[dict] | None) -> dict[str, np.ndarray]:
+def reactions(true: list[str], other: list[str], truths: list[dict] | None) -> Table:
     """How N reports differ from those under the true prior: rows [N, k] as in `metrics`."""
     pairs = list(zip(true, other, strict=True))
     table = {"reports changed": [[0 if one == two else 100] for one, two in pairs]}
@@ -98,22 +93,22 @@ def reactions(true: list[str], other: list[str], truths: list[dict] | None) -> d
     return {key: np.array(rows, dtype=float) for key, rows in table.items()}
 
 
-def print_prior(scores: dict[str, dict[str, Cell]], texts: dict[str, list[str]]):
-    """Print a column for each condition, and which words name a direction."""
-    lines = [["", *texts]]
+def print_prior(scores: dict, conditions: list[str], words: int):
+    """Print the result of `prior_scores`, a column for each condition; words: direction words under the true prior."""
+    lines = [["", *conditions]]
     for key, cells in scores.items():
-        gaps = {condition: cell.difference.format("+") for condition, cell in cells.items() if cell.difference}
-        lines.append([key, *(cells[condition].interval if condition in cells else "" for condition in texts)])
+        lines.append([key, *(cells.get(condition, "") for condition in conditions)])
+        gaps = {condition: cell.difference for condition, cell in cells.items() if cell.difference}
         if gaps:
-            lines.append(["  minus true", *(gaps.get(condition, "") for condition in texts)])
+            signed = {condition: gap.format("+") for condition, gap in gaps.items()}
+            lines.append(["  minus true", *(signed.get(condition, "") for condition in conditions)])
     print_table(lines)
-    count = sum(flips(text, text).words for text in texts["true"])
-    print(f"directions flipped: share of the {count:,} words of direction in the reports under true that the other")
+    print(f"directions flipped: share of the {words:,} words of direction in the reports under true that the other")
     print("report lacks while it has a word of the opposite direction that the first lacks")
     print(f"worse: {', '.join(sorted(WORSE))}\nbetter: {', '.join(sorted(BETTER))}")
 
 
-def write_prior_csv(path, name: str, scores: dict[str, dict[str, Cell]]):
+def write_prior_csv(path, name: str, scores: dict):
     """Write one row for each score and condition."""
     ends = ["value", "low", "high"]
     with atomic(path) as file:
@@ -122,4 +117,4 @@ def write_prior_csv(path, name: str, scores: dict[str, dict[str, Cell]]):
         for key, cells in scores.items():
             for condition, cell in cells.items():
                 gap = cell.difference or Interval(None)
-                writer.writerow([name, key, condition, *asdict(cell.interval).values(), *asdict(gap).values()])
+                writer.writerow([name, key, condition, cell.value, cell.low, cell.high, gap.value, gap.low, gap.high])

@@ -5,14 +5,15 @@ from pathlib import Path
 
 import numpy as np
 
+from evaluation.metrics import Table
 from evaluation.pairs import Pair
 from phantom.hospital import DEVICES, FINDINGS, SIDED, level, read_report
 
 
 def read_truth(path, pairs: list[Pair]) -> list[dict]:
     """The line of a phantom hospital's truth.jsonl for each pair. ValueError if a line is wrong or missing."""
-    lines = {}
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    lines, text = {}, Path(path).read_text(encoding="utf-8")
+    for number, line in enumerate(text.splitlines(), 1):
         try:
             truth = json.loads(line)
             truth["findings"], truth["devices"], truth["changes"]
@@ -31,7 +32,7 @@ def read_truth(path, pairs: list[Pair]) -> list[dict]:
     return truths
 
 
-def truth_statistics(predictions: list[str], truths: list[dict]) -> dict[str, np.ndarray]:
+def truth_statistics(predictions: list[str], truths: list[dict]) -> Table:
     """Returns {score: [N, 2]}, hits and chances, for `metrics.score_of`.
 
     - precision, recall and F1 of all findings, of all devices, and of each by name
@@ -60,7 +61,8 @@ def truth_statistics(predictions: list[str], truths: list[dict]) -> dict[str, np
             if name in DEVICES:
                 continue
             if hit:
-                table["severity"][i] += said["level"] == level(present[name]["severity"]), 1
+                severity = level(present[name]["severity"])
+                table["severity"][i] += said["level"] == severity, 1
             if hit and name in SIDED:
                 table["side"][i] += said["side"] == present[name]["side"], 1
             if name in truth["changes"]:
