@@ -6,22 +6,19 @@
 """
 
 import argparse
-import csv
 import functools
-import json
 import sys
 import warnings
 from pathlib import Path
 
-from evaluation import metrics, page
+from evaluation import metrics, page, tables
 from evaluation.answering import CONDITIONS, QuestionSet, choose, load_model, read_questions, write_answers
 from evaluation.metrics import FLOOR, METRICS, VARIANTS, Interval, published, temporal_f1_score
-from evaluation.pairs import Pair, groups_of, read_merge, read_pairs, write_export
-from evaluation.prior import flips, print_prior, prior_scores, write_prior_csv
+from evaluation.pairs import groups_of, read_merge, read_pairs, statistics_of, write_export
+from evaluation.prior import flips, prior_scores
 from evaluation.truth import read_truth, truth_statistics
-from plumbing.cli import Parser, add_decoding_flags, add_model_flags, guard, print_table, progress
+from plumbing.cli import Parser, add_decoding_flags, add_model_flags, guard
 from plumbing.distributed import init_distributed
-from plumbing.files import atomic
 
 __all__ = ["evaluate_report", "temporal_f1_score"]  # what others import, beside the command line
 
@@ -32,14 +29,8 @@ def evaluate_report(references, predictions, bertscore: bool = False) -> dict[st
     Differs from the published function: pairs are joined by question_id, ROUGE-L is the plain mean, Bert_score comes
     only if asked for, and METEOR is left out, with a warning, without NLTK.
     """
-    table = pair_statistics(read_pairs(references, predictions), bertscore)
-    return published({key: metrics.corpus_score(column) for key, column in table.items()})
-
-
-def pair_statistics(pairs: list[Pair], bertscore: bool) -> dict:
-    """{key: [N, k]}, see `metrics.statistics`."""
-    predictions, references = [pair.prediction for pair in pairs], [pair.reference for pair in pairs]
-    return metrics.statistics(predictions, references, bertscore, progress("scoring"))
+    table = statistics_of(read_pairs(references, predictions), bertscore)
+    return published({key: metrics.corpus_score(rows) for key, rows in table.items()})
 
 
 def answer(arguments):
@@ -54,7 +45,7 @@ def score(arguments):
     if arguments.compare:
         return compare(arguments)
 
-    # 1) pairs, and scores of them that were computed elsewhere
+    # 1) pairs, and the scores of them that RadEval and the phantom hospital's truth give
     pairs = read_pairs(arguments.references, arguments.predictions)
     if arguments.export:
         write_export(arguments.export, pairs)
@@ -64,21 +55,23 @@ def score(arguments):
         truths = read_truth(arguments.truth, pairs)
         columns |= truth_statistics([pair.prediction for pair in pairs], truths)
 
-    # 2) scores and their intervals; whole: each score of all studies
-    table = pair_statistics(pairs, arguments.bertscore) | columns
+    # 2) scores and their intervals; RadEval's single values have none
+    table = statistics_of(pairs, arguments.bertscore) | columns
     groups = groups_of(pairs)
     sizes = {group: int(members.sum()) for group, members in groups.items()}
     scores = metrics.intervals(table, groups, arguments.seed)
     scores |= {key: {"all": Interval(value)} for key, value in values.items()}
-    whole = {key: found["all"].value for key, found in scores.items() if found}
+    overall = {key: found["all"].value for key, found in scores.items() if found}
     name = arguments.model_name or pairs[0].model or Path(arguments.predictions).stem
 
-    # 3) a row of a CSV file, and a page with each study's own scores where one study is enough for a score
+    # 3) a row of a CSV file: the published columns, then the others
     if arguments.csv:
-        row = {"Model Name": name} | dict.fromkeys(METRICS, "") | published(whole)
+        row = {"Model Name": name} | dict.fromkeys(METRICS, "") | published(overall)
         for key in (*columns, *values):
-            row[key] = round(whole[key], 4) if key in whole else ""
-        append_csv(arguments.csv, row)
+            row[key] = round(overall[key], 4) if key in overall else ""
+        tables.append_csv(arguments.csv, row)
+
+    # 4) a page, with each study's own scores where a single study has one
     if arguments.html:
         single = {}
         for key, rows in table.items():
@@ -88,38 +81,14 @@ def score(arguments):
         page.write(arguments.html, title=name, subtitle=subtitle, groups=sizes, scores=scores, notes=notes,
                    pairs=pairs, values=single, folder=arguments.image_folder)  # fmt: skip
 
-    # 4) a JSON object or a table on stdout
+    # 5) an object or a table on stdout
     if arguments.json:
         variants = {key: VARIANTS[key] for key in scores if key in VARIANTS}
-        result = {"model": name, "studies": sizes, "published": published(whole), "scores": scores}
-        return print_json(result | {"variants": variants})
-    lines = [["", *(f"{group} ({size:,})" for group, size in sizes.items())]]
-    for key, found in scores.items():
-        lines.append([key, *(found.get(group, "") for group in sizes)])
-    print(f"{name}: mean or corpus score × 100 [95 % interval]")
-    print_table(lines)
-    print(f"{FLOOR}: {VARIANTS[FLOOR]}")
-
-
-def print_json(result: dict):
-    """Intervals and differences become objects of their fields."""
-    print(json.dumps(result, default=vars))
-
-
-def append_csv(path, row: dict):
-    """Add a row, with a header if the file is new. ValueError if the file has other columns."""
-    lines = []
-    if Path(path).exists():
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    header = next(csv.reader(lines), list(row))
-    if header != list(row):
-        raise ValueError(f"{path} has the columns {', '.join(header)}, not {', '.join(row)}: give another file")
-    with atomic(path) as file:
-        file.writelines(f"{line}\n" for line in lines)
-        writer = csv.writer(file, lineterminator="\n")
-        if not lines:
-            writer.writerow(row)
-        writer.writerow(row.values())
+        result = {"model": name, "studies": sizes, "published": published(overall), "scores": scores}
+        tables.print_json(result | {"variants": variants})
+    else:
+        print(f"{name}: mean or corpus score × 100 [95 % interval]")
+        tables.print_scores(scores, sizes)
 
 
 def compare(arguments):
@@ -127,21 +96,16 @@ def compare(arguments):
         if getattr(arguments, name):
             raise ValueError(f"--{name.replace('_', '-')} goes with --predictions, not with --compare")
     a, b = (read_pairs(arguments.references, path) for path in arguments.compare)
-    table_a, table_b = (pair_statistics(pairs, arguments.bertscore) for pairs in (a, b))
     groups = groups_of(a)
     sizes = {group: int(members.sum()) for group, members in groups.items()}
-    scores = metrics.differences(table_a, table_b, groups, arguments.seed)
-
+    rows_a, rows_b = (statistics_of(pairs, arguments.bertscore) for pairs in (a, b))
+    scores = metrics.differences(rows_a, rows_b, groups, arguments.seed)
     if arguments.json:
         names = dict(zip("ab", arguments.compare, strict=True))
-        return print_json(names | {"studies": sizes, "scores": scores})
-    print(f"A: {arguments.compare[0]}\nB: {arguments.compare[1]}")
-    for group, size in sizes.items():
-        lines = [["", "A", "B", "B - A [95 % interval, paired]"]]
-        for key, found in scores.items():
-            lines.append([key, f"{found[group].a:.2f}", f"{found[group].b:.2f}", found[group].difference])
-        print(f"\n{group} ({size:,})")
-        print_table(lines)
+        tables.print_json(names | {"studies": sizes, "scores": scores})
+    else:
+        print(f"A: {arguments.compare[0]}\nB: {arguments.compare[1]}")
+        tables.print_differences(scores, sizes)
 
 
 def prior(arguments):
@@ -154,9 +118,11 @@ def prior(arguments):
             raise ValueError("--model needs --image-folder, to answer the questions")
         out.mkdir(parents=True, exist_ok=True)
         with init_distributed() as world:
+            # the model is loaded once, and only if there is something to answer
             load = functools.cache(lambda: load_model(arguments, world))
             for condition, path in files.items():
-                write_answers(arguments, QuestionSet(arguments, questions, chosen, condition), path, load, world)
+                asked = QuestionSet(arguments, questions, chosen, condition)
+                write_answers(arguments, asked, path, load, world)
         if world.rank:
             return
 
@@ -168,18 +134,15 @@ def prior(arguments):
     truths = read_truth(arguments.truth, pairs["true"]) if arguments.truth else None
     scores = prior_scores(texts, references, truths, arguments.seed)
 
-    # 3) a CSV file, and a JSON object or a table on stdout
+    # 3) a CSV file, and stdout
     name = arguments.model or pairs["true"][0].model or out.name
     if arguments.csv:
-        write_prior_csv(arguments.csv, name, scores)
+        tables.write_prior_csv(arguments.csv, name, scores)
     if arguments.json:
-        return print_json({"model": name, "studies": len(ids), "scores": scores})
+        return tables.print_json({"model": name, "studies": len(ids), "scores": scores})
     print(f"{name}, {len(ids):,} studies with a prior: score × 100 [95 % interval], and its paired difference to true")
-    print_prior(scores, list(texts), sum(flips(text, text).words for text in texts["true"]))
+    tables.print_prior(scores, list(texts), words=sum(flips(text, text).words for text in texts["true"]))
     print("; ".join(f"{condition}: {CONDITIONS[condition]}" for condition in texts))
-
-
-# ------------------------------------------------------------------------------------------ command line
 
 
 def positive(text: str) -> int:
@@ -189,7 +152,7 @@ def positive(text: str) -> int:
 
 
 def conditions(text: str) -> list[str]:
-    """"true" comes first: the others are compared with it."""
+    # the others are compared with the true prior, which comes first
     names = list(dict.fromkeys(["true", *text.split(",")]))
     for name in names:
         if name not in CONDITIONS:
@@ -207,7 +170,7 @@ def parse(arguments=None):
     add("--image-folder", required=True, metavar="DIR", help="where the questions' image paths begin")
     add("--answers", required=True, metavar="FILE", help="answer file to write (JSONL), in the questions' order")
     shown = "; ".join(f"{name}: {image}" for name, image in CONDITIONS.items())
-    add("--prior", default="true", choices=CONDITIONS, help=f"what is shown as a question's prior; {shown}")
+    add("--prior", default="true", choices=CONDITIONS, help=f"what the model sees as the prior; {shown}")
 
     score = commands.add_parser("score", help="score an answer file, or compare two, with 95 %% bootstrap intervals")
     add = score.add_argument
@@ -230,6 +193,7 @@ def parse(arguments=None):
     add("--out", required=True, metavar="DIR", help="folder of the answer files, CONDITION.jsonl each")
     add("--conditions", type=conditions, default=",".join(CONDITIONS), metavar="LIST", help="priors, with commas")
 
+    # what two commands share
     for add in (score.add_argument, prior.add_argument):
         add("--truth", metavar="FILE", help="a phantom hospital's truth.jsonl: score findings and changes, too")
         add("--csv", metavar="FILE", help="add a row with the published columns; prior: a row for each score")
@@ -245,6 +209,7 @@ def parse(arguments=None):
 
 
 def run(arguments):
+    # a warning is one line, as a mistake is
     warnings.showwarning = lambda message, *_, **__: print(f"eval.py: warning: {message}", file=sys.stderr)
     {"answer": answer, "score": score, "prior": prior}[arguments.command](arguments)
 

@@ -73,6 +73,7 @@ def choose(questions: list[Question], arguments, only_with_prior: bool = False) 
 def draw_other_priors(questions: list[Question], seed: int) -> dict[str, str]:
     """{question id: another patient's prior}, drawn by (seed, id) from all priors of the questions."""
     questions = [question for question in questions if len(question.images) == 2]
+    # a draw may hit any prior of the file, but not the patient's own
     priors = [question.images[1] for question in questions]
     patients = [patient_of(name) for name in priors]
     if len(set(patients)) == 1:
@@ -108,6 +109,7 @@ class QuestionSet:
         """The image files to show, current first. A question without a prior is asked as it is."""
         if len(question.images) == 1 or self.condition == "true":
             return question.images
+        # one of the other conditions changes the prior
         current, prior = question.images
         if self.condition == "reversed":
             return [prior, current]
@@ -117,6 +119,7 @@ class QuestionSet:
         return [current]
 
     def find_images(self):
+        """ValueError if an image to show is missing."""
         for question in self.by_id.values():
             with naming(question):
                 for name in self.image_names(question):
@@ -131,8 +134,8 @@ class QuestionSet:
                 lengths[id] = sample.check_length(libra, prompt, options)
         return lengths
 
-    def prepare(self, libra: Libra, batch: list[str]) -> tuple[list[Study], list[torch.Tensor]]:
-        """Read the images of a batch of ids. Returns the studies and their pixels, as of `Libra.preprocess`."""
+    def prepare(self, libra: Libra, batch: list[str]):
+        """Read the images of a batch of ids. Returns the studies and their pixels, as `Libra.preprocess` makes them."""
         studies, pixels = [], []
         for question in map(self.by_id.get, batch):
             with naming(question):
@@ -140,6 +143,7 @@ class QuestionSet:
                 images = [load_image(file) for file in files]
                 if self.condition == "blank" and len(question.images) == 2:
                     images.append(Image.new("RGB", images[0].size))
+                # the pixels are kept, much smaller than the images; the study keeps their files' names
                 pixels.append(libra.preprocess(images))
                 studies.append(Study(*files, query=question.text, id=str(question.id)))
         return studies, pixels
@@ -177,7 +181,7 @@ def fitting_batch_size(libra: Libra, positions: int, options: Options, world: Wo
     return min(world.all_gather(max(1, min(MAX_BATCH, size))))
 
 
-def decode_batches(libra: Libra, questions: QuestionSet, batches: list[list[str]], arguments) -> Iterator[list[dict]]:
+def decode_batches(libra: Libra, questions: QuestionSet, batches: list[list[str]], arguments):
     """Yields the answers of each batch of ids. While a batch is decoded, the images of the next are read."""
     options = sample.options_of(arguments)
     for studies, pixels in read_ahead(lambda batch: questions.prepare(libra, batch), batches):
@@ -187,10 +191,11 @@ def decode_batches(libra: Libra, questions: QuestionSet, batches: list[list[str]
         except torch.OutOfMemoryError:
             fit = f"{len(studies)} studies together do not fit on {libra.device}"
             raise MemoryError(f"{fit}: give a smaller --batch-size") from None
+        # the best sequence of each study; ids as the file has them, numbers or text
         answers = []
         for study, sequences in zip(studies, outputs, strict=True):
-            answer = {"question_id": questions.by_id[study.id].id, "prompt": study.query, "text": sequences[0].text}
-            answers.append(answer | {"model_id": arguments.model})
+            answer = {"question_id": questions.by_id[study.id].id, "prompt": study.query}
+            answers.append(answer | {"text": sequences[0].text, "model_id": arguments.model})
         yield answers
 
 
@@ -204,9 +209,6 @@ def read_ahead(function: Callable, items: Iterable) -> Iterator:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
-
-
-# ------------------------------------------------------------------------------------------ files
 
 
 def write_answers(arguments, questions: QuestionSet, answers: Path, load: Callable[[], Libra], world: World):
@@ -299,14 +301,22 @@ def read_work(answers: Path) -> dict[str, dict]:
 
 def settings_of(arguments, questions: QuestionSet) -> dict:
     """All that the answers depend on."""
-    settings = {name: getattr(arguments, name) for name in ("model", "base", "encoder", "dtype", "template")}
-    settings |= {"device": find_device(arguments.device).type, "prior": questions.condition}
-    settings |= {"image_folder": questions.folder.root, "batch_size": arguments.batch_size}
-    # texts, ids, and the images that are shown
+    # ids, texts, and the images that are shown
     seen = [(question, questions.image_names(question)) for question in questions.by_id.values()]
     digest = hashlib.sha256(repr(seen).encode()).hexdigest()
-    settings["questions"] = f"{len(seen)} questions ({digest[:16]})"
-    return settings | asdict(sample.options_of(arguments))
+    return {
+        "model": arguments.model,
+        "base": arguments.base,
+        "encoder": arguments.encoder,
+        "dtype": arguments.dtype,
+        "device": find_device(arguments.device).type,
+        "template": arguments.template,
+        "questions": f"{len(seen)} questions ({digest[:16]})",
+        "prior": questions.condition,
+        "image_folder": questions.folder.root,
+        "batch_size": arguments.batch_size,
+        **asdict(sample.options_of(arguments)),
+    }
 
 
 def earlier_settings(answers: Path, sidecar: Path, settings: dict) -> dict:
@@ -318,6 +328,7 @@ def earlier_settings(answers: Path, sidecar: Path, settings: dict) -> dict:
     if not sidecar.exists():
         raise FileExistsError(f"{files[0]} exists, but no {sidecar.name} says how it was made: delete or move it")
     begun = read_json(sidecar)
+    # every difference is named
     settings = settings | {"batch_size": settings["batch_size"] or begun.get("batch_size")}
     changed = [f"{name} {begun.get(name)}, not {value}" for name, value in settings.items() if begun.get(name) != value]
     if changed:

@@ -66,14 +66,15 @@ def words_of_change(text: str) -> set[str]:
 
 def tokens_13a(text: str) -> list[str]:
     """The tokens of NIST's mteval-v13a.pl, as sacrebleu has them: signs apart, but . and , inside numbers stay."""
+    # words that a line break has parted become whole, entities become signs
     text = text.replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
-    for entity, sign in {"&quot;": '"', "&amp;": "&", "&lt;": "<", "&gt;": ">"}.items():
-        text = text.replace(entity, sign)
-    text = re.sub(r"[!-&(-+/:-@\[-`{-~]", r" \g<0> ", f" {text} ")  # every ASCII sign but ' , - .
+    text = text.replace("&quot;", '"').replace("&amp;", "&").replace("&lt;", "<").replace("&gt;", ">")
+    # every ASCII sign but ' , - . is a token
+    text = re.sub(r"[!-&(-+/:-@\[-`{-~]", r" \g<0> ", f" {text} ")
+    # . and , are, unless a digit stands on both sides; - is behind a digit
     text = re.sub(r"([^0-9])([.,])", r"\1 \2 ", text)
     text = re.sub(r"([.,])([^0-9])", r" \1 \2", text)
     return re.sub(r"([0-9])-", r"\1 - ", text).split()
-
 
 
 def bleu_rows(prediction: str, reference: str) -> list[list[int]]:
@@ -108,12 +109,14 @@ def rouge_l(prediction: str, reference: str) -> float:
         after "b d"      1 0 1 0    the LCS is 2
     """
     predicted, wanted = words(prediction), words(reference)
-    places = {}  # word -> its places in the reference, as bits
+    # word -> its places in the reference, as bits
+    places = {}
     for i, word in enumerate(wanted):
         places[word] = places.get(word, 0) | 1 << i
 
     all_ones = (1 << len(wanted)) - 1
     row = all_ones
+    # one step for each word of the prediction: V becomes (V + (V & M)) | (V & ~M), M the word's places
     for word in predicted:
         hits = row & places.get(word, 0)
         row = (row + hits | row - hits) & all_ones
@@ -123,6 +126,7 @@ def rouge_l(prediction: str, reference: str) -> float:
 
 def temporal_f1(predicted: set[str], wanted: set[str]) -> float:
     """F1 of two sets of words with the published epsilons: 1 if both are empty, 1e-10 if only `wanted` is."""
+    # without them the published code would divide by zero
     tiny = 1e-10
     if not wanted:
         return tiny if predicted else 1.0
@@ -156,9 +160,8 @@ def meteor_scorer() -> Callable[[str, str], float]:
         wordnet.ensure_loaded()
         word_tokenize("")
     except (ImportError, LookupError):
-        raise ValueError(
-            "METEOR needs NLTK and its data: pip install nltk; python -m nltk.downloader wordnet punkt_tab"
-        ) from None
+        install = "pip install nltk; python -m nltk.downloader wordnet punkt_tab"
+        raise ValueError(f"METEOR needs NLTK and its data: {install}") from None
     return lambda prediction, reference: single_meteor_score(word_tokenize(reference), word_tokenize(prediction))
 
 
@@ -167,19 +170,18 @@ def bertscore(predictions: list[str], references: list[str]) -> list[float]:
     model = "distilbert-base-uncased"
     f1 = np.zeros(len(predictions))
     # with transformers 5 the package fails on empty texts
-    full = np.flatnonzero([bool(p and r) for p, r in zip(predictions, references, strict=True)])
+    full = [i for i, pair in enumerate(zip(predictions, references, strict=True)) if all(pair)]
     try:
         from bert_score import score
 
-        if len(full):
-            texts = [[side[i] for i in full] for side in (predictions, references)]
-            *_, f1[full] = score(*texts, model_type=model)  # precision, recall, F1
+        if full:
+            ours, theirs = [predictions[i] for i in full], [references[i] for i in full]
+            *_, f1[full] = score(ours, theirs, model_type=model)  # precision, recall, F1
     except ImportError:
         raise ValueError("BERTScore needs a package: pip install bert-score") from None
     except OSError:
         raise ValueError(f"BERTScore needs the model {model}: download it once into the hub's cache") from None
     return f1.tolist()
-
 
 
 def statistics(
@@ -191,15 +193,16 @@ def statistics(
     """
     predictions = [clean(text.lower()) for text in predictions]
     references = [clean(text.lower()) for text in references]
+    # what may be missing is looked for before the long work begins
+    rows = {key: [] for key in VARIANTS}
+    if with_bertscore:
+        rows["Bert_score"] = [100 * value for value in bertscore(predictions, references)]
+    meteor = None
     try:
         meteor = meteor_scorer()
     except ValueError as error:
         warnings.warn(f"METEOR is left out. {error}", stacklevel=2)
-        meteor = None
 
-    rows = {key: [] for key in VARIANTS}
-    if with_bertscore:
-        rows["Bert_score"] = [100 * value for value in bertscore(predictions, references)]
     for prediction, reference in zip(predictions, references, strict=True):
         for n, row in zip(ORDERS, bleu_rows(prediction, reference), strict=True):
             rows[f"BLEU{n}"].append(row)
@@ -236,9 +239,11 @@ def corpus_bleu(sums: np.ndarray) -> np.ndarray:
     matched, total = sums[..., :order], sums[..., order : 2 * order]
     predicted, wanted = sums[..., -2], sums[..., -1]
     with np.errstate(divide="ignore", invalid="ignore"):
-        brevity = np.minimum(0, 1 - wanted / predicted)  # the logarithm of the penalty for predictions too short
-        log_bleu = np.log(matched / total).mean(-1) + brevity
-    return np.where((matched > 0).all(-1), 100 * np.exp(log_bleu), 0.0)
+        # the geometric mean of the precisions, times a penalty if the predictions are shorter than the references
+        log_precision = np.log(matched / total).mean(-1)
+        log_penalty = np.minimum(0, 1 - wanted / predicted)
+        bleu = 100 * np.exp(log_precision + log_penalty)
+    return np.where((matched > 0).all(-1), bleu, 0.0)
 
 
 def corpus_score(column: np.ndarray) -> float:
@@ -249,7 +254,6 @@ def corpus_score(column: np.ndarray) -> float:
 def published(scores: dict[str, float]) -> dict[str, float]:
     """The scores that the published code prints: its keys in its order, two digits."""
     return {key: round(float(scores[key]), 2) for key in METRICS if key in scores}
-
 
 
 @dataclass(frozen=True)
@@ -287,7 +291,8 @@ def resample(table: Table, seed: int) -> dict[str, np.ndarray]:
     sums = []
     for _ in range(RESAMPLES):
         drawn = generator.integers(count, size=count)
-        times = np.bincount(drawn, minlength=count)  # how often each pair was drawn
+        # how often each pair was drawn
+        times = np.bincount(drawn, minlength=count)
         sums.append(times @ columns)
 
     # cut the columns into scores again

@@ -57,25 +57,43 @@ def write(path, *, title, subtitle, groups, scores, notes, pairs: list[Pair], va
     groups: {name: number of studies}; scores: {key: {group: Interval}}; notes: {key: what the score is};
     values: {key: [N]}, the scores of each of the N pairs; folder: where the images are, None for a page without any.
     """
-    names = sorted({name for pair in pairs for name in pair.images}) if folder is not None else []
-    images = thumbnails(names, folder)
+    # 1) every image once; a study names its images by their numbers
+    images = {}
+    if folder is not None:
+        images = thumbnails(sorted({name for pair in pairs for name in pair.images}), folder)
     numbers = {name: number for number, name in enumerate(images)}
 
-    # what the script of page.html reads
-    data = {"groups": groups, "scores": [], "metrics": list(values), "words": sorted(WORDS_OF_CHANGE)}
-    for key, intervals in scores.items():
-        ends = {group: [interval.value, interval.low, interval.high] for group, interval in intervals.items()}
-        data["scores"].append({"key": key, "note": notes.get(key, ""), "values": ends})
-    data |= {"images": list(images.values()), "studies": []}
+    # 2) what the script of page.html reads
+    lines = []
+    for key, found in scores.items():
+        ends = {group: list(vars(interval).values()) for group, interval in found.items()}
+        lines.append({"key": key, "note": notes.get(key, ""), "values": ends})
+    studies = []
     for i, pair in enumerate(pairs):
-        study = {"id": pair.id, "prior": pair.has_prior, "prompt": pair.prompt, "reference": pair.reference}
-        study |= {"prediction": pair.prediction, "images": [numbers.get(name) for name in pair.images]}
-        study["values"] = [round(float(column[i]), 2) for column in values.values()]
-        data["studies"].append(study)
+        study = {
+            "id": pair.id,
+            "prior": pair.has_prior,
+            "prompt": pair.prompt,
+            "reference": pair.reference,
+            "prediction": pair.prediction,
+            "images": [numbers.get(name) for name in pair.images],
+            "values": [round(float(column[i]), 2) for column in values.values()],
+        }
+        studies.append(study)
+    data = {
+        "groups": groups,
+        "scores": lines,
+        "metrics": list(values),
+        "words": sorted(WORDS_OF_CHANGE),
+        "images": list(images.values()),
+        "studies": studies,
+    }
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
 
+    # 3) the page
     page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    page = page.replace("<!--TITLE-->", html.escape(title)).replace("<!--SUBTITLE-->", html.escape(subtitle))
+    page = page.replace("<!--TITLE-->", html.escape(title))
+    page = page.replace("<!--SUBTITLE-->", html.escape(subtitle))
     # without "<" no text can begin a tag; the data comes last, so that nothing in it is replaced
     page = page.replace("<!--DATA-->", text.replace("<", "\\u003c"))
     with atomic(path) as file:

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from data import Question, Records, image_names
-from evaluation.metrics import VARIANTS, Table
+from evaluation.metrics import VARIANTS, Table, statistics
+from plumbing.cli import progress
 from plumbing.files import atomic
 
 
@@ -43,11 +44,13 @@ def read_pairs(references, predictions, chosen: Collection[str] | None = None) -
         ignored = questions.keys() - set(chosen)
         questions = {id: questions[id] for id in chosen}
         answers = {id: answer for id, answer in answers.items() if id not in ignored}
+    # every question has one answer, every answer a question
     missing = [id for id in questions if id not in answers]
     extra = [id for id in answers if id not in questions]
     require_none(missing, f"of {references} are missing in {predictions}")
     require_none(extra, f"of {predictions} are not in {references}")
 
+    # an error in a line names its file and its id
     pairs = []
     for id, question in questions.items():
         try:
@@ -81,6 +84,7 @@ def read_lines(path) -> dict[str, dict]:
     """{question_id: line} of a question or answer file, a training record as a question. ValueError names the line."""
     records, lines = Records(path), []
     for number, line in enumerate(records):
+        # a training record asks its first question
         if "conversations" in line:
             try:
                 question = Question.parse(line)
@@ -93,6 +97,7 @@ def read_lines(path) -> dict[str, dict]:
         lines.append(line)
     if not lines:
         raise ValueError(f"{path} is empty: give one JSON object on each line")
+    # ids are compared as text: 7 and "7" are the same
     counts = Counter(str(line["question_id"]) for line in lines)
     require_none([id for id, count in counts.items() if count > 1], f"come twice in {path}")
     return {str(line["question_id"]): line for line in lines}
@@ -106,6 +111,12 @@ def groups_of(pairs: list[Pair]) -> dict[str, np.ndarray]:
         split = {"with prior": prior, "without prior": ~prior}
         groups |= {name: members for name, members in split.items() if members.any()}
     return groups
+
+
+def statistics_of(pairs: list[Pair], bertscore: bool = False) -> Table:
+    """The rows of all metrics, see `metrics.statistics`."""
+    predictions, references = [pair.prediction for pair in pairs], [pair.reference for pair in pairs]
+    return statistics(predictions, references, bertscore, progress("scoring"))
 
 
 def write_export(path, pairs: list[Pair]):
@@ -130,6 +141,7 @@ def read_merge(paths, count: int) -> tuple[Table, dict[str, float]]:
         for key, value in content.items():
             if key in VARIANTS or key in columns or key in values:
                 raise ValueError(f"{path}: there is a score {key} already: rename it or leave the file out")
+            # a number for all pairs, or a list of one for each
             single = not isinstance(value, list)
             numbers = [value] if single else value
             finite = all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)

@@ -1,6 +1,5 @@
 """What the prior image does: the same questions answered under several priors, and their scores compared."""
 
-import csv
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -8,8 +7,7 @@ import numpy as np
 
 from evaluation.metrics import FLOOR, Interval, Table, differences, intervals, statistics, words_of_change
 from evaluation.truth import severity_flips, truth_statistics
-from plumbing.cli import print_table, progress
-from plumbing.files import atomic
+from plumbing.cli import progress
 
 # the words of change that name a direction by themselves, whatever they are said of
 WORSE = frozenset(
@@ -39,6 +37,7 @@ def flips(true: str, other: str) -> Flips:
     """
     before, after = words_of_change(true), words_of_change(other)
     gone, come = before - after, after - before
+    # a word that is gone is reversed if a word of the other direction has come
     flipped = 0
     if come & BETTER:
         flipped += len(gone & WORSE)
@@ -71,50 +70,26 @@ def prior_scores(texts: dict, references: list[str], truths: list[dict] | None, 
             del table[FLOOR]
             table |= reactions(texts["true"], predictions, truths)
 
-        # 2) intervals, and differences to the true prior, of the scores that had a chance
-        scores = {key: found["all"] for key, found in intervals(table, groups, seed).items() if found}
-        table = {key: table[key] for key in scores}
-        gaps = differences(true_table, table, groups, seed) if true_table else {}
-        true_table = true_table or table
-        for key, interval in scores.items():
-            difference = gaps[key]["all"].difference if key in gaps else None
-            result.setdefault(key, {})[condition] = Cell(**vars(interval), difference=difference)
+        # 2) intervals of the scores that had a chance
+        scores = intervals(table, groups, seed)
+        table = {key: table[key] for key in table if scores[key]}
+
+        # 3) differences to the true prior, which comes first
+        gaps = {}
+        if true_table:
+            gaps = differences(true_table, table, groups, seed)
+        else:
+            true_table = table
+        for key in table:
+            gap = gaps[key]["all"].difference if key in gaps else None
+            result.setdefault(key, {})[condition] = Cell(**vars(scores[key]["all"]), difference=gap)
     return result
 
 
 def reactions(true: list[str], other: list[str], truths: list[dict] | None) -> Table:
     """How N reports differ from those under the true prior: rows [N, k] as in `metrics`."""
-    pairs = list(zip(true, other, strict=True))
-    table = {"reports changed": [[0 if one == two else 100] for one, two in pairs]}
-    table["directions flipped"] = [flips(one, two) for one, two in pairs]
+    table = {"reports changed": [[0 if one == two else 100] for one, two in zip(true, other, strict=True)]}
+    table["directions flipped"] = list(map(flips, true, other))
     if truths:
-        turned = map(severity_flips, true, other, truths)
-        table["severity changes turned round"] = list(turned)
+        table["severity changes turned round"] = list(map(severity_flips, true, other, truths))
     return {key: np.array(rows, dtype=float) for key, rows in table.items()}
-
-
-def print_prior(scores: dict, conditions: list[str], words: int):
-    """Print the result of `prior_scores`, a column for each condition; words: direction words under the true prior."""
-    lines = [["", *conditions]]
-    for key, cells in scores.items():
-        lines.append([key, *(cells.get(condition, "") for condition in conditions)])
-        gaps = {condition: cell.difference for condition, cell in cells.items() if cell.difference}
-        if gaps:
-            signed = {condition: gap.format("+") for condition, gap in gaps.items()}
-            lines.append(["  minus true", *(signed.get(condition, "") for condition in conditions)])
-    print_table(lines)
-    print(f"directions flipped: share of the {words:,} words of direction in the reports under true that the other")
-    print("report lacks while it has a word of the opposite direction that the first lacks")
-    print(f"worse: {', '.join(sorted(WORSE))}\nbetter: {', '.join(sorted(BETTER))}")
-
-
-def write_prior_csv(path, name: str, scores: dict):
-    """Write one row for each score and condition."""
-    ends = ["value", "low", "high"]
-    with atomic(path) as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["Model Name", "score", "prior", *ends, *(f"difference {end}" for end in ends)])
-        for key, cells in scores.items():
-            for condition, cell in cells.items():
-                gap = cell.difference or Interval(None)
-                writer.writerow([name, key, condition, cell.value, cell.low, cell.high, gap.value, gap.low, gap.high])

@@ -13,6 +13,7 @@ from phantom.hospital import DEVICES, FINDINGS, SIDED, level, read_report
 def read_truth(path, pairs: list[Pair]) -> list[dict]:
     """The line of a phantom hospital's truth.jsonl for each pair. ValueError if a line is wrong or missing."""
     lines, text = {}, Path(path).read_text(encoding="utf-8")
+    # two keys for each line: pairs may name images, or studies
     for number, line in enumerate(text.splitlines(), 1):
         try:
             truth = json.loads(line)
@@ -21,12 +22,13 @@ def read_truth(path, pairs: list[Pair]) -> list[dict]:
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path} line {number} is no line of a phantom hospital's truth.jsonl") from None
 
-    truths = []
+    truths, lost = [], []
     for pair in pairs:
         # by the name of the current image, or by the study
         image = Path(pair.images[0]).stem if pair.images else None
         truths.append(lines.get(image) or lines.get(pair.id))
-    lost = [pair.id for pair, truth in zip(pairs, truths, strict=True) if truth is None]
+        if truths[-1] is None:
+            lost.append(pair.id)
     if lost:
         raise ValueError(f"{path} has no line for {len(lost):,} of {len(pairs):,} studies (first: {lost[0]})")
     return truths
@@ -52,6 +54,7 @@ def truth_statistics(predictions: list[str], truths: list[dict]) -> Table:
             claimed = name in report and said["change"] not in ("resolved", "removed")
             real = name in present
             hit = claimed and real
+            # it counts for itself and for its kind; F1 = 2 hits / (claimed + real)
             for group in (name, "findings" if name in FINDINGS else "devices"):
                 table[f"{group} precision"][i] += hit, claimed
                 table[f"{group} recall"][i] += hit, real

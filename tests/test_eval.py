@@ -11,14 +11,10 @@ import pytest
 from conftest import GOLDEN, ROOT, one_line, read_lines, write_lines
 
 import eval as cli
-from evaluation import metrics, pairs
+from evaluation import pairs
 from phantom import hospital
 
-
-@pytest.fixture(autouse=True)
-def no_meteor(monkeypatch):
-    """METEOR's data need not be there."""
-    monkeypatch.setattr(metrics, "meteor_scorer", lambda: lambda prediction, reference: 0.5)
+pytestmark = pytest.mark.usefixtures("no_meteor")
 
 
 def run(*arguments) -> int:

@@ -1,6 +1,5 @@
 """Oracles: golden values of the published code, sacrebleu, rouge_score, nltk, transformers, and resampling by hand."""
 
-import importlib.util
 import random
 import re
 import shutil
@@ -49,9 +48,6 @@ def build_wordnet(target: Path):
 
 def build_punkt(target: Path):
     inside = "llama_index/core/_static/nltk_cache/tokenizers/punkt_tab/english"
-    if importlib.util.find_spec("llama_index"):
-        shutil.copytree(Path(importlib.util.find_spec("llama_index.core").origin).parents[2] / inside, target)
-        return
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", target.parents[2]]
     if subprocess.run([*command, "llama-index-core==0.14.25"], capture_output=True).returncode:
         pytest.skip("METEOR's punkt_tab is missing: pip download --no-deps llama-index-core==0.14.25 has it")
@@ -62,12 +58,6 @@ def build_punkt(target: Path):
             if name.startswith(inside) and not name.endswith("/"):
                 (target / Path(name).name).write_bytes(archive.read(name))
     wheel.unlink()
-
-
-@pytest.fixture
-def no_meteor(monkeypatch):
-    """For tests of other metrics: METEOR's data need not be there."""
-    monkeypatch.setattr(metrics, "meteor_scorer", lambda: lambda prediction, reference: 0.5)
 
 
 def random_pairs(count: int) -> list[tuple[str, str]]:
@@ -202,9 +192,6 @@ def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "bert_score", None)
     with pytest.raises(ValueError, match="pip install bert-score"):
         metrics.bertscore(["a"], ["a"])
-
-
-# ------------------------------------------------------------------------------------------ intervals
 
 
 def test_resampling_sums_is_scoring_the_resampled_reports(no_meteor, monkeypatch):

@@ -12,10 +12,7 @@ from evaluation import metrics, truth
 from evaluation import prior as prior_module
 from phantom import hospital
 
-
-@pytest.fixture(autouse=True)
-def no_meteor(monkeypatch):
-    monkeypatch.setattr(metrics, "meteor_scorer", lambda: lambda prediction, reference: 0.5)
+pytestmark = pytest.mark.usefixtures("no_meteor")
 
 
 def run(*arguments) -> int:
