@@ -15,7 +15,7 @@ from evaluation import metrics, page, tables
 from evaluation.answering import CONDITIONS, QuestionSet, choose, load_model, read_questions, write_answers
 from evaluation.metrics import FLOOR, METRICS, VARIANTS, Interval, published, temporal_f1_score
 from evaluation.pairs import groups_of, read_merge, read_pairs, statistics_of, write_export
-from evaluation.prior import flips, prior_scores
+from evaluation.prior import prior_scores
 from evaluation.truth import read_truth, truth_statistics
 from plumbing.cli import Parser, add_decoding_flags, add_model_flags, guard
 from plumbing.distributed import init_distributed
@@ -141,8 +141,7 @@ def prior(arguments):
     if arguments.json:
         return tables.print_json({"model": name, "studies": len(ids), "scores": scores})
     print(f"{name}, {len(ids):,} studies with a prior: score × 100 [95 % interval], and its paired difference to true")
-    tables.print_prior(scores, list(texts), words=sum(flips(text, text).words for text in texts["true"]))
-    print("; ".join(f"{condition}: {CONDITIONS[condition]}" for condition in texts))
+    tables.print_prior(scores, {condition: CONDITIONS[condition] for condition in texts})
 
 
 def positive(text: str) -> int:
@@ -163,7 +162,6 @@ def conditions(text: str) -> list[str]:
 def parse(arguments=None):
     parser = Parser(prog="eval.py", description="Answer a question file, score answers, find out what a prior does.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
     answer = commands.add_parser("answer", help="answer a question file; resumes if interrupted; torchrun shares it")
     add = answer.add_argument
     add("--model", required=True, metavar="ID_OR_DIR", help="checkpoint: a folder or a hub id")

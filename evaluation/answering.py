@@ -109,7 +109,6 @@ class QuestionSet:
         """The image files to show, current first. A question without a prior is asked as it is."""
         if len(question.images) == 1 or self.condition == "true":
             return question.images
-        # one of the other conditions changes the prior
         current, prior = question.images
         if self.condition == "reversed":
             return [prior, current]
@@ -125,7 +124,7 @@ class QuestionSet:
                 for name in self.image_names(question):
                     self.folder.find(name)
 
-    def lengths(self, libra: Libra, template: str | None, options: Options) -> dict[str, int]:
+    def lengths(self, libra: Libra, template, options: Options) -> dict[str, int]:
         """{id: positions of the prompt}. ValueError if a prompt is too long."""
         lengths = {}
         for id, question in self.by_id.items():
@@ -145,7 +144,8 @@ class QuestionSet:
                     images.append(Image.new("RGB", images[0].size))
                 # the pixels are kept, much smaller than the images; the study keeps their files' names
                 pixels.append(libra.preprocess(images))
-                studies.append(Study(*files, query=question.text, id=str(question.id)))
+                study = Study(*files, query=question.text, id=str(question.id))
+                studies.append(study)
         return studies, pixels
 
 
@@ -226,19 +226,25 @@ def write_answers(arguments, questions: QuestionSet, answers: Path, load: Callab
     if not complete:
         # 1) form the batches; missing images show before the model is loaded, which takes longer
         questions.find_images()
-        libra = load()
-        batches = form_batches(libra, questions, arguments, begun.get("batch_size"), world)
+        libra, options = load(), sample.options_of(arguments)
+        lengths = questions.lengths(libra, arguments.template, options)
+        size = arguments.batch_size or begun.get("batch_size")
+        if size is None:
+            size = fitting_batch_size(libra, max(lengths.values()), options, world)
+        # the longest prompts come first, so that what does not fit the memory shows at once
+        order = sorted(lengths, key=lengths.get, reverse=True)
+        batches = [order[first : first + size] for first in range(0, len(order), size)]
 
         work = answers.with_name(f".{answers.name}.{world.rank}")
         with resumable(answers), open(work, "a", encoding="utf-8") as file, only_writer(file, answers):
             # 2) take this rank's share of what is not done; no rank may write before all have looked
             done = read_work(answers)
-            share = [batch for batch in batches if batch[0] not in done][world.rank :: world.size]
+            batches = [batch for batch in batches if batch[0] not in done]
+            share = batches[world.rank :: world.size]
             world.barrier()
             if world.rank == 0 and not begun:
-                settings["batch_size"] = len(batches[0])
                 with atomic(sidecar) as settings_file:
-                    settings_file.write(json.dumps(settings, indent=1) + "\n")
+                    settings_file.write(json.dumps(settings | {"batch_size": size}, indent=1) + "\n")
 
             # 3) answer it; a finished batch is a line of the work file
             show, finished = progress(f"answering {answers.name}", "studies"), 0
@@ -265,20 +271,6 @@ def write_answers(arguments, questions: QuestionSet, answers: Path, load: Callab
         print(f"{answers}: {len(questions.by_id):,} answers{note}", file=sys.stderr)
     # a rank that crashed on exit would make torchrun stop the others
     world.barrier()
-
-
-def form_batches(libra: Libra, questions: QuestionSet, arguments, begun_size: int | None, world: World):
-    """Lists of ids, the longest prompts first, so that what does not fit shows at once.
-
-    begun_size: the batch size of the run that is resumed. ValueError if a prompt is too long.
-    """
-    options = sample.options_of(arguments)
-    lengths = questions.lengths(libra, arguments.template, options)
-    size = arguments.batch_size or begun_size
-    if size is None:
-        size = fitting_batch_size(libra, max(lengths.values()), options, world)
-    order = sorted(lengths, key=lengths.get, reverse=True)
-    return [order[i : i + size] for i in range(0, len(order), size)]
 
 
 def work_files(answers: Path) -> list[Path]:
@@ -327,10 +319,11 @@ def earlier_settings(answers: Path, sidecar: Path, settings: dict) -> dict:
     files = [path for path in (answers, *work_files(answers)) if path.exists()]
     if not sidecar.exists():
         raise FileExistsError(f"{files[0]} exists, but no {sidecar.name} says how it was made: delete or move it")
-    begun = read_json(sidecar)
-    # every difference is named
-    settings = settings | {"batch_size": settings["batch_size"] or begun.get("batch_size")}
-    changed = [f"{name} {begun.get(name)}, not {value}" for name, value in settings.items() if begun.get(name) != value]
+    begun, changed = read_json(sidecar), []
+    for name, value in settings.items():
+        same = begun.get(name) == value or (name == "batch_size" and value is None)
+        if not same:
+            changed.append(f"{name} {begun.get(name)}, not {value}")
     if changed:
         delete = ", ".join(map(str, [*files, sidecar]))
         raise ValueError(f"{answers} was made with {'; '.join(changed)}: give another file, or delete {delete}")

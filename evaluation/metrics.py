@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 Table = dict[str, np.ndarray]  # {score: rows [N, k]}
+Groups = dict[str, np.ndarray]  # {name of a group of pairs: bool [N]}
 RESAMPLES = 1000  # of the bootstrap
 ORDERS = (1, 2, 3, 4)  # the n of BLEU-n
 
@@ -136,10 +137,10 @@ def temporal_f1(predicted: set[str], wanted: set[str]) -> float:
     return 2 * precision * recall / (precision + recall + tiny)
 
 
-def temporal_f1_score(predictions: list[str], references: list[str] | list[list[str]]) -> dict:
+def temporal_f1_score(predictions: list[str], references: list) -> dict:
     """The published temporal score: {"f1": mean F1, "prediction_entities", "reference_entities": a set for each pair}.
 
-    Several references of one prediction are united. ValueError if the lists are empty or differ in length.
+    A reference is a text, or a list of texts whose words are united. ValueError unless each prediction has one.
     """
     if not predictions or len(predictions) != len(references):
         raise ValueError(f"{len(predictions)} predictions and {len(references)} references: give as many of each")
@@ -170,12 +171,13 @@ def bertscore(predictions: list[str], references: list[str]) -> list[float]:
     model = "distilbert-base-uncased"
     f1 = np.zeros(len(predictions))
     # with transformers 5 the package fails on empty texts
-    full = [i for i, pair in enumerate(zip(predictions, references, strict=True)) if all(pair)]
+    full = [i for i in range(len(predictions)) if all((predictions[i], references[i]))]
     try:
         from bert_score import score
 
         if full:
-            ours, theirs = [predictions[i] for i in full], [references[i] for i in full]
+            ours = [predictions[i] for i in full]
+            theirs = [references[i] for i in full]
             *_, f1[full] = score(ours, theirs, model_type=model)  # precision, recall, F1
     except ImportError:
         raise ValueError("BERTScore needs a package: pip install bert-score") from None
@@ -215,8 +217,11 @@ def statistics(
         show(len(rows[FLOOR]), len(predictions))
 
     # a score that was not computed has no rows; a single number is a row of width 1
-    table = {key: np.array(row, dtype=float) for key, row in rows.items() if row}
-    return {key: column.reshape(len(column), -1) for key, column in table.items()}
+    table = {}
+    for key, column in rows.items():
+        if column:
+            table[key] = np.array(column, dtype=float).reshape(len(column), -1)  # [N, k]
+    return table
 
 
 def score_of(sums: np.ndarray, count) -> np.ndarray:
@@ -305,8 +310,8 @@ def percentiles(resampled: np.ndarray) -> list[float]:
     return np.nanpercentile(resampled, [2.5, 97.5]).tolist()
 
 
-def intervals(table: Table, groups: dict[str, np.ndarray], seed: int = 0) -> dict[str, dict[str, Interval]]:
-    """{key: [N, k]} -> {key: {group: Interval}}; groups are {name: bool [N]}. A group without a chance is left out."""
+def intervals(table: Table, groups: Groups, seed: int = 0) -> dict[str, dict[str, Interval]]:
+    """{key: [N, k]} -> {key: {group: Interval}}. A group without a chance is left out."""
     result = {key: {} for key in table}
     for group, members in groups.items():
         part = {key: column[members] for key, column in table.items()}
@@ -317,7 +322,7 @@ def intervals(table: Table, groups: dict[str, np.ndarray], seed: int = 0) -> dic
     return result
 
 
-def differences(a: Table, b: Table, groups: dict[str, np.ndarray], seed: int = 0) -> dict[str, dict[str, Difference]]:
+def differences(a: Table, b: Table, groups: Groups, seed: int = 0) -> dict[str, dict[str, Difference]]:
     """Two tables of the same N studies -> {key: {group: Difference}}, paired."""
     result = {key: {} for key in a if key in b and key != FLOOR}
     for group, members in groups.items():

@@ -14,7 +14,6 @@ from pathlib import Path
 from PIL import Image
 
 from evaluation.metrics import WORDS_OF_CHANGE
-from evaluation.pairs import Pair
 from plumbing.cli import progress
 from plumbing.files import atomic
 from plumbing.image import load_image
@@ -51,11 +50,11 @@ def thumbnails(names: list[str], folder) -> dict[str, str]:
     return images
 
 
-def write(path, *, title, subtitle, groups, scores, notes, pairs: list[Pair], values, folder=None):
+def write(path, *, title, subtitle, groups, scores, notes, pairs, values, folder=None):
     """Write the page.
 
     groups: {name: number of studies}; scores: {key: {group: Interval}}; notes: {key: what the score is};
-    values: {key: [N]}, the scores of each of the N pairs; folder: where the images are, None for a page without any.
+    values: {key: [N]}, the scores of each of the N `Pair`s; folder: where the images are, None for a page without any.
     """
     # 1) every image once; a study names its images by their numbers
     images = {}
@@ -66,8 +65,9 @@ def write(path, *, title, subtitle, groups, scores, notes, pairs: list[Pair], va
     # 2) what the script of page.html reads
     lines = []
     for key, found in scores.items():
+        note = notes.get(key, "")
         ends = {group: list(vars(interval).values()) for group, interval in found.items()}
-        lines.append({"key": key, "note": notes.get(key, ""), "values": ends})
+        lines.append({"key": key, "note": note, "values": ends})
     studies = []
     for i, pair in enumerate(pairs):
         study = {

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from data import Question, Records, image_names
-from evaluation.metrics import VARIANTS, Table, statistics
+from evaluation.metrics import VARIANTS, Groups, Table, statistics
 from plumbing.cli import progress
 from plumbing.files import atomic
 
@@ -103,7 +103,7 @@ def read_lines(path) -> dict[str, dict]:
     return {str(line["question_id"]): line for line in lines}
 
 
-def groups_of(pairs: list[Pair]) -> dict[str, np.ndarray]:
+def groups_of(pairs: list[Pair]) -> Groups:
     """{"all", "with prior", "without prior"} -> bool [N]; only "all" if no question names images."""
     groups = {"all": np.ones(len(pairs), bool)}
     if any(pair.images for pair in pairs):

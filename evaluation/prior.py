@@ -1,7 +1,6 @@
 """What the prior image does: the same questions answered under several priors, and their scores compared."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 
@@ -20,30 +19,23 @@ BETTER = frozenset(
 )
 
 
-class Flips(NamedTuple):
-    """Direction words of one report: how many are reversed in another report, and how many there are."""
+def flips(true: str, other: str) -> tuple[int, int]:
+    """Returns (direction words of `true` that are reversed in `other`, direction words of `true`); each counts once.
 
-    flipped: int
-    words: int
-
-
-def flips(true: str, other: str) -> Flips:
-    """Count the direction words (WORSE, BETTER) of `true` that are reversed in `other`; each word counts once.
-
-    A word is reversed if `other` lacks it and has a word of the opposite direction that `true` lacks:
+    Direction words are WORSE and BETTER. One is reversed if `other` lacks it and has one of the opposite direction that
+    `true` lacks:
 
         true   "New edema, improved effusion."
-        other  "Resolved edema, improved effusion."     new is reversed: Flips(flipped=1, words=2)
+        other  "Resolved edema, improved effusion."     new is reversed: (1, 2)
     """
     before, after = words_of_change(true), words_of_change(other)
     gone, come = before - after, after - before
-    # a word that is gone is reversed if a word of the other direction has come
     flipped = 0
     if come & BETTER:
         flipped += len(gone & WORSE)
     if come & WORSE:
         flipped += len(gone & BETTER)
-    return Flips(flipped, len(before & (WORSE | BETTER)))
+    return flipped, len(before & (WORSE | BETTER))
 
 
 @dataclass(frozen=True)
@@ -82,14 +74,15 @@ def prior_scores(texts: dict, references: list[str], truths: list[dict] | None, 
             true_table = table
         for key in table:
             gap = gaps[key]["all"].difference if key in gaps else None
-            result.setdefault(key, {})[condition] = Cell(**vars(scores[key]["all"]), difference=gap)
+            cell = Cell(**vars(scores[key]["all"]), difference=gap)
+            result.setdefault(key, {})[condition] = cell
     return result
 
 
 def reactions(true: list[str], other: list[str], truths: list[dict] | None) -> Table:
     """How N reports differ from those under the true prior: rows [N, k] as in `metrics`."""
-    table = {"reports changed": [[0 if one == two else 100] for one, two in zip(true, other, strict=True)]}
-    table["directions flipped"] = list(map(flips, true, other))
+    changed = [[0 if one == two else 100] for one, two in zip(true, other, strict=True)]
+    table = {"reports changed": changed, "directions flipped": list(map(flips, true, other))}
     if truths:
         table["severity changes turned round"] = list(map(severity_flips, true, other, truths))
     return {key: np.array(rows, dtype=float) for key, rows in table.items()}

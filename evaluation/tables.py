@@ -34,8 +34,8 @@ def print_differences(scores: dict[str, dict[str, Difference]], sizes: dict[str,
         print_table(lines)
 
 
-def print_prior(scores: dict[str, dict[str, Cell]], conditions: list[str], words: int):
-    """Print a column for each condition; words: the number of direction words in the reports under the true prior."""
+def print_prior(scores: dict[str, dict[str, Cell]], conditions: dict[str, str]):
+    """Print a column for each condition, and what the columns and the words of direction are."""
     lines = [["", *conditions]]
     for key, cells in scores.items():
         values, gaps = [key], ["  minus true"]
@@ -48,8 +48,10 @@ def print_prior(scores: dict[str, dict[str, Cell]], conditions: list[str], words
         if any(gaps[1:]):
             lines.append(gaps)
     print_table(lines)
-    print(f"directions flipped: share of the {words:,} words of direction in the reports under true that the other")
-    print("report lacks while it has a word of the opposite direction that the first lacks")
+    print("; ".join(f"{condition}: {image}" for condition, image in conditions.items()))
+    # what is counted, as it is no published score
+    print("directions flipped: share of the words of direction in the reports under true that the other report lacks")
+    print("while it has a word of the opposite direction that the first lacks")
     print(f"worse: {', '.join(sorted(WORSE))}\nbetter: {', '.join(sorted(BETTER))}")
 
 
@@ -73,6 +75,7 @@ def append_csv(path, row: dict):
     if Path(path).exists():
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     header = next(csv.reader(lines), list(row))
+    # a file of other columns is somebody else's
     if header != list(row):
         raise ValueError(f"{path} has the columns {', '.join(header)}, not {', '.join(row)}: give another file")
     with atomic(path) as file:

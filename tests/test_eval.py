@@ -61,9 +61,6 @@ def test_scores_are_split_by_prior(score, capsys):
     assert value("ROUGE-L")["all"] == 90
     assert result["scores"]["ROUGE-L"]["all"]["low"] < 90 <= result["scores"]["ROUGE-L"]["all"]["high"]
     assert scored(capsys, *score) == result  # the bootstrap is seeded
-
-
-def test_the_table_has_a_column_for_each_group_and_explains_the_floor(score, capsys):
     assert run(*score) == 0
     table = capsys.readouterr().out
     assert "all (5)" in table and "90.00 [" in table and "never mentions change" in table
@@ -182,9 +179,6 @@ def test_wrong_arguments_are_reported_in_one_line(capsys, line, culprit):
     assert status == 2 and culprit in one_line(capsys)
 
 
-# ------------------------------------------------------------------------------------------ phantom reports
-
-
 def write_phantom(tmp_path) -> list:
     """Arguments for three studies with their truth; reports right and wrong, by hand."""
     edema, nodule = {"edema": {"side": "bilateral", "severity": 0.5}}, {"nodule": {"side": "left", "severity": 0.1}}
@@ -225,24 +219,18 @@ def test_a_wrong_truth_is_refused(tmp_path, score, capsys):
     assert "q.jsonl line 1" in one_line(capsys)
 
 
-# ------------------------------------------------------------------------------------------ the README
-
-
 def write_hospital(folder: Path):
     """A drawn hospital as images/, its truth.jsonl, and a question for each study."""
     hospital.write(folder / "images", patients=3, size=64, workers=1)
     shutil.copy(folder / "images" / "truth.jsonl", folder / "truth.jsonl")
-    lines, last = [], {"study_id": None}
-    for truth in read_lines(folder / "truth.jsonl"):
-        subject, study = str(truth["subject_id"]), truth["study_id"]
-        place = f"files/p{subject[:2]}/p{subject}/s{study}"
-        truth["image"] = f"{place}/{truth['dicom_id']}.jpg"
-        has_prior = truth["prior_study_id"] and truth["prior_study_id"] == last["study_id"]
-        images = [truth["image"], last["image"]] if has_prior else [truth["image"]]
-        report = (folder / "images" / f"{place}.txt").read_text()
-        reference = re.search("FINDINGS:(.*)IMPRESSION:", report, re.S)[1].strip()
-        lines.append({"question_id": study, "image": images, "text": "Findings?", "reference": reference})
-        last = truth
+    states = {state.study_id: state for patient in range(3) for state in hospital.history(0, patient)}
+    images = {id: f"files/p{str(state.subject_id)[:2]}/p{state.subject_id}/s{id}/{state.dicom_id}.jpg"
+              for id, state in states.items()}  # fmt: skip
+    lines = []
+    for id, state in states.items():
+        reference = re.search("FINDINGS:(.*)IMPRESSION:", hospital.report(state), re.S)[1].strip()
+        names = [images[study] for study in (id, state.prior_study_id) if study]
+        lines.append({"question_id": id, "image": names, "text": "Findings?", "reference": reference})
     write_lines(folder / "questions.jsonl", lines)
 
 

@@ -69,9 +69,6 @@ def study(question: dict) -> Study:
     return Study(*(IMAGES / name for name in images), query=question["text"], id=str(question["question_id"]))
 
 
-# ------------------------------------------------------------------------------------------ answers
-
-
 @pytest.mark.parametrize("settings", [
     dict(num_beams=3, length_penalty=2.0, max_new_tokens=20),
     dict(temperature=0.8, top_p=0.9, seed=5, max_new_tokens=20),
@@ -130,8 +127,6 @@ def test_a_batch_is_what_fits_half_the_memory(monkeypatch):
         assert answering.fitting_batch_size(libra, 100, options, World()) == batch
 
 
-# ------------------------------------------------------------------------------------------ stopping and sharing
-
 SLOW = ("--batch-size", 2, "--num-beams", 8, "--max-new-tokens", 50)
 
 
@@ -182,9 +177,6 @@ def test_an_interrupted_run_keeps_its_batches_whoever_answered_them(questions, t
     assert answer(questions, out, "--max-new-tokens", 5) == 0  # with the batch size that it was begun with
     assert len(calls) == 3 + 3 and out.read_text().count('"text": "kept ') == 8
     assert out.read_text().replace('"text": "kept ', '"text": "') == whole.read_text()
-
-
-# ------------------------------------------------------------------------------------------ other settings
 
 
 @pytest.fixture
@@ -238,9 +230,6 @@ def test_nothing_answered_is_nothing_to_mix_with(questions, answered, tmp_path):
     assert json.loads((tmp_path / "a.settings.json").read_text())["max_new_tokens"] == 3
 
 
-# ------------------------------------------------------------------------------------------ mistakes
-
-
 @pytest.mark.parametrize(("change", "flags", "culprit"), [
     (lambda q: q[3].update(image="9.png"), (), "question 3: no image 9.png"),
     (lambda q: q[3].update(image="../q.jsonl"), (), "question 3: image ../q.jsonl"),
@@ -282,9 +271,6 @@ def test_an_image_that_cannot_be_read_names_its_question_and_keeps_the_others(tm
     assert [line["question_id"] for line in read_lines(tmp_path / "a")] == ["q0", 1, "q2", 3, "q4", 5]
 
 
-# ------------------------------------------------------------------------------------------ priors
-
-
 def test_every_condition_shows_the_prior_that_it_names(questions, tmp_path):
     texts = {}
     for condition in answering.CONDITIONS:
@@ -321,7 +307,7 @@ def test_a_shuffled_prior_is_another_patient_s_and_anyone_s():
 
 
 def test_prior_answers_the_questions_that_have_one_and_resumes(questions, tmp_path, no_meteor, capsys):
-    out, short = tmp_path / "new" / "priors", ("--device", "cpu", "--max-new-tokens", "4")
+    out, short = tmp_path / "new" / "priors", ("--device", "cpu", "--max-new-tokens", "4", "--batch-size", "8")
     files = ("--model", MODEL, "--image-folder", IMAGES, "--questions", questions, "--out", out, "--limit", 5)
     prior = lambda *more: cli.main(cli.parse(["prior", *map(str, files), *short, *map(str, more)]))
     assert prior("--conditions", "reversed") == 0

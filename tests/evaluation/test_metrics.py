@@ -234,9 +234,3 @@ def test_paired_differences_are_tighter_than_two_intervals(no_meteor):
     assert gap.low < gap.value < gap.high < 0
     assert gap.high - gap.low < (alone.high - alone.low) / 2
     assert metrics.differences(a, a, groups)["BLEU4"]["all"].difference == metrics.Interval(0, 0, 0)
-
-
-def test_an_interval_prints_two_digits():
-    assert str(metrics.Interval(1.005, 0.5, 2)) == "1.00 [0.50, 2.00]"
-    assert metrics.Interval(-0.001, -1, 1).format("+") == "+0.00 [-1.00, +1.00]"
-    assert str(metrics.Interval(3)) == "3.00"

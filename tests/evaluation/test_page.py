@@ -75,8 +75,7 @@ def test_whatever_a_report_says_stays_text(tmp_path):
 def test_the_page_asks_no_network(tmp_path):
     text = write(tmp_path / "p.html", [pair(0, images=IMAGES[:2])]).read_text()
     assert "default-src 'none'" in text
-    assert not [attributes for _, attributes in Page(text).tags if {"src", "href"} & attributes.keys()]
-    assert not re.search(r"url\(|@import|fetch\(|XMLHttpRequest", text)
+    assert not re.search(r"<[^>]+ (src|href)=|url\(|@import|fetch\(|XMLHttpRequest", text)
 
 
 def test_thumbnails_are_small_grey_and_shared(tmp_path):
@@ -94,8 +93,6 @@ def test_thumbnails_are_small_grey_and_shared(tmp_path):
     assert np.abs(np.asarray(image, dtype=float) - small).mean() < 2
     assert len(data["images"][0]) < 10_000
 
-
-# ------------------------------------------------------------------------------------------ in a browser
 
 CHECKS = """<script>
 const result = {}, text = node => node.textContent;

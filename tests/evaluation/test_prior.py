@@ -116,7 +116,7 @@ def test_the_table_has_a_column_for_each_condition(files, capsys):
     table = capsys.readouterr().out
     assert re.search(r"made, 4 studies with a prior.*\n +true +reversed +dummy", table)
     assert re.search(r"Temporal_entity_score.*\n  minus true +-50\.00 \[.*-75\.00 \[", table)
-    assert "3 words of direction" in table
+    assert "true: the patient's prior" in table and "worse: bigger, enlarging" in table
 
 
 @pytest.mark.parametrize("lines", [None, [], [{"question_id": i, "text": ""} for i in (0, 1, 2, 3, "x")]])
