@@ -162,14 +162,14 @@ def conditions(text: str) -> list[str]:
 def parse(arguments=None):
     parser = Parser(prog="eval.py", description="Answer a question file, score answers, find out what a prior does.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    answer = commands.add_parser("answer", help="answer a question file; resumes if interrupted; torchrun shares it")
+    defaults = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
+    answer = commands.add_parser("answer", help="answer a question file; a killed run resumes", **defaults)
     add = answer.add_argument
     add("--model", required=True, metavar="ID_OR_DIR", help="checkpoint: a folder or a hub id")
     add("--image-folder", required=True, metavar="DIR", help="where the questions' image paths begin")
     add("--answers", required=True, metavar="FILE", help="answer file to write (JSONL), in the questions' order")
     shown = "; ".join(f"{name}: {image}" for name, image in CONDITIONS.items())
     add("--prior", default="true", choices=CONDITIONS, help=f"what the model sees as the prior; {shown}")
-
     score = commands.add_parser("score", help="score an answer file, or compare two, with 95 %% bootstrap intervals")
     add = score.add_argument
     add("--references", required=True, metavar="FILE", help="question file with reference, findings or impression")
@@ -178,13 +178,13 @@ def parse(arguments=None):
     either.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two answer files: differences B - A, paired")
     add("--model-name", metavar="NAME", help="name in table, CSV and page; without it the answers' model_id")
     add("--bertscore", action="store_true", help="BERTScore too (needs bert-score and its model)")
-    add("--seed", type=int, default=0, metavar="S", help="seed of the bootstrap")
+    add("--seed", type=int, default=0, metavar="S", help="seed of the bootstrap (default: 0)")
     add("--html", metavar="FILE", help="write one page: scores, and every study beside its reference")
     add("--image-folder", metavar="DIR", help="where the images are; without it the page has none")
     add("--export", metavar="FILE", help="write references and hypotheses as the lists that RadEval takes (JSON)")
     add("--merge", nargs="+", default=[], metavar="FILE", help="add the scores that RadEval gave for the export (JSON)")
 
-    prior = commands.add_parser("prior", help="compare answers under several priors: does the model use the prior?")
+    prior = commands.add_parser("prior", help="compare answers under several priors", **defaults)
     add = prior.add_argument
     add("--model", metavar="ID_OR_DIR", help="checkpoint; without it the answer files in --out are scored")
     add("--image-folder", metavar="DIR", help="where the questions' image paths begin")
