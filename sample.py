@@ -20,10 +20,11 @@ from dataclasses import asdict, dataclass, field, fields
 
 import torch
 
-from data import Study, load_image
+from data import Study
 from decoder import Cache
 from model import Libra
 from plumbing.cli import Parser, add_decoding_flags, add_model_flags, fail, guard, progress
+from plumbing.image import load_image
 from tokenizer import IMAGE, Prompt, find_template, render
 
 DEFAULT_MODEL = "X-iZhang/libra-v1.0-7b"

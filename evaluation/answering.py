@@ -1,174 +1,162 @@
-"""A model answers a question file, under the true prior or another; killed at any moment it goes on, to the same bytes.
+"""A model answers a question file; what it sees as the prior image is each question's own or another.
 
-Batches are formed from the whole file before looking at what is answered. Each process appends the batches that it has
-finished to a work file of its own, and when all are there one of them writes the answer file.
+Batches are formed from all the questions before looking at what is answered, and a batch is answered as a whole. So a
+run that was interrupted and is started again, or a run of several processes, decodes the same batches and writes the
+same bytes.
 """
 
-import errno
-import fcntl
 import hashlib
-import itertools
 import json
 import os
 import random
 import re
 import sys
-import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from PIL import Image
 
 import sample
-from data import ImageFolder, Question, Records, Study, check, image_names
+from data import ImageFolder, Question, Records, Study, check
 from model import Libra
 from plumbing import checkpoint
 from plumbing.cli import progress
 from plumbing.distributed import World
-from plumbing.files import atomic, read_json
+from plumbing.files import atomic, only_writer, read_json, resumable
 from plumbing.image import load_image
-from plumbing.layout import ADAPTER_FILES, ModelFiles, find_device, find_dtype, find_model_files
+from plumbing.layout import find_device
 from sample import Options
 
-MOST = 16  # studies in a batch that --batch-size does not name
+CONDITIONS = {  # what the model sees beside the current image, if the question has a prior
+    "true": "the patient's prior",
+    "dummy": "the current image again",
+    "shuffled": "another patient's prior",
+    "reversed": "current and prior swapped",
+    "blank": "a black image",
+}
+MAX_BATCH = 16  # studies in a batch, if --batch-size does not say
 
 
-def choose(records: Records, ids: str | None, limit: int | None, only_priors: bool = False) -> dict[str, int]:
-    """{id: row} of the questions to answer, in the file's order: those with a prior, of these --ids, of these --limit.
-
-    ids: a file with one on each line, or a list with commas. ValueError where the file or an id is wrong.
-    """
+def read_questions(path) -> list[Question]:
+    """ValueError with all that is wrong in the file."""
+    records = Records(path)
     check(records, Question)
-    questions = enumerate(map(Question.parse, records))
-    rows = {str(question.id): row for row, question in questions if len(question.images) == 2 or not only_priors}
-    kind = " with a prior" * only_priors
-    if not rows:
-        raise ValueError(f"{records.path} has no question{kind}")
-    if ids is not None:
-        text = Path(ids).read_text(encoding="utf-8") if os.path.isfile(ids) else ids.replace(",", "\n")
-        wanted = set(filter(None, map(str.strip, text.splitlines())))
-        if unknown := sorted(wanted - rows.keys()):
-            more = f" (and {len(unknown) - 1:,} more of --ids)" if unknown[1:] else ""
-            raise ValueError(f"{records.path} has no question {unknown[0]}{kind}{more}")
-        rows = {id: row for id, row in rows.items() if id in wanted}
-    return dict(itertools.islice(rows.items(), limit))
+    return [Question.parse(record) for record in records]
 
 
-@dataclass(frozen=True)
-class Asked:
-    """Questions {id: row of the file}, and what a model sees of them under one of the CONDITIONS."""
+def choose(questions: list[Question], arguments, only_with_prior: bool = False) -> list[Question]:
+    """The questions to answer, in the file's order: those of --ids, the first --limit. ValueError if there are none."""
+    kind = "question"
+    if only_with_prior:
+        kind = "question with a prior"
+        questions = [question for question in questions if len(question.images) == 2]
+    if not questions:
+        raise ValueError(f"{arguments.questions} has no {kind}")
 
-    records: Records
-    rows: dict[str, int]
-    condition: str
-    folder: ImageFolder
-    shuffled: Callable[[Question], str]  # question -> another patient's prior
+    # --ids is a file with an id on each line, or a list with commas
+    if arguments.ids is not None:
+        text = arguments.ids.replace(",", "\n")
+        if Path(arguments.ids).is_file():
+            text = Path(arguments.ids).read_text(encoding="utf-8")
+        wanted = {line.strip() for line in text.splitlines()} - {""}
+        unknown = wanted - {str(question.id) for question in questions}
+        if unknown:
+            raise ValueError(f"{arguments.questions} has no {kind} {min(unknown)} ({len(unknown):,} such --ids in all)")
+        questions = [question for question in questions if str(question.id) in wanted]
+    return questions[: arguments.limit]
 
-    BLACK = ""  # the name of a black image
 
-    def questions(self, ids: Iterable[str]) -> Iterator[Question]:
-        return (Question.parse(self.records[self.rows[id]]) for id in ids)
+def draw_other_priors(questions: list[Question], seed: int) -> dict[str, str]:
+    """{question id: another patient's prior}, drawn by (seed, id) from all priors of the questions."""
+    questions = [question for question in questions if len(question.images) == 2]
+    # a draw may hit any prior of the file, but not the patient's own
+    priors = [question.images[1] for question in questions]
+    patients = [patient_of(name) for name in priors]
+    if len(set(patients)) == 1:
+        raise ValueError("all priors are of one patient: there is no other patient's to show")
 
-    def names(self, question: Question) -> list[str]:
-        """Of the images that are seen, current first; those of the question where it has no prior."""
-        if len(question.images) < 2 or self.condition == "true":
+    drawn = {}
+    for question, patient in zip(questions, patients, strict=True):
+        generator = random.Random(f"{seed}/{question.id}")
+        number = generator.randrange(len(priors))
+        while patients[number] == patient:
+            number = generator.randrange(len(priors))
+        drawn[str(question.id)] = priors[number]
+    return drawn
+
+
+def patient_of(name: str) -> str:
+    """The folder pNNNNNNNN in an image's path, as in MIMIC-CXR; without one, every image counts as a patient."""
+    folders = [part for part in Path(name).parts if re.fullmatch(r"p\d{8}", part)]
+    return folders[0] if folders else name
+
+
+class QuestionSet:
+    """The questions to answer, by their ids, and what a model sees of them under one of the CONDITIONS."""
+
+    def __init__(self, arguments, questions: list[Question], chosen: list[Question], condition: str):
+        """questions: all of the file, chosen: those to answer."""
+        self.folder, self.condition = ImageFolder(arguments.image_folder, None), condition
+        self.by_id = {str(question.id): question for question in chosen}
+        if condition == "shuffled":
+            self.other_priors = draw_other_priors(questions, arguments.seed)
+
+    def image_names(self, question: Question) -> list[str]:
+        """The image files to show, current first. A question without a prior is asked as it is."""
+        if len(question.images) == 1 or self.condition == "true":
             return question.images
         current, prior = question.images
+        if self.condition == "reversed":
+            return [prior, current]
         if self.condition == "shuffled":
-            return [current, self.shuffled(question)]
-        return {"dummy": [current], "reversed": [prior, current], "blank": [current, self.BLACK]}[self.condition]
-
-    def study(self, question: Question) -> Study:
-        names = self.names(question)
-        images = [self.folder.find(name) for name in names if name != self.BLACK]
-        if self.BLACK in names:
-            images.append(Image.new("L", load_image(images[0]).size))
-        return Study(*images, query=question.text, id=str(question.id))
+            return [current, self.other_priors[str(question.id)]]
+        # dummy: the current image stands for its prior, too; blank: `prepare` draws the prior
+        return [current]
 
     def find_images(self):
-        """ValueError that names the question where an image is missing."""
-        for question in self.questions(self.rows):
+        """ValueError if an image to show is missing."""
+        for question in self.by_id.values():
             with naming(question):
-                for name in filter(None, self.names(question)):
+                for name in self.image_names(question):
                     self.folder.find(name)
 
-    def lengths(self, libra: Libra, template: str | None, options: Options) -> dict[str, int]:
-        """{id: positions of the prompt}; ValueError that names the question where it is too long."""
-        found = {}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of reports that may grow too long `prefill` warns
-            for id, question in zip(self.rows, self.questions(self.rows), strict=True):
-                with naming(question):
-                    found[id] = sample.check_length(libra, sample.prompt_of(libra, question.text, template), options)
-        return found
-
-    def prepare(self, libra: Libra, batch: list[str]) -> list[tuple[Question, Study, torch.Tensor]]:
-        """Question, study and pixels of each; ValueError that names the question where an image cannot be read."""
-        prepared = []
-        for question in self.questions(batch):
+    def lengths(self, libra: Libra, template, options: Options) -> dict[str, int]:
+        """{id: positions of the prompt}. ValueError if a prompt is too long."""
+        lengths = {}
+        for id, question in self.by_id.items():
             with naming(question):
-                study = self.study(question)
-                prepared.append((question, study, libra.preprocess(study.images())))
-        return prepared
+                prompt = sample.prompt_of(libra, question.text, template)
+                lengths[id] = sample.check_length(libra, prompt, options)
+        return lengths
+
+    def prepare(self, libra: Libra, batch: list[str]):
+        """Read the images of a batch of ids. Returns the studies and their pixels, as `Libra.preprocess` makes them."""
+        studies, pixels = [], []
+        for question in map(self.by_id.get, batch):
+            with naming(question):
+                files = [self.folder.find(name) for name in self.image_names(question)]
+                images = [load_image(file) for file in files]
+                if self.condition == "blank" and len(question.images) == 2:
+                    images.append(Image.new("RGB", images[0].size))
+                # the pixels are kept, much smaller than the images; the study keeps their files' names
+                pixels.append(libra.preprocess(images))
+                study = Study(*files, query=question.text, id=str(question.id))
+                studies.append(study)
+        return studies, pixels
 
 
 @contextmanager
 def naming(question: Question):
-    """What goes wrong with a question names it."""
+    """A user's mistake in here is reported with the question's id."""
     try:
         yield
     except (ValueError, OSError) as error:
         raise ValueError(f"question {question.id}: {error}") from None
-
-
-def shuffle_priors(records: Records, seed: int) -> Callable[[Question], str]:
-    """A function: question -> another patient's prior, drawn by (seed, question id) from all priors of the file.
-
-    A patient is the folder pNNNNNNNN in an image's path; where there is none, every prior is a patient of its own.
-    """
-    patient = lambda name: next((part for part in Path(name).parts if re.fullmatch(r"p\d{8}", part)), name)
-    priors = [names[1] for names in map(image_names, records) if len(names) == 2]
-    patients = list(map(patient, priors))
-    if len(set(patients)) == 1:
-        raise ValueError(f"{records.path} has priors of one patient only: there is no other's to show")
-
-    def draw(question: Question) -> str:
-        dice, own = random.Random(f"{seed}/{question.id}"), patient(question.images[1])
-        while patients[place := dice.randrange(len(priors))] == own:
-            pass
-        return priors[place]
-
-    return draw
-
-
-def fitting(libra: Libra, positions: int, options: Options, world: World) -> int:
-    """Studies in a batch, 1 to MOST: as many as have room for cache and logits in half of the free memory.
-
-    The other half is for what does not grow with them, or little: a prefill, and copies while suffixes grow and move.
-    positions: of the longest prompt. Of several processes all take the least, so that they cut the same batches.
-    """
-    config = libra.decoder.config
-    position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * libra.dtype.itemsize
-    suffixes = options.num_beams * (options.max_new_tokens * position + 4 * 4 * libra.vocabulary)  # float32, 4 copies
-    free = checkpoint.free_memory(libra.device) // (world.size if libra.device.type == "cpu" else 1)
-    return min(world.all_gather(max(1, min(MOST, free // 2 // (positions * position + suffixes)))))
-
-
-def fingerprint(parts: ModelFiles) -> str:
-    """Tells a model from others and from itself after more training: its config, 64 samples of each file of weights."""
-    digest = hashlib.sha256(json.dumps(parts.config, sort_keys=True).encode())
-    adapters = [checkpoint.find_file(source, ADAPTER_FILES) for source in parts.adapters]
-    for path in (*checkpoint.weight_files(parts.weights), *parts.overlays, *filter(None, adapters)):
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            for place in range(0, size, size // 64 + 1):
-                file.seek(place)
-                digest.update(file.read(4096))
-    return digest.hexdigest()[:16]
 
 
 def load_model(arguments, world: World) -> Libra:
@@ -176,167 +164,168 @@ def load_model(arguments, world: World) -> Libra:
     return sample.load(arguments)
 
 
+def fitting_batch_size(libra: Libra, positions: int, options: Options, world: World) -> int:
+    """How many studies fit: their KV cache and logits may fill half of the free memory. From 1 to MAX_BATCH.
+
+    The other half is for what hardly grows with the batch: a prefill, copies of suffixes while they grow. positions: of
+    the longest prompt. All ranks take the smallest result, so that they form the same batches.
+    """
+    config = libra.decoder.config
+    # keys and values of one position in all layers
+    per_position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * libra.dtype.itemsize
+    # each beam has a suffix of its own, and four float32 copies of its logits while they are scored
+    suffixes = options.num_beams * (options.max_new_tokens * per_position + 4 * 4 * libra.vocabulary)
+    free = checkpoint.free_memory(libra.device)
+    if libra.device.type == "cpu":
+        free //= world.size  # the ranks share the host's memory
+    size = free // 2 // (positions * per_position + suffixes)
+    return min(world.all_gather(max(1, min(MAX_BATCH, size))))
+
+
+def decode_batches(libra: Libra, questions: QuestionSet, batches: list[list[str]], arguments):
+    """Yields the answers of each batch of ids. While a batch is decoded, the images of the next are read."""
+    options = sample.options_of(arguments)
+    for studies, pixels in read_ahead(lambda batch: questions.prepare(libra, batch), batches):
+        try:
+            prefix = sample.prefill(libra, studies, arguments.template, options, pixels=pixels)
+            outputs = sample.decode(libra, prefix, options)
+        except torch.OutOfMemoryError:
+            fit = f"{len(studies)} studies together do not fit on {libra.device}"
+            raise MemoryError(f"{fit}: give a smaller --batch-size") from None
+        # the best sequence of each study; ids as the file has them, numbers or text
+        answers = []
+        for study, sequences in zip(studies, outputs, strict=True):
+            answer = {"question_id": questions.by_id[study.id].id, "prompt": study.query}
+            answers.append(answer | {"text": sequences[0].text, "model_id": arguments.model})
+        yield answers
+
+
+def read_ahead(function: Callable, items: Iterable) -> Iterator:
+    """Like map(function, items), but a thread computes the next result while the caller uses the last."""
+    with ThreadPoolExecutor(1) as pool:
+        pending = deque()
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) == 2:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def write_answers(arguments, questions: QuestionSet, answers: Path, load: Callable[[], Libra], world: World):
+    """Write an answer file, or what an earlier run has left to do. load() returns the model.
+
+    Each rank appends its finished batches to a work file .NAME.RANK beside the answers; at the end rank 0 merges them.
+    NAME.settings.json records how the answers are made, and a run with other settings is refused.
+    """
+    sidecar = answers.with_name(f"{answers.name}.settings.json")
+    settings, begun = settings_of(arguments, questions), {}
+    complete = answers.exists()
+    if complete or read_work(answers):
+        begun = earlier_settings(answers, sidecar, settings)
+
+    if not complete:
+        # 1) form the batches; missing images show before the model is loaded, which takes longer
+        questions.find_images()
+        libra, options = load(), sample.options_of(arguments)
+        lengths = questions.lengths(libra, arguments.template, options)
+        size = arguments.batch_size or begun.get("batch_size")
+        if size is None:
+            size = fitting_batch_size(libra, max(lengths.values()), options, world)
+        # the longest prompts come first, so that what does not fit the memory shows at once
+        order = sorted(lengths, key=lengths.get, reverse=True)
+        batches = [order[first : first + size] for first in range(0, len(order), size)]
+
+        work = answers.with_name(f".{answers.name}.{world.rank}")
+        with resumable(answers), open(work, "a", encoding="utf-8") as file, only_writer(file, answers):
+            # 2) take this rank's share of what is not done; no rank may write before all have looked
+            done = read_work(answers)
+            batches = [batch for batch in batches if batch[0] not in done]
+            share = batches[world.rank :: world.size]
+            world.barrier()
+            if world.rank == 0 and not begun:
+                with atomic(sidecar) as settings_file:
+                    settings_file.write(json.dumps(settings | {"batch_size": size}, indent=1) + "\n")
+
+            # 3) answer it; a finished batch is a line of the work file
+            show, finished = progress(f"answering {answers.name}", "studies"), 0
+            for batch in decode_batches(libra, questions, share, arguments):
+                # the break comes first, to end a line that a kill has cut short
+                file.write("\n" + json.dumps(batch))
+                file.flush()
+                os.fsync(file.fileno())
+                finished += len(batch)
+                if world.rank == 0:
+                    show(finished, sum(map(len, share)))
+
+            # 4) when all ranks are done, merge their answers in the questions' order
+            world.barrier()
+            if world.rank == 0:
+                done = read_work(answers)
+                with atomic(answers) as merged:
+                    merged.writelines(json.dumps(done[id]) + "\n" for id in questions.by_id)
+
+    if world.rank == 0:
+        for path in work_files(answers):
+            path.unlink()
+        note = ", all there before" if complete else ""
+        print(f"{answers}: {len(questions.by_id):,} answers{note}", file=sys.stderr)
+    # a rank that crashed on exit would make torchrun stop the others
+    world.barrier()
+
+
 def work_files(answers: Path) -> list[Path]:
-    """The answers of each rank, in the order in which they were finished; they go when the answer file is whole."""
     name = re.compile(rf"\.{re.escape(answers.name)}\.\d+")
     return sorted(path for path in answers.parent.iterdir() if name.fullmatch(path.name))
 
 
-def whole_lines(path) -> Iterator[tuple[int, bytes]]:
-    """(first byte, line) of every line of a work file; a last one without its break is torn, and left out."""
-    place = 0
-    with open(path, "rb") as file:
-        for line in file:
-            if line.endswith(b"\n"):
-                yield place, line
-            place += len(line)
+def read_work(answers: Path) -> dict[str, dict]:
+    """{question id: answer} of all finished batches, whichever rank has answered them."""
+    done = {}
+    for path in work_files(answers):
+        for line in path.read_text(encoding="utf-8").split("\n"):
+            try:
+                batch = json.loads(line)
+            except ValueError:  # empty, or cut short by a kill or a full disk
+                continue
+            done |= {str(answer["question_id"]): answer for answer in batch}
+    return done
 
 
-def find_answers(answers: Path) -> dict[str, tuple[Path, int]]:
-    """{question id: (work file, first byte of its line)}."""
-    lines = ((path, *line) for path in work_files(answers) for line in whole_lines(path))
-    return {str(json.loads(line)["question_id"]): (path, place) for path, place, line in lines}
-
-
-@contextmanager
-def own_work_file(answers: Path, rank: int):
-    """A rank's work file, to append whole lines to; ValueError where another process has it."""
-    path = answers.with_name(f".{answers.name}.{rank}")
-    with open(path, "ab", buffering=0) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with this process, however it ends
-        except OSError:
-            raise ValueError(f"{answers} is being written by another process: wait for it") from None
-        try:
-            file.truncate(sum(len(line) for _, line in whole_lines(path)))
-            yield file
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-                raise
-            raise OSError(f"{answers}: {error.strerror}: make room and run this again, what is done is kept") from None
-        finally:
-            if path.exists() and not path.stat().st_size:
-                path.unlink()
-
-
-def sidecar_of(answers: Path) -> Path:
-    return answers.with_name(f"{answers.name}.settings.json")
-
-
-def settings_of(arguments, asked: Asked) -> dict:
-    """All that an answer file depends on."""
-    parts, device = find_model_files(arguments.model, arguments.base), find_device(arguments.device)
-    questions = hashlib.sha256()
-    with open(asked.records.path, "rb") as file:
-        while block := file.read(1 << 20):
-            questions.update(block)
-    ids = hashlib.sha256("\n".join(asked.rows).encode())
+def settings_of(arguments, questions: QuestionSet) -> dict:
+    """All that the answers depend on."""
+    # ids, texts, and the images that are shown
+    seen = [(question, questions.image_names(question)) for question in questions.by_id.values()]
+    digest = hashlib.sha256(repr(seen).encode()).hexdigest()
     return {
-        "model": arguments.model, "base": arguments.base, "encoder": arguments.encoder, "weights": fingerprint(parts),
-        "dtype": str(find_dtype(arguments.dtype, device, parts.config)).removeprefix("torch."), "device": device.type,
-        "template": arguments.template, "questions": questions.hexdigest()[:16],
-        "asked": f"{len(asked.rows)} ids ({ids.hexdigest()[:16]})", "prior": asked.condition,
-        "image_folder": asked.folder.root, "batch_size": arguments.batch_size,
-    } | asdict(sample.options_of(arguments))  # fmt: skip
+        "model": arguments.model,
+        "base": arguments.base,
+        "encoder": arguments.encoder,
+        "dtype": arguments.dtype,
+        "device": find_device(arguments.device).type,
+        "template": arguments.template,
+        "questions": f"{len(seen)} questions ({digest[:16]})",
+        "prior": questions.condition,
+        "image_folder": questions.folder.root,
+        "batch_size": arguments.batch_size,
+        **asdict(sample.options_of(arguments)),
+    }
 
 
-def begun_with(answers: Path, settings: dict) -> dict | None:
-    """The settings that an answer file, or what is done of it, was made with; None where nothing is.
+def earlier_settings(answers: Path, sidecar: Path, settings: dict) -> dict:
+    """What the sidecar of unfinished or finished answers records; a batch size need not be given again.
 
-    ValueError or OSError where they are not `settings`; where these leave the batch size open it may be any.
+    FileExistsError or ValueError if there is none, or if it differs from `settings`.
     """
-    there, sidecar = [path for path in (answers, *work_files(answers)) if path.exists()], sidecar_of(answers)
-    if not (answers.exists() or find_answers(answers)):
-        return None
+    files = [path for path in (answers, *work_files(answers)) if path.exists()]
     if not sidecar.exists():
-        raise FileExistsError(f"{there[0]} is there, and no {sidecar.name} says how it was made: delete it, or move it")
-    begun = read_json(sidecar)
-    settings = settings | {"batch_size": settings["batch_size"] or begun.get("batch_size")}
-    changed = [f"{name} {begun.get(name)}, not {value}" for name, value in settings.items() if begun.get(name) != value]
+        raise FileExistsError(f"{files[0]} exists, but no {sidecar.name} says how it was made: delete or move it")
+    begun, changed = read_json(sidecar), []
+    for name, value in settings.items():
+        same = begun.get(name) == value or (name == "batch_size" and value is None)
+        if not same:
+            changed.append(f"{name} {begun.get(name)}, not {value}")
     if changed:
-        delete = ", ".join(map(str, (*there, sidecar)))
+        delete = ", ".join(map(str, [*files, sidecar]))
         raise ValueError(f"{answers} was made with {'; '.join(changed)}: give another file, or delete {delete}")
     return begun
-
-
-def write_answers(arguments, asked: Asked, answers: Path, load: Callable[[], Libra], world: World):
-    """Write an answer file, or what is missing of it.
-
-    Batches are cut from all the questions before it is looked what is answered, so that a rerun, or more processes,
-    decode the same batches. A finished batch goes to a work file beside the answers; at the end these are merged, in
-    the questions' order. FILE.settings.json says what it was made with. load() gives the model when it is needed.
-    """
-    if not answers.parent.is_dir():
-        raise FileNotFoundError(f"no folder {answers.parent} for {answers.name}: make it, or check the path")
-    settings, rank = settings_of(arguments, asked), world.rank
-    with own_work_file(answers, rank) as work:
-        begun = begun_with(answers, settings)
-        whole = answers.exists()
-        world.barrier()
-        if not whole:
-            asked.find_images()  # before the model is read
-            libra = load()
-            options, template = sample.options_of(arguments), arguments.template
-            lengths = asked.lengths(libra, template, options)
-            size = arguments.batch_size or (begun and begun["batch_size"])
-            size = size or fitting(libra, max(lengths.values()), options, world)
-            order = sorted(asked.rows, key=lengths.get, reverse=True)  # what does not fit shows at once
-            batches = [order[i : i + size] for i in range(0, len(order), size)]
-            done = find_answers(answers).keys()
-            mine = [batch for batch in batches if not done >= set(batch)][rank :: world.size]
-            world.barrier()
-            if rank == 0 and not begun:
-                with atomic(sidecar_of(answers)) as file:
-                    file.write(json.dumps(settings | {"batch_size": size}, indent=1) + "\n")
-            world.barrier()
-            among = f" (process 1 of {world.size})" * (world.size > 1)
-            show = progress(f"answering {answers.name}{among}", "studies")
-            finished, total = 0, sum(map(len, mine))
-            for lines in decode_batches(libra, asked, mine, template, options, arguments.model):
-                data = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
-                while data:
-                    data = data[work.write(data) :]
-                os.fsync(work.fileno())
-                finished += len(lines)
-                if rank == 0:
-                    show(finished, total)
-            world.barrier()
-            if rank == 0:
-                merge(answers, asked.rows)
-        if rank == 0:
-            for path in work_files(answers):
-                path.unlink()
-            there = ", all there before" if whole else ""
-            print(f"{answers}: {len(asked.rows):,} answers{there}", file=sys.stderr)
-        world.barrier()
-
-
-def decode_batches(libra: Libra, asked: Asked, batches: list[list[str]], template, options: Options, model: str):
-    """The lines of each batch; the images of the next one are read while it is decoded."""
-    with ThreadPoolExecutor(1) as pool:
-        ahead = [pool.submit(asked.prepare, libra, batch) for batch in batches[:1]]
-        for number in range(len(batches)):
-            questions, studies, pixels = zip(*ahead.pop().result(), strict=True)
-            ahead = [pool.submit(asked.prepare, libra, batch) for batch in batches[number + 1 : number + 2]]
-            try:
-                prefix = sample.prefill(libra, list(studies), template, options, pixels)
-                outputs = sample.decode(libra, prefix, options)
-            except torch.OutOfMemoryError:
-                raise MemoryError(
-                    f"{len(studies)} studies together do not fit on {libra.device}: give a smaller --batch-size"
-                ) from None
-            yield [
-                {"question_id": question.id, "prompt": question.text, "text": best.text, "model_id": model}
-                for question, (best, *_) in zip(questions, outputs, strict=True)
-            ]
-
-
-def merge(answers: Path, ids: Iterable[str]):
-    """All work files -> the answer file, its lines in the order of the ids."""
-    places = find_answers(answers)
-    with ExitStack() as stack, atomic(answers, "wb") as file:
-        opened = {path: stack.enter_context(open(path, "rb")) for path in work_files(answers)}
-        for id in ids:
-            path, place = places[id]
-            opened[path].seek(place)
-            file.write(opened[path].readline())

@@ -1,6 +1,7 @@
-"""Scores and studies -> one self-contained HTML page: opens from disk, asks no network, shows all text as text.
+"""Scores and studies -> one self-contained HTML page: it opens from disk, makes no request, and shows text as text.
 
-The data is one JSON island; the script makes every node with textContent, and a study's only when it comes into view.
+page.html holds everything but the data, which is put in as one JSON text. Its script makes every node with textContent,
+and a study's nodes only when it comes into view.
 """
 
 import base64
@@ -12,6 +13,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from evaluation.metrics import WORDS_OF_CHANGE
+from plumbing.cli import progress
 from plumbing.files import atomic
 from plumbing.image import load_image
 
@@ -22,8 +25,9 @@ def thumbnail(path: Path) -> str:
     """An image file -> a small grey JPEG as a data URI."""
     source = path
     if path.suffix.lower() in (".jpg", ".jpeg") and path.is_file():
+        # let the JPEG decoder scale down where it can: ten times faster
         source = Image.open(path)
-        source.draft("L", (2 * SIDE, 2 * SIDE))  # decodes at an eighth where that is enough: ten times faster
+        source.draft("L", (2 * SIDE, 2 * SIDE))
     image = load_image(source).convert("L")
     image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS, reducing_gap=2.0)
     buffer = io.BytesIO()
@@ -31,39 +35,66 @@ def thumbnail(path: Path) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def thumbnails(paths, folder, show=lambda *_: None) -> dict[str, str]:
-    """{path: data URI} of those that can be read; one warning counts the others."""
-    found, failed, paths = {}, [], sorted(set(paths))
-    for i, path in enumerate(paths, 1):
+def thumbnails(names: list[str], folder) -> dict[str, str]:
+    """{name: data URI} of the images that can be read; one warning counts the others."""
+    images, failures, show = {}, [], progress("thumbnails")
+    for number, name in enumerate(names, 1):
         try:
-            found[path] = thumbnail(Path(folder) / path)
+            images[name] = thumbnail(Path(folder) / name)
         except (OSError, ValueError, Image.DecompressionBombError) as error:
-            failed.append(f"{path}: {error}")
-        show(i, len(paths))
-    if failed:
-        counts = f"{len(failed):,} of {len(paths):,} images are not on the page"
-        warnings.warn(f"{counts} (first: {failed[0]})", stacklevel=2)
-    return found
+            failures.append(f"{name}: {error}")
+        show(number, len(names))
+    if failures:
+        count = f"{len(failures):,} of {len(names):,} images are not on the page"
+        warnings.warn(f"{count} (first: {failures[0]})", stacklevel=2)
+    return images
 
 
-def write(path, title, subtitle, groups, scores, metrics, studies, words, folder=None, show=lambda *_: None):
+def write(path, *, title, subtitle, groups, scores, notes, pairs, values, folder=None):
     """Write the page.
 
-    groups: {name: number of studies}; scores: a list of {"key", "note", "values": {group: [value, low, high]}};
-    metrics: names of the studies' values; studies: a list of {"id", "prior": has one, "prompt", "reference",
-    "prediction", "images": paths, "values"}; words: those of change; folder: where the paths begin, None: no images.
+    groups: {name: number of studies}; scores: {key: {group: Interval}}; notes: {key: what the score is};
+    values: {key: [N]}, the scores of each of the N `Pair`s; folder: where the images are, None for a page without any.
     """
-    wanted = [image for study in studies for image in study["images"]] if folder is not None else []
-    images = thumbnails(wanted, folder, show)
-    places = {image: i for i, image in enumerate(images)}
+    # 1) every image once; a study names its images by their numbers
+    images = {}
+    if folder is not None:
+        images = thumbnails(sorted({name for pair in pairs for name in pair.images}), folder)
+    numbers = {name: number for number, name in enumerate(images)}
+
+    # 2) what the script of page.html reads
+    lines = []
+    for key, found in scores.items():
+        note = notes.get(key, "")
+        ends = {group: list(vars(interval).values()) for group, interval in found.items()}
+        lines.append({"key": key, "note": note, "values": ends})
+    studies = []
+    for i, pair in enumerate(pairs):
+        study = {
+            "id": pair.id,
+            "prior": pair.has_prior,
+            "prompt": pair.prompt,
+            "reference": pair.reference,
+            "prediction": pair.prediction,
+            "images": [numbers.get(name) for name in pair.images],
+            "values": [round(float(column[i]), 2) for column in values.values()],
+        }
+        studies.append(study)
     data = {
-        "groups": groups, "scores": scores, "metrics": metrics, "words": words, "images": list(images.values()),
-        "studies": [study | {"images": [places.get(image) for image in study["images"]]} for study in studies],
-    }  # fmt: skip
-    island = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")  # no tag can begin
-    page = PAGE.replace("<!--TITLE-->", html.escape(title)).replace("<!--SUBTITLE-->", html.escape(subtitle))
+        "groups": groups,
+        "scores": lines,
+        "metrics": list(values),
+        "words": sorted(WORDS_OF_CHANGE),
+        "images": list(images.values()),
+        "studies": studies,
+    }
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+
+    # 3) the page
+    page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    page = page.replace("<!--TITLE-->", html.escape(title))
+    page = page.replace("<!--SUBTITLE-->", html.escape(subtitle))
+    # without "<" no text can begin a tag; the data comes last, so that nothing in it is replaced
+    page = page.replace("<!--DATA-->", text.replace("<", "\\u003c"))
     with atomic(path) as file:
-        file.write(page.replace("<!--DATA-->", island))
-
-
-PAGE = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+        file.write(page)

@@ -1,39 +1,85 @@
-"""What a report tells of a drawn patient, against the phantom hospital's truth."""
+"""What a report says about a drawn patient, compared with the phantom hospital's truth."""
+
+import json
+from pathlib import Path
 
 import numpy as np
 
+from evaluation.metrics import Table
+from evaluation.pairs import Pair
 from phantom.history import DEVICES, FINDINGS
 from phantom.reports import SIDED, level, read_report
 
 
-def truth_statistics(predictions: list[str], truths: list[dict]) -> dict[str, np.ndarray]:
-    """{score: [N, 2], hits and chances}.
+def read_truth(path, pairs: list[Pair]) -> list[dict]:
+    """The line of a phantom hospital's truth.jsonl for each pair. ValueError if a line is wrong or missing."""
+    lines, text = {}, Path(path).read_text(encoding="utf-8")
+    # two keys for each line: pairs may name images, or studies
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            truth = json.loads(line)
+            truth["findings"], truth["devices"], truth["changes"]
+            lines[truth["dicom_id"]] = lines[str(truth["study_id"])] = truth
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path} line {number} is no line of a phantom hospital's truth.jsonl") from None
 
-    Precision, recall and F1 of findings, of devices, and of each. Of findings that are there and told: side, where the
-    hospital names one, and severity in its three words. Direction: of all changes of findings, those told so.
+    truths, lost = [], []
+    for pair in pairs:
+        # by the name of the current image, or by the study
+        image = Path(pair.images[0]).stem if pair.images else None
+        truths.append(lines.get(image) or lines.get(pair.id))
+        if truths[-1] is None:
+            lost.append(pair.id)
+    if lost:
+        raise ValueError(f"{path} has no line for {len(lost):,} of {len(pairs):,} studies (first: {lost[0]})")
+    return truths
+
+
+def truth_statistics(predictions: list[str], truths: list[dict]) -> Table:
+    """Returns {score: [N, 2]}, hits and chances, for `metrics.score_of`.
+
+    - precision, recall and F1 of all findings, of all devices, and of each by name
+    - side and severity (in three words): of the findings that are present and reported, those described rightly
+    - direction of change: of all changes of findings, those reported as such
     """
-    groups = ("findings", "devices", *FINDINGS, *DEVICES)
-    scores = [f"{group} {kind}" for group in groups for kind in ("precision", "recall", "F1")]
-    rows = {score: np.zeros((len(truths), 2)) for score in ("side", "severity", "direction of change", *scores)}
+    scores = ["side", "severity", "direction of change"]
+    for group in ("findings", "devices", *FINDINGS, *DEVICES):
+        scores += [f"{group} precision", f"{group} recall", f"{group} F1"]
+    table = {score: np.zeros((len(truths), 2)) for score in scores}
+
     for i, (text, truth) in enumerate(zip(predictions, truths, strict=True)):
-        report, there = read_report(text), truth["findings"] | truth["devices"]
+        report, present = read_report(text), truth["findings"] | truth["devices"]
         for name in FINDINGS | DEVICES:
-            told, real = report.get(name, {}), name in there
-            said = bool(told) and told["change"] not in ("resolved", "removed")
+            # a report may name what is gone: "the nodule has resolved" claims no nodule
+            said = report.get(name, {"change": None})
+            claimed = name in report and said["change"] not in ("resolved", "removed")
+            real = name in present
+            hit = claimed and real
+            # it counts for itself and for its kind; F1 = 2 hits / (claimed + real)
             for group in (name, "findings" if name in FINDINGS else "devices"):
-                rows[f"{group} precision"][i] += said and real, said
-                rows[f"{group} recall"][i] += said and real, real
-                rows[f"{group} F1"][i] += 2 * (said and real), said + real
-            if name in FINDINGS and said and real:
-                rows["severity"][i] += told["level"] == level(there[name]["severity"]), 1
-                rows["side"][i] += name in SIDED and told["side"] == there[name]["side"], name in SIDED
-            if name in FINDINGS and name in truth["changes"]:
-                rows["direction of change"][i] += told.get("change") == truth["changes"][name], 1
-    return rows
+                table[f"{group} precision"][i] += hit, claimed
+                table[f"{group} recall"][i] += hit, real
+                table[f"{group} F1"][i] += 2 * hit, claimed + real
+
+            # how a finding is described
+            if name in DEVICES:
+                continue
+            if hit:
+                severity = level(present[name]["severity"])
+                table["severity"][i] += said["level"] == severity, 1
+            if hit and name in SIDED:
+                table["side"][i] += said["side"] == present[name]["side"], 1
+            if name in truth["changes"]:
+                table["direction of change"][i] += said["change"] == truth["changes"][name], 1
+    return table
 
 
 def severity_flips(true: str, other: str, truth: dict) -> tuple[int, int]:
-    """Of the findings whose severity has changed, those called worse in one report and improved in the other; all."""
-    changed = [name for name in FINDINGS if truth["changes"].get(name) in ("worse", "improved")]
-    one, two = ({name: said["change"] for name, said in read_report(text).items()} for text in (true, other))
-    return sum({one.get(name), two.get(name)} == {"worse", "improved"} for name in changed), len(changed)
+    """Returns (findings that one report calls worse and the other improved, findings whose severity changed)."""
+    reports, flipped, changed = (read_report(true), read_report(other)), 0, 0
+    for name in FINDINGS:
+        if truth["changes"].get(name) in ("worse", "improved"):
+            changed += 1
+            said = {report[name]["change"] for report in reports if name in report}
+            flipped += said == {"worse", "improved"}
+    return flipped, changed

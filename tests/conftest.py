@@ -58,6 +58,29 @@ def read(*path: str):
     return json.loads(GOLDEN.joinpath(*path).read_text())
 
 
+def write_lines(path: Path, records) -> Path:
+    """Write a JSONL file."""
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def one_line(capsys) -> str:
+    """What was printed, which must be one line on stderr."""
+    printed = capsys.readouterr()
+    assert not printed.out and printed.err.count("\n") == 1, printed
+    return printed.err
+
+
+@pytest.fixture
+def no_meteor(monkeypatch):
+    """For tests of other scores: METEOR's data need not be there."""
+    monkeypatch.setattr("evaluation.metrics.meteor_scorer", lambda: lambda prediction, reference: 0.5)
+
+
 @pytest.fixture
 def seven():
     return load("libra-7b")

@@ -1,0 +1,155 @@
+"""Question file + answer file -> pairs of reference and prediction; what is exchanged with RadEval."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data import Question, Records, image_names
+from evaluation.metrics import VARIANTS, Groups, Table, statistics
+from plumbing.cli import progress
+from plumbing.files import atomic
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A study's question, its reference and its prediction. images: as named in the question, current first."""
+
+    id: str
+    reference: str
+    prediction: str
+    prompt: str = ""
+    images: tuple[str, ...] = ()
+    model: str | None = None
+
+    @property
+    def has_prior(self) -> bool:
+        """Whether there are two images. (`image_names` counts an image that is named twice as one.)"""
+        return len(self.images) == 2
+
+
+def read_pairs(references, predictions, chosen: Collection[str] | None = None) -> list[Pair]:
+    """Returns the pairs in the order of the question file; chosen: the only ids that are wanted.
+
+    The reference is the first of reference, findings, impression; the prediction is the first of findings, impression,
+    text, as published. ValueError, with counts, if an id is missing, comes twice, or is in the answers alone.
+    """
+    questions, answers = read_lines(references), read_lines(predictions)
+    if chosen is not None:
+        # an answer to a question that is not chosen is no mistake
+        ignored = questions.keys() - set(chosen)
+        questions = {id: questions[id] for id in chosen}
+        answers = {id: answer for id, answer in answers.items() if id not in ignored}
+    # every question has one answer, every answer a question
+    missing = [id for id in questions if id not in answers]
+    extra = [id for id in answers if id not in questions]
+    require_none(missing, f"of {references} are missing in {predictions}")
+    require_none(extra, f"of {predictions} are not in {references}")
+
+    # an error in a line names its file and its id
+    pairs = []
+    for id, question in questions.items():
+        try:
+            reference = text_of(question, ("reference", "findings", "impression"))
+            images = tuple(image_names(question))
+        except ValueError as error:
+            raise ValueError(f"{references}: {id}: {error}") from None
+        try:
+            prediction = text_of(answers[id], ("findings", "impression", "text"))
+        except ValueError as error:
+            raise ValueError(f"{predictions}: {id}: {error}") from None
+        prompt, model = str(question.get("text") or ""), answers[id].get("model_id")
+        pairs.append(Pair(id, reference, prediction, prompt, images=images, model=model))
+    return pairs
+
+
+def require_none(ids: list[str], problem: str):
+    if ids:
+        raise ValueError(f"questions and answers do not match: {len(ids):,} ids {problem} (first: {ids[0]})")
+
+
+def text_of(line: dict, fields: tuple[str, ...]) -> str:
+    """The text in the first of these fields that the line has."""
+    texts = [line[field] for field in fields if line.get(field) is not None]
+    if not texts or not isinstance(texts[0], str):
+        raise ValueError(f"there is no text in {', '.join(fields)}: add its report")
+    return texts[0]
+
+
+def read_lines(path) -> dict[str, dict]:
+    """{question_id: line} of a question or answer file, a training record as a question. ValueError names the line."""
+    records, lines = Records(path), []
+    for number, line in enumerate(records):
+        # a training record asks its first question
+        if "conversations" in line:
+            try:
+                question = Question.parse(line)
+            except ValueError as error:
+                raise ValueError(f"{records.place(number)}: {error}") from None
+            line = {"question_id": question.id, "image": question.images, "text": question.text}
+            line["reference"] = question.reference
+        if not isinstance(line.get("question_id"), str | int):
+            raise ValueError(f"{records.place(number)} has no question_id: give one object with it on each line")
+        lines.append(line)
+    if not lines:
+        raise ValueError(f"{path} is empty: give one JSON object on each line")
+    # ids are compared as text: 7 and "7" are the same
+    counts = Counter(str(line["question_id"]) for line in lines)
+    require_none([id for id, count in counts.items() if count > 1], f"come twice in {path}")
+    return {str(line["question_id"]): line for line in lines}
+
+
+def groups_of(pairs: list[Pair]) -> Groups:
+    """{"all", "with prior", "without prior"} -> bool [N]; only "all" if no question names images."""
+    groups = {"all": np.ones(len(pairs), bool)}
+    if any(pair.images for pair in pairs):
+        prior = np.array([pair.has_prior for pair in pairs])
+        split = {"with prior": prior, "without prior": ~prior}
+        groups |= {name: members for name, members in split.items() if members.any()}
+    return groups
+
+
+def statistics_of(pairs: list[Pair], bertscore: bool = False) -> Table:
+    """The rows of all metrics, see `metrics.statistics`."""
+    predictions, references = [pair.prediction for pair in pairs], [pair.reference for pair in pairs]
+    return statistics(predictions, references, bertscore, progress("scoring"))
+
+
+def write_export(path, pairs: list[Pair]):
+    """Write what RadEval takes: aligned lists of the texts as they are; the ids are for the reader."""
+    lists = {
+        "question_id": [pair.id for pair in pairs],
+        "references": [pair.reference for pair in pairs],
+        "hypotheses": [pair.prediction for pair in pairs],
+    }
+    with atomic(path) as file:
+        json.dump(lists, file, ensure_ascii=False, indent=1)
+
+
+def read_merge(paths, count: int) -> tuple[Table, dict[str, float]]:
+    """RadEval's results for `count` pairs -> ({key: [N, 1]} of values per study, {key: value} of single ones)."""
+    columns, values = {}, {}
+    for path in paths:
+        try:
+            content = dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
+            raise ValueError(f"{path} holds no JSON object: save RadEval's result with json.dump") from None
+        for key, value in content.items():
+            if key in VARIANTS or key in columns or key in values:
+                raise ValueError(f"{path}: there is a score {key} already: rename it or leave the file out")
+            # a number for all pairs, or a list of one for each
+            single = not isinstance(value, list)
+            numbers = [value] if single else value
+            finite = all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
+            if finite and single:
+                values[key] = float(value)
+            elif finite and len(numbers) == count:
+                columns[key] = np.array(numbers, dtype=float)[:, None]  # [N, 1]
+            else:
+                wanted = f"neither a number nor {count:,} numbers, one for each study"
+                raise ValueError(f"{path}: {key} is {wanted}: score the file that --export wrote, without details")
+    return columns, values

@@ -1,0 +1,86 @@
+"""Scores -> tables on stdout, JSON, and CSV files."""
+
+import csv
+import json
+from pathlib import Path
+
+from evaluation.metrics import FLOOR, VARIANTS, Difference, Interval
+from evaluation.prior import BETTER, WORSE, Cell
+from plumbing.cli import print_table
+from plumbing.files import atomic
+
+
+def print_json(result: dict):
+    """Print one object; intervals and differences in it become objects of their fields."""
+    print(json.dumps(result, default=vars))
+
+
+def print_scores(scores: dict[str, dict[str, Interval]], sizes: dict[str, int]):
+    """Print a column for each group of studies; sizes: {group: number of studies}."""
+    lines = [["", *(f"{group} ({size:,})" for group, size in sizes.items())]]
+    for key, found in scores.items():
+        lines.append([key, *(found.get(group, "") for group in sizes)])
+    print_table(lines)
+    print(f"{FLOOR}: {VARIANTS[FLOOR]}")
+
+
+def print_differences(scores: dict[str, dict[str, Difference]], sizes: dict[str, int]):
+    """Print a table for each group of studies."""
+    for group, size in sizes.items():
+        lines = [["", "A", "B", "B - A [95 % interval, paired]"]]
+        for key, found in scores.items():
+            lines.append([key, f"{found[group].a:.2f}", f"{found[group].b:.2f}", found[group].difference])
+        print(f"\n{group} ({size:,})")
+        print_table(lines)
+
+
+def print_prior(scores: dict[str, dict[str, Cell]], conditions: dict[str, str]):
+    """Print a column for each condition, and what the columns and the words of direction are."""
+    lines = [["", *conditions]]
+    for key, cells in scores.items():
+        values, gaps = [key], ["  minus true"]
+        for condition in conditions:
+            cell = cells.get(condition)
+            values.append(cell or "")
+            gaps.append(cell.difference.format("+") if cell and cell.difference else "")
+        lines.append(values)
+        # some scores have no value under the true prior, and so no differences
+        if any(gaps[1:]):
+            lines.append(gaps)
+    print_table(lines)
+    print("; ".join(f"{condition}: {image}" for condition, image in conditions.items()))
+    # what is counted, as it is no published score
+    print("directions flipped: share of the words of direction in the reports under true that the other report lacks")
+    print("while it has a word of the opposite direction that the first lacks")
+    print(f"worse: {', '.join(sorted(WORSE))}\nbetter: {', '.join(sorted(BETTER))}")
+
+
+def write_prior_csv(path, name: str, scores: dict[str, dict[str, Cell]]):
+    """Write one row for each score and condition."""
+    ends = ["value", "low", "high"]
+    with atomic(path) as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["Model Name", "score", "prior", *ends, *(f"difference {end}" for end in ends)])
+        for key, cells in scores.items():
+            for condition, cell in cells.items():
+                # the fields of a difference that is not there stay empty
+                gap = cell.difference or Interval(None)
+                numbers = [cell.value, cell.low, cell.high, gap.value, gap.low, gap.high]
+                writer.writerow([name, key, condition, *numbers])
+
+
+def append_csv(path, row: dict):
+    """Add a row, with a header if the file is new. ValueError if the file has other columns."""
+    lines = []
+    if Path(path).exists():
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    header = next(csv.reader(lines), list(row))
+    # a file of other columns is somebody else's
+    if header != list(row):
+        raise ValueError(f"{path} has the columns {', '.join(header)}, not {', '.join(row)}: give another file")
+    with atomic(path) as file:
+        file.writelines(f"{line}\n" for line in lines)
+        writer = csv.writer(file, lineterminator="\n")
+        if not lines:
+            writer.writerow(row)
+        writer.writerow(row.values())
