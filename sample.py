@@ -110,17 +110,14 @@ def generate(
     """Writes reports. One study gives a list of outputs, best first; a list of studies gives a list of such lists.
 
     Studies in a list decode as one batch, and each gives what it gives alone. Options, with their defaults:
-    max_new_tokens=512;
-    temperature=0 is greedy; above 0 it samples, with top_k=50, top_p=1 and seed=0;
+    max_new_tokens=512; temperature=0 is greedy, above 0 it samples, with top_k=50, top_p=1 and seed=0;
     num_beams=1, length_penalty=1: a beam's score is divided by its length^length_penalty;
     no_repeat_ngram="auto": no n tokens in a row occur twice; 3 with beams, else off; 0 is off;
     num_return_sequences=1: how many beams or samples to return.
 
-    template: name of a conversation template, instead of the checkpoint's.
-    on_text(text) gets new text of a single study's first sequence while it is generated; with beams, at the end.
-    should_stop() is asked at every token; if it returns True, what has been generated is returned.
-
-    ValueError where options are out of range, an image cannot be read, or a prompt has more positions than the model.
+    template: name of a conversation template, instead of the checkpoint's. on_text(text) gets new text of a single
+    study's first sequence while it is generated; with beams, at the end. should_stop() is asked at every token; if it
+    returns True, what has been generated is returned. ValueError where options, images or a prompt's length are wrong.
     """
     options = Options(**options)
     is_single = isinstance(studies, Study)
@@ -232,9 +229,6 @@ class Sequence:
     ids: list[int] = field(default_factory=list)
     is_done: bool = False
 
-    def draw(self) -> float:
-        return torch.rand((), generator=self.random).item()
-
 
 def sample(libra: Libra, prefix: Prefix, options: Options, stream, should_stop) -> list[list[tuple]]:
     """Greedy decoding (temperature 0) or K independent samples of each study; returns (ids, None) for each, [B][K]."""
@@ -253,7 +247,7 @@ def sample(libra: Libra, prefix: Prefix, options: Options, stream, should_stop) 
         if options.temperature == 0:
             tokens = logits.argmax(-1).tolist()  # [B][K]
         else:
-            draws = [sequence.draw() for row in rows for sequence in row]
+            draws = [torch.rand((), generator=sequence.random).item() for row in rows for sequence in row]
             draws = torch.tensor(draws, device=logits.device).view(-1, K)
             tokens = sample_tokens(logits, draws, options).tolist()
 
@@ -339,10 +333,9 @@ def beam_search(libra: Libra, prefix: Prefix, options: Options, should_stop) -> 
 
         # 1) score every continuation of every running beam
         scores = logits.log_softmax(-1)  # [B, K, V]
-        running = [search.running for search in searches]
-        ban_repeats(scores, prefix, running, options.ngram)
-        sums = torch.tensor([search.scores() for search in searches], device=scores.device)  # [B, K]
-        scores += sums[..., None]
+        ban_repeats(scores, prefix, [search.running for search in searches], options.ngram)
+        sums = torch.tensor([beam.score for search in searches for beam in search.running], device=scores.device)
+        scores += sums.view(len(searches), -1, 1)  # [B, K, 1]
 
         # 2) each study sorts its best candidates into beams that are finished and beams that continue
         best = scores.flatten(1).topk(num_candidates)  # [B, candidates], best first; index = k · V + token
@@ -377,9 +370,6 @@ class StudySearch:
         self.finished: list[Beam] = []
         self.has_ended = False
 
-    def scores(self) -> list[float]:
-        return [beam.score for beam in self.running]
-
     def advance(self, candidates: list[Beam], length: int, is_last: bool):
         """Takes one step: candidates, best first, are all of this length; is_last cuts them off here."""
         K = self.num_beams
@@ -391,7 +381,7 @@ class StudySearch:
         for rank, beam in enumerate(candidates):
             if everything_ends or beam.ids[-1] in self.eos_token_ids:
                 if rank < K and not self.has_ended:
-                    self.finished.append(Beam(self.normalise(beam.score, length), beam.ids))
+                    self.finished.append(Beam(beam.score / length**self.length_penalty, beam.ids))
             elif len(continuing) < K:
                 continuing.append(beam)
         self.finished.sort(key=lambda beam: -beam.score)
@@ -400,15 +390,12 @@ class StudySearch:
         # end when even the best running beam is no better than the worst finished one
         can_improve = len(self.finished) < K
         if continuing and not can_improve:
-            can_improve = self.normalise(continuing[0].score, length) > self.finished[-1].score
+            can_improve = continuing[0].score / length**self.length_penalty > self.finished[-1].score
         if everything_ends or not can_improve:
             self.has_ended = True
 
         # an ended study still takes part in the batch's steps; its result no longer changes
         self.running = continuing or candidates[:K]
-
-    def normalise(self, score: float, length: int) -> float:
-        return score / length**self.length_penalty
 
 
 # ------------------------------------------------------------------------------------------ repeats and stops
@@ -585,14 +572,8 @@ def options_of(arguments) -> Options:
 
 def load(arguments) -> Libra:
     """Reads the model of a command line."""
-    return Libra.from_pretrained(
-        arguments.model,
-        base=arguments.base,
-        encoder=arguments.encoder,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        progress=progress(f"loading {arguments.model}", "GiB", 2**30),
-    )
+    flags = {name: getattr(arguments, name) for name in ("base", "encoder", "device", "dtype")}
+    return Libra.from_pretrained(arguments.model, progress=progress("loading", "GiB", 2**30), **flags)
 
 
 def run(arguments):
