@@ -21,6 +21,7 @@ fully visible to it and which are partly visible. The others skip the rest, and 
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -30,7 +31,8 @@ try:
     import triton.language as tl
 
     jit, constexpr = triton.jit, tl.constexpr
-    LN2 = constexpr(0.6931471805599453)
+    LN2 = constexpr(math.log(2))
+    constant = functools.cache(constexpr)  # Triton compares arguments in every launch: faster if they are identical
 except ImportError:  # Triton does not exist for macOS and Windows: PyTorch computes everything
     triton = tl = constexpr = None
     jit = lambda function: function
@@ -49,8 +51,7 @@ class Tensor(NamedTuple):
     stride_b: int
     stride_h: int
     stride_t: int
-    D: int  # a constant of the compiled kernel, as WIDTH is
-    WIDTH: int  # the power of two that holds D: a head of 80 is computed as one of 128
+    D: int  # a constant of the compiled kernel
 
 
 class Mask(NamedTuple):
@@ -127,7 +128,8 @@ def _visit_list(visits, b, block, MASKED: constexpr):
 @jit
 def _rows(x, b, h, t, count):
     """Pointers to rows t of a head, [rows, WIDTH], and which of them exist: rows before `count`, columns before D."""
-    d = tl.arange(0, x.WIDTH)
+    # WIDTH is the power of two that holds D: a head of 80 is computed as one of 128
+    d = tl.arange(0, 16 if x.D < 16 else triton.next_power_of_2(x.D))
     # 64 bits: a large batch has more than 2^31 numbers
     head = x.pointer + (b.to(tl.int64) * x.stride_b + h.to(tl.int64) * x.stride_h) * x.D
     return head + t[:, None] * x.stride_t * x.D + d[None, :], (t < count)[:, None] & (d < x.D)[None, :]
@@ -159,7 +161,7 @@ def _forward_kernel(q, k, v, out, lse, mask, visits, groups, M: constexpr, N: co
     t = block * M + tl.arange(0, M)
     Q = load_rows(q, b, h, t, T)  # [M, WIDTH]
     m, z = tl.full([M], float("-inf"), tl.float32), tl.zeros([M], tl.float32)
-    acc = tl.zeros([M, q.WIDTH], tl.float32)
+    acc = tl.zeros(Q.shape, tl.float32)
 
     # 2) go through the keys: first the fully visible blocks, then the others under the mask
     for MASKED in tl.static_range(2):
@@ -201,7 +203,7 @@ def _dq_kernel(q, k, v, out, grad, lse, deltas, dq, mask, visits, groups, M: con
     tl.store(deltas + row + t, delta, t < T)
 
     # 2) go through the keys as in the forward kernel, and sum dS K
-    acc = tl.zeros([M, q.WIDTH], tl.float32)
+    acc = tl.zeros(Q.shape, tl.float32)
     for MASKED in tl.static_range(2):
         blocks, begin, end = _visit_list(visits, b, block, MASKED)
         for n in range(begin, end):
@@ -224,7 +226,7 @@ def _dkdv_kernel(q, k, v, grad, lse, deltas, dk, dv, mask, visits, groups, M: co
     c: constexpr = q.D**-0.5 / LN2
     j = block * N + tl.arange(0, N)
     K, V = load_rows(k, b, h, j, S), load_rows(v, b, h, j, S)  # [N, WIDTH]
-    DK, DV = tl.zeros([N, k.WIDTH], tl.float32), tl.zeros([N, k.WIDTH], tl.float32)
+    DK, DV = tl.zeros(K.shape, tl.float32), tl.zeros(V.shape, tl.float32)
 
     # 2) go through the queries that see them, in each query head that reads this key head; S and P are transposed
     for r in range(groups):
@@ -288,8 +290,7 @@ def tile_for(q, backward) -> tuple[Tile, dict]:
     kind = "float32" if q.dtype == torch.float32 else gpu
     columns = min(columns for row, columns in TILES if row == kind and columns >= D)
     tile = TILES[kind, columns][backward]
-    # float32 on NVIDIA's tensor cores is a sum of three TF32 products; AMD's matrix cores compute it directly
-    dot = "ieee" if gpu == "amd" else "tf32x3"
+    dot = "ieee" if gpu == "amd" else "tf32x3"  # NVIDIA's tensor cores compute float32 as three products of TF32
     return tile, dict(DOT=dot, num_warps=tile.num_warps, num_stages=tile.num_stages)
 
 
@@ -312,7 +313,7 @@ def make_mask(segments, positions, versions, causal, window, T, S, device) -> Ma
 @functools.lru_cache(maxsize=12)
 def list_visits(mask, M, N, by_key) -> Visits:
     """Lists for blocks of M queries and N keys: one for each block of queries or, by_key, of keys."""
-    queries, keys = triton.cdiv(mask.T, M), triton.cdiv(mask.S, N)
+    queries, keys = math.ceil(mask.T / M), math.ceil(mask.S / N)
     outer, inner = (keys, queries) if by_key else (queries, keys)
     lists = torch.empty(len(mask.table), outer, 2 + inner, dtype=torch.int32, device=mask.table.device)
     _visits_kernel[outer, len(lists)](lists, mask, inner, M=M, N=N, BY_KEY=by_key, num_warps=8)
@@ -327,8 +328,8 @@ def _dense_rows(x):
 
 def describe(x) -> Tensor:
     D = x.shape[-1]
-    strides = [stride // D for stride in x.stride()[:3]]
-    return Tensor(x, *strides, constexpr(D), constexpr(max(16, triton.next_power_of_2(D))))
+    strides = (stride // D for stride in x.stride()[:3])
+    return Tensor(x, *strides, constant(D))
 
 
 class FusedAttention(torch.autograd.Function):
@@ -338,7 +339,7 @@ class FusedAttention(torch.autograd.Function):
         out = torch.empty_like(q)
         lse = q.new_empty(B, H, T, dtype=torch.float32)
         tile, options = tile_for(q, backward=False)
-        _forward_kernel[triton.cdiv(T, tile.own), H, B](
+        _forward_kernel[math.ceil(T / tile.own), H, B](
             q=describe(q), k=describe(k), v=describe(v), out=describe(out), lse=lse,
             mask=mask, visits=list_visits(mask, tile.own, tile.visited, by_key=False),
             groups=H // k.shape[1], M=tile.own, N=tile.visited, **options,
@@ -361,12 +362,12 @@ class FusedAttention(torch.autograd.Function):
 
         # a program for each block of queries and each query head; it visits keys
         visits = list_visits(ctx.mask, tile.own, tile.visited, by_key=False)
-        _dq_kernel[triton.cdiv(T, tile.own), H, B](
+        _dq_kernel[math.ceil(T / tile.own), H, B](
             out=describe(out), dq=describe(dq), visits=visits, M=tile.own, N=tile.visited, **shared
         )
         # a program for each block of keys and each key head; it visits queries
         visits = list_visits(ctx.mask, tile.visited, tile.own, by_key=True)
-        _dkdv_kernel[triton.cdiv(S, tile.own), H_kv, B](
+        _dkdv_kernel[math.ceil(S / tile.own), H_kv, B](
             dk=describe(dk), dv=describe(dv), visits=visits, M=tile.visited, N=tile.own, **shared
         )
         return dq, dk, dv, None
