@@ -19,7 +19,7 @@ import prepare
 import sample
 
 FLOORS = [
-    {"plumbing.cli", "plumbing.files", "plumbing.distributed", "kernel"},
+    {"plumbing.cli", "plumbing.files", "plumbing.distributed", "plumbing.settings", "kernel"},
     {"attention", "plumbing.checkpoint", "tokenizer", "plumbing.image", "plumbing.pixels",
      "phantom.radiograph", "sources.mimic"},
     {"encoder", "tac", "decoder", "phantom.hospital"},

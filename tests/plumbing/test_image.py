@@ -333,7 +333,7 @@ NOISE = DEEP & 0xFFF
 RLE = dataset(NOISE, stored=12)
 RLE.compress(uid.RLELossless)
 MISTAKES = {  # what a file holds, and what its refusal says
-    "empty": (b"", "not an image"),
+    "empty": (b"", "empty"),
     "text": (b"FINDINGS: The heart is normal.\n", "not an image"),
     "a program, as EPS is": (encode(GREY, "EPS"), "not an image"),
     "too large": (png_of_size(10000), "pixels"),  # Pillow only warns of it
