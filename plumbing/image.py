@@ -28,15 +28,16 @@ def load_image(source) -> Image.Image:
     """
     if isinstance(source, Image.Image):
         return _to_rgb("the image", source)
-
     # 1) read the file
-    name = "the image" if isinstance(source, bytes) else source
+    name, data = source, source
     if isinstance(source, bytes):
-        data = source
+        name = "the image"
     elif isinstance(source, str) and ADDRESS.match(source):
         data = _download(source)
     elif Path(source).is_file():
         data = Path(source).read_bytes()
+    elif Path(source).is_dir():
+        raise IsADirectoryError(f"{source} is a directory: give an image file")
     else:
         raise FileNotFoundError(f"no image {source}: check the path")
 
@@ -95,7 +96,8 @@ def _to_rgb(name, source) -> Image.Image:
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         raise ValueError(f"{name} has more than {Image.MAX_IMAGE_PIXELS:,} pixels: scale it down first") from None
     except Image.UnidentifiedImageError:
-        raise ValueError(f"{name} is empty or not an image: give a JPEG, PNG, TIFF or DICOM") from None
+        problem = "not an image" if source else "empty"
+        raise ValueError(f"{name} is {problem}: give a JPEG, PNG, TIFF or DICOM") from None
     except Exception as error:  # each of Pillow's decoders raises errors of its own
         raise ValueError(f"{name} is a damaged or truncated image ({error}): fetch it again") from None
 
@@ -201,5 +203,4 @@ def _look_up(dicom, item, values):
         entry_bytes = len(table) // (entries or 2**16)  # 0 stands for 2**16
         _, little_endian = dicom.original_encoding
         table = np.frombuffer(table, f"{'<' if little_endian else '>'}u{entry_bytes}")
-    places = (values.astype(np.int64) - first).clip(0, len(table) - 1)
-    return np.asarray(table)[places]
+    return np.take(table, values.astype(np.int64) - first, mode="clip")

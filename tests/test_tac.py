@@ -1,4 +1,4 @@
-"""The oracles: golden values, the equations of TAC as they are written in torch's own modules, nn.MultiheadAttention."""
+"""The oracles: golden values, and the equations of TAC as they are written, in torch's own modules."""
 
 import pytest
 import torch
@@ -8,8 +8,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tac import TAC, BiasedAttention, make_connector
-
-# ------------------------------------------------------------------------------------------- the equations
 
 
 class PlainSqueezeExcite(nn.Module):
@@ -81,27 +79,21 @@ def random_features(*shape):
 
 
 def outputs_and_gradients(module, run, inputs):
-    leaves = [x.clone().requires_grad_() for x in inputs]
-    out = run(*leaves)
+    """Named outputs of a run, and the gradients of its inputs and of the module's parameters."""
+    leaves = {f"input {i}": x.clone().requires_grad_() for i, x in enumerate(inputs)}
+    out = run(*leaves.values())
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(2), dtype=out.dtype)
-    names = [name for name, _ in module.named_parameters()]
-    gradients = torch.autograd.grad((out * weights).sum(), [*leaves, *module.parameters()])
-    return out.detach(), gradients[: len(leaves)], dict(zip(names, gradients[len(leaves) :], strict=True))
+    leaves |= dict(module.named_parameters())
+    gradients = torch.autograd.grad((out * weights).sum(), list(leaves.values()))
+    return {"output": out.detach()} | dict(zip(leaves, gradients, strict=True))
 
 
 def assert_same(ours, theirs, run_ours, run_theirs, *inputs):
-    """Equal outputs; equal gradients of every input and parameter."""
-    out, input_gradients, gradients = outputs_and_gradients(ours, run_ours, inputs)
-    expected, expected_input_gradients, expected_gradients = outputs_and_gradients(theirs, run_theirs, inputs)
-    assert relative(out, expected) < 1e-5
-    for gradient, reference in zip(input_gradients, expected_input_gradients, strict=True):
-        assert relative(gradient, reference) < 1e-5
-    assert gradients.keys() == expected_gradients.keys()
-    for name, gradient in gradients.items():
-        assert relative(gradient, expected_gradients[name]) < 1e-5, name
-
-
-# ------------------------------------------------------------------------------------------- the tests
+    results = outputs_and_gradients(ours, run_ours, inputs)
+    expected = outputs_and_gradients(theirs, run_theirs, inputs)
+    assert results.keys() == expected.keys()
+    for name, result in results.items():
+        assert relative(result, expected[name]) < 1e-5, name
 
 
 @pytest.mark.parametrize(("family", "case"), cases(), ids=lambda value: getattr(value, "name", value))

@@ -84,7 +84,8 @@ def dicom(*arguments, **elements) -> bytes:
     return to_bytes(dataset(*arguments, **elements))
 
 
-# ------------------------------------------------------------------------------------------- what is stored
+def by_pillow(data):
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
 def palette(indices, colours, **options):
@@ -108,7 +109,11 @@ MOTOROLA = Image.frombytes("I;16B", (300, 200), DEEP.astype(">u2").tobytes())
 SCALED = grey((DEEP.astype(int) + 128) // 257)  # v / 257, rounded
 COLOURS = RANDOM.integers(0, 256, (256, 3), dtype=np.uint8)
 PLANES = dict(PlanarConfiguration=1, PixelData=COLOUR.transpose(2, 0, 1).tobytes())
+JPEG = encode(COLOUR, "JPEG", quality=90)
+GREY_JPEG = encode(GREY, "JPEG", quality=90)
 IMAGES = {  # a source, and what it shows
+    "JPEG": (JPEG, by_pillow(JPEG)),
+    "grey JPEG": (GREY_JPEG, by_pillow(GREY_JPEG)),
     "grey PNG": (encode(GREY), grey(GREY)),
     "grey TIFF": (encode(GREY, "TIFF"), grey(GREY)),
     "colour PNG": (encode(COLOUR), COLOUR),
@@ -138,37 +143,21 @@ def test_an_image_shows_what_was_stored(source, expected):
     assert (pixels(source) == expected).all()
 
 
-@pytest.mark.parametrize("values", [GREY, COLOUR], ids=["grey", "colour"])
-def test_jpeg_is_decoded_as_pillow_does(values):
-    data = encode(values, "JPEG", quality=90)
-    assert (pixels(data) == np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))).all()
-
-
-TURNS = [  # what shows the stored pixels of EXIF orientation 1 … 8 upright
-    lambda a: a, np.fliplr, lambda a: np.rot90(a, 2), np.flipud,
-    lambda a: a.swapaxes(0, 1), lambda a: np.rot90(a, -1), lambda a: np.rot90(a, 2).swapaxes(0, 1), np.rot90,
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("orientation", "turn"), enumerate(TURNS, 1))
-@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-def test_exif_orientation_is_applied_and_the_original_is_left_alone(kind, orientation, turn):
+def test_exif_orientation_is_applied_and_the_original_is_left_alone():
     exif = Image.Exif()
-    exif[274] = orientation
-    stored = pixels(encode(COLOUR, kind))
-    original = Image.open(io.BytesIO(encode(COLOUR, kind, exif=exif)))
+    exif[274] = 6  # to be turned clockwise
+    original = Image.open(io.BytesIO(encode(COLOUR, exif=exif)))
     loaded = load_image(original)
-    assert (np.asarray(loaded) == turn(stored)).all()
+    assert (np.asarray(loaded) == np.rot90(COLOUR, -1)).all()
     loaded.paste((1, 2, 3), (0, 0, 5, 5))
-    assert original.getexif()[274] == orientation and (np.asarray(original) == stored).all()
+    assert original.getexif()[274] == 6 and (np.asarray(original) == COLOUR).all()
 
 
 @pytest.mark.parametrize("number", range(6))
 def test_path_string_bytes_and_pil_give_the_same_pixels(number):
     path = GOLDEN / "images" / f"{number}.png"
-    expected = np.asarray(Image.open(path).convert("RGB"))
     for source in (path, str(path), path.read_bytes(), Image.open(path)):
-        assert (pixels(source) == expected).all()
+        assert (pixels(source) == by_pillow(path.read_bytes())).all()
 
 
 def test_a_study_gives_current_and_prior_in_this_order_and_one_image_without_a_prior(tmp_path):
@@ -293,20 +282,9 @@ def test_ybr_becomes_rgb():
     assert np.abs(pixels(dicom(COLOUR, kind="YBR_FULL")) - expected.clip(0, 255)).max() <= 1
 
 
-@pytest.mark.parametrize("syntax", [uid.RLELossless, uid.JPEG2000Lossless], ids=["RLE", "JPEG 2000"])
-@pytest.mark.parametrize("depth", ["u8", "u12", "s12"])
-def test_lossless_compression_changes_nothing(depth, syntax):
-    values, stored = DEPTHS[depth]
-    values = np.tile(values, (12, 8))  # JPEG 2000 wants 64 pixels at least
-    made = dataset(values, stored=stored)
-    made.compress(syntax, generate_instance_uid=False)
-    shows(to_bytes(made), stretched(values))
-
-
 def test_jpeg_in_dicom_is_decoded_as_pillow_does():  # but for the last bit: another decoder may be installed
-    data = encode(GREY, "JPEG", quality=90)
-    made = dicom(GREY, uid.JPEGBaseline8Bit, PixelData=encapsulate([data]), **window(128, 256))
-    shows(made, np.asarray(Image.open(io.BytesIO(data))), tolerance=1)
+    made = dicom(GREY, uid.JPEGBaseline8Bit, PixelData=encapsulate([GREY_JPEG]), **window(128, 256))
+    shows(made, by_pillow(GREY_JPEG)[..., 0], tolerance=1)
 
 
 SAME = [("MR_small", f"MR_small_{form}") for form in ("RLE", "jp2klossless", "jpeg_ls_lossless", "bigendian")]
@@ -345,9 +323,6 @@ def test_with_preamble_the_content_tells(tmp_path):
     assert (pixels(tmp_path / "image.dcm") == pixels(PNG)).all()
 
 
-# ------------------------------------------------------------------------------------------- mistakes
-
-
 def png_of_size(side):
     """A PNG whose header says that it has side × side pixels."""
     header = b"IHDR" + struct.pack(">II", side, side) + PNG[24:29]
@@ -358,7 +333,7 @@ NOISE = DEEP & 0xFFF
 RLE = dataset(NOISE, stored=12)
 RLE.compress(uid.RLELossless)
 MISTAKES = {  # what a file holds, and what its refusal says
-    "empty": (b"", "not an image"),
+    "empty": (b"", "empty"),
     "text": (b"FINDINGS: The heart is normal.\n", "not an image"),
     "a program, as EPS is": (encode(GREY, "EPS"), "not an image"),
     "too large": (png_of_size(10000), "pixels"),  # Pillow only warns of it
