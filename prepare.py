@@ -11,14 +11,17 @@ again after an interruption, and it makes what is missing.
 import argparse
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 import phantom.hospital as phantom
+from data import ImageFolder, Records
+from data import check as check_records
 from plumbing.cli import Parser, guard, print_table, progress
 from plumbing.files import atomic
 from sources.cache import build
 from sources.mimic import SECTIONS, prepare_sections
-from sources.outputs import check
+from sources.records import Output, kind_of, summary
 from sources.rrg import prepare_rrg
 from sources.vqa import prepare_cxr_vqa, prepare_diff_vqa
 
@@ -31,6 +34,39 @@ def draw_hospital(out, patients: int, seed: int, size: int, workers: int, dicom:
         with atomic(Path(out) / "preview.png", "wb") as file:
             phantom.few_colours(phantom.preview(seed)).save(file, "PNG", optimize=True)
     print_table(counts.items())
+
+
+def check(file, image_folder=None):
+    """Check every record of a file, and its images if their folder is given. Raises ValueError with all problems."""
+    records = Records(file)
+    if not len(records):
+        raise ValueError(f"{records.path} holds no record")
+    find = ImageFolder(image_folder, None).find if image_folder else lambda name: None
+    show = progress(f"checking {records.path.name}", "records")
+    checked = check_records(records, kind_of(records), find, show)
+    row = summary(records)
+    print_table([row.keys(), row.values()])
+    print(f"\nno problem in {len(records):,} records; {checked.duplicates:,} have the id of an earlier one")
+
+
+def finish(outputs: list[Output], skipped: Counter, kinds: dict[str, Counter]):
+    """Print what is in the files of a command, which may have existed, and what was left out of them.
+
+    Raises ValueError if there is no file, because nothing in the input could be used.
+    """
+    reasons = sorted(((count, reason) for reason, count in skipped.items() if count), reverse=True)
+    files = [Records(output.path) for output in outputs if output.path.exists()]
+    if not files:
+        listed = "; ".join(f"{count} {reason}" for count, reason in reasons)
+        raise ValueError(f"no record could be made: {listed or 'the input is empty'}")
+    rows = [summary(records) for records in files]
+    print_table([rows[0].keys(), *(row.values() for row in rows)])
+    for column, counts in kinds.items():
+        if counts:
+            print(f"\n{column}: " + ", ".join(f"{kind} {count}" for kind, count in sorted(counts.items())))
+    print("\nleft out or special in this run:" if reasons else "\nnothing was left out in this run")
+    for count, reason in reasons:
+        print(f"{count:>9}  {reason}")
 
 
 # each function takes the flags of its command, by name
@@ -60,15 +96,12 @@ def parse(arguments=None) -> argparse.Namespace:
         add("--root", required=True, metavar="DIR", help="MIMIC-CXR: the folder that holds files/ and the metadata")
         add("--out", required=True, metavar="DIR", help="folder for the record and question files")
 
-    def add_workers(add, text: str):
-        add("--workers", type=int, default=os.cpu_count(), metavar="N", help=text)
-
     add = command("phantom", "draw a small synthetic hospital, laid out as MIMIC-CXR is")
     add("--out", required=True, metavar="DIR", help="folder for the hospital")
     add("--patients", type=int, default=200, metavar="N", help="number of patients")
     add("--seed", type=int, default=0, metavar="S", help="random seed")
     add("--size", type=int, default=128, metavar="PX", help="height and width of the images in pixels")
-    add_workers(add, "number of processes that draw")
+    add("--workers", type=int, default=os.cpu_count(), metavar="N", help="number of processes that draw")
     add("--dicom", action="store_true", help="also write DICOM files")
     add("--preview", action="store_true", help="also draw some patients over time, in OUT/preview.png")
 
@@ -76,7 +109,11 @@ def parse(arguments=None) -> argparse.Namespace:
     add_folders(add)
     add("--reports", metavar="DIR", help="folder with files/pNN/pNNNNNNNN/sNNNNNNNN.txt; ROOT if not given")
     add("--section", default="both", choices=(*SECTIONS, "both"), help="what the model shall write from the images")
-    add("--no-context", action="store_true", help="leave the clinical context out; makes SECTION_no_context_SPLIT.jsonl")
+    add(
+        "--no-context",
+        action="store_true",
+        help="ask without clinical context; makes SECTION_no_context_SPLIT.jsonl",
+    )
 
     add = command("diff-vqa", "MIMIC-Diff-VQA: questions about a study beside its reference study")
     add_folders(add)
@@ -108,7 +145,7 @@ def parse(arguments=None) -> argparse.Namespace:
         help="how images become square: black borders as in training, borders of the mean colour as in inference, "
         "or none, which crops")  # fmt: skip
     add("--out", required=True, metavar="DIR", help="folder of the cache, which is made, extended or resumed")
-    add_workers(add, "number of processes that decode images")
+    add("--workers", type=int, default=os.cpu_count(), metavar="N", help="number of processes that decode images")
 
     parsed = parser.parse_args(arguments)
     if getattr(parsed, "workers", 1) < 1:
@@ -117,9 +154,13 @@ def parse(arguments=None) -> argparse.Namespace:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    flags = vars(arguments).copy()
-    command = COMMANDS[flags.pop("command")]
-    return guard("prepare.py", lambda flags: command(**flags), flags)
+    def run(flags: dict):
+        made = COMMANDS[arguments.command](**flags)
+        if made:
+            finish(*made)
+
+    flags = {name: value for name, value in vars(arguments).items() if name != "command"}
+    return guard("prepare.py", run, flags)
 
 
 if __name__ == "__main__":

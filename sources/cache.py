@@ -1,9 +1,8 @@
-"""Building the image cache: every image padded, resized and cropped once, so that training need not decode it again.
+"""Building the image cache that `data.ImageCache` describes and reads.
 
-`data.ImageCache` reads it and documents its two files. Frames are appended to frames.bin in the order of their names.
-Their lines in the index follow once the frames are on the disk, in a file that replaces the index at the end. If a
-build is killed, the next one resumes behind the last such line and produces the same bytes. Images that a finished
-cache lacks are appended in the same way.
+Frames are appended in the order of their names. Their lines follow once the frames are on the disk, in a file that
+replaces the index at the end. After a kill, the next build resumes behind the last complete line and produces the same
+bytes. A finished cache is extended in the same way.
 """
 
 import json
@@ -12,10 +11,8 @@ import sys
 import time
 import zlib
 from collections import Counter
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 from data import FRAMES, INDEX, ImageFolder, Records, cache_settings, image_names, parse_index
 from plumbing import checkpoint
@@ -23,73 +20,63 @@ from plumbing.cli import parallel, print_table, progress
 from plumbing.files import atomic, only_writer, read_json, resumable
 from plumbing.pixels import PixelConfig, open_clip_pixels, pixel_config
 
-FLUSH_EVERY = 0.25  # seconds of work that a kill may cost
-SHOWN = 20  # skipped images that are named
-
 
 def build(records, image_folder, model, pad: str, out, workers: int):
     """Make, extend or resume the cache of all images that the record files name, and print what is in it.
 
-    Raises ValueError if the cache was made with other settings, is damaged, or is being written.
+    Raises ValueError if the cache has other settings, is damaged, or is being written.
     """
-    # 1) how the model's encoder is shown images, and which ones
+    # 1) which images, and how the model's encoder will see them
     config = pixels_of(checkpoint.locate(model), pad)
-    images = ImageFolder(image_folder, config)
-    names = names_in(records)
+    images, names = ImageFolder(image_folder, config), names_in(records)
 
-    # 2) append the frames that the cache lacks
-    out = Path(out)
+    # 2) append what the cache lacks
+    begin, out = time.monotonic(), Path(out)
+    index, growing = out / INDEX, out / f".{INDEX}.growing"
     out.mkdir(parents=True, exist_ok=True)
-    growing = out / f".{INDEX}.growing"
-    begin = time.monotonic()
     with resumable(out), open(out / FRAMES, "ab") as frames, only_writer(frames, out):
         finished = resume(frames, growing, config)
         absent = sorted(names - finished)
-        with open(growing, "ab") as index:
-            skipped = append(absent, images, Appender(frames, index), workers)
-        os.replace(growing, out / INDEX)
+        with open(growing, "ab") as lines:
+            skipped = append(parallel(partial(read_frame, images), absent, workers), absent, frames, lines)
+        os.replace(growing, index)
 
-    # 3) say what could not be read, and what is in the cache now
-    for name, problem in list(skipped.items())[:SHOWN]:
+    # 3) say what was skipped, and what the cache holds now
+    for name, problem in list(skipped.items())[:20]:
         print(f"skipped {name}: {problem}", file=sys.stderr)
-    entries = parse_index((out / INDEX).read_bytes(), config, out / INDEX)
+    entries = parse_index(index.read_bytes(), config, index)
     channels = Counter(entry["channels"] for entry in entries)
-    without_file = sum(problem.startswith("no image") for problem in skipped.values())
-    table = {
+    lost = sum(problem.startswith("no image") for problem in skipped.values())
+    print_table({
         "images": len(entries),
         "of one channel": channels[1],
         "of three channels": channels[3],
         "there before": len(finished),
-        "skipped, no file": without_file,
-        "skipped, other reasons": len(skipped) - without_file,
+        "skipped, no file": lost,
+        "skipped, other reasons": len(skipped) - lost,
         "bytes": (out / FRAMES).stat().st_size,
         "seconds": round(time.monotonic() - begin),
-    }
-    print_table(table.items())
+    }.items())  # fmt: skip
 
 
 def pixels_of(source: checkpoint.Source, pad: str) -> PixelConfig:
-    """How an encoder, or the encoder of a checkpoint, is shown images. No weights are needed.
-
-    Raises ValueError if the folder describes neither.
-    """
+    """How an encoder, or the encoder of a checkpoint, is shown images. Needs no weights."""
     folder = source.folder
     if not (folder / "preprocessor_config.json").exists():
         config = read_json(folder / "config.json")
-        # BiomedCLIP: open_clip's own settings, at the path that the checkpoint names or in its folder
+        # open_clip's settings are at this path, or in the folder of the checkpoint
         if config.get("mm_vision_tower_config"):
             file = Path(folder, config["mm_vision_tower_config"])
-            if not file.is_file():
-                file = folder / file.name
-            return open_clip_pixels(read_json(file)["vision_cfg"]["image_size"], pad)
+            settings = read_json(file if file.is_file() else folder / file.name)
+            return open_clip_pixels(settings["vision_cfg"]["image_size"], pad)
         if not config.get("mm_vision_tower"):
             raise ValueError(f"{folder} has no preprocessor_config.json and names no encoder: give the encoder")
         folder = checkpoint.locate(config["mm_vision_tower"], folder).folder
     return pixel_config(read_json(folder / "preprocessor_config.json"), folder, pad)
 
 
-def names_in(files: Iterable) -> set[str]:
-    """The images that record files name. Raises ValueError with the place of a record that names none properly."""
+def names_in(files) -> set[str]:
+    """The images that record files name. Raises ValueError with the place of a record whose names are wrong."""
     names = set()
     for records in map(Records, files):
         for number, record in enumerate(records):
@@ -101,88 +88,50 @@ def names_in(files: Iterable) -> set[str]:
 
 
 def resume(frames, growing: Path, config: PixelConfig) -> set[str]:
-    """Bring frames.bin and the growing index to the state of the last complete line; the images they hold.
+    """Cut frames.bin and the growing index behind the last complete line. Returns the images that they hold."""
+    # 1) the lines of an interrupted build, or else of a finished cache, or else the settings alone
+    index = growing.with_name(INDEX)
+    stored = next((path.read_bytes() for path in (growing, index) if path.exists()), b"")
+    stored = stored[: stored.rfind(b"\n") + 1] or json.dumps(cache_settings(config)).encode() + b"\n"
+    entries = parse_index(stored, config, index)
 
-    An interrupted build is preferred to the finished cache that it extends. Raises ValueError if the cache was made
-    with other settings, or if frames are missing.
-    """
-    folder = growing.parent
-    stored = b""
-    for path in (growing, folder / INDEX):
-        if path.exists():
-            stored = path.read_bytes()
-            break
-    # a kill may have torn the last line; the first line holds the settings
-    stored = stored[: stored.rfind(b"\n") + 1] or _line(cache_settings(config))
-    entries = parse_index(stored, config, folder / INDEX)
-
+    # 2) there may be frames without a line, but no line without its frame
     end = sum(entry["channels"] for entry in entries) * config.crop**2
     if os.fstat(frames.fileno()).st_size < end:
-        raise ValueError(f"{folder / FRAMES} is shorter than its index says: delete {folder} and make it again")
+        raise ValueError(f"{frames.name} is shorter than its index says: delete {index.parent} and make it again")
     with atomic(growing, "wb") as file:
         file.write(stored)
     frames.truncate(end)
     return {entry["image"] for entry in entries}
 
 
-class Frame(NamedTuple):
-    """uint8 [S, S] as bytes with one channel, [S, S, 3] with three; or the problem with the image."""
-
-    channels: int
-    data: bytes
-    problem: str = ""
-
-
-class Appender:
-    """Appends frames to one open file and their lines to another. No line is on the disk before its frame."""
-
-    def __init__(self, frames, index):
-        self.frames, self.index = frames, index
-        self.lines, self.flushed = [], time.monotonic()
-
-    def add(self, name: str, frame: Frame):
-        self.frames.write(frame.data)
-        self.lines.append(_line({"image": name, "channels": frame.channels, "crc32": zlib.crc32(frame.data)}))
-        if time.monotonic() - self.flushed > FLUSH_EVERY:
-            self.flush()
-
-    def flush(self):
-        _sync(self.frames)
-        self.index.write(b"".join(self.lines))
-        _sync(self.index)
-        self.lines, self.flushed = [], time.monotonic()
-
-
-def append(names: list[str], images: ImageFolder, appender: Appender, workers: int) -> dict[str, str]:
-    """Append the frames of the images. Returns {image: problem} of those that cannot be read."""
-    skipped, show = {}, progress("caching", "images")
-    frames = parallel(partial(read_frame, images), names, workers)
-    for number, (name, frame) in enumerate(zip(names, frames, strict=True), 1):
-        if frame.problem:
-            skipped[name] = frame.problem
+def append(results, names: list[str], frames, index) -> dict[str, str]:
+    """Append the frames and their lines to two open files. Returns {image: problem} of those that cannot be read."""
+    lines, skipped, flushed, show = [], {}, time.monotonic(), progress("caching", "images")
+    for number, (name, frame) in enumerate(zip(names, results, strict=True), 1):
+        if isinstance(frame, str):
+            skipped[name] = frame
         else:
-            appender.add(name, frame)
+            data = frame.tobytes()
+            frames.write(data)
+            entry = {"image": name, "channels": frame.shape[2], "crc32": zlib.crc32(data)}
+            lines.append(json.dumps(entry).encode() + b"\n")
+        # a kill costs the work of the last 0.25 seconds
+        if number == len(names) or time.monotonic() - flushed > 0.25:
+            for file, data in ((frames, b""), (index, b"".join(lines))):  # frames reach the disk first
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            lines, flushed = [], time.monotonic()
         show(number, len(names))
-    appender.flush()
     return skipped
 
 
-def read_frame(images: ImageFolder, name: str) -> Frame:
-    """One image as the encoder will see it. Runs in a worker process."""
+def read_frame(images: ImageFolder, name: str):
+    """An image as the encoder will see it: uint8 [S, S, 1] if grey, else [S, S, 3]; or why it cannot be read."""
     try:
         frame = images.frame(name)  # [S, S, 3]
     except (ValueError, OSError) as error:
-        return Frame(0, b"", str(error))
+        return str(error)
     grey = (frame == frame[..., :1]).all()
-    if grey:
-        return Frame(1, frame[..., 0].tobytes())
-    return Frame(3, frame.tobytes())
-
-
-def _line(entry: dict) -> bytes:
-    return json.dumps(entry).encode() + b"\n"
-
-
-def _sync(file):
-    file.flush()
-    os.fsync(file.fileno())
+    return frame[..., :1] if grey else frame
