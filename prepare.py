@@ -21,7 +21,7 @@ from plumbing.cli import Parser, guard, print_table, progress
 from plumbing.files import atomic
 from sources.cache import build
 from sources.mimic import SECTIONS, prepare_sections
-from sources.records import Output, kind_of, summary
+from sources.records import kind_of, summary
 from sources.rrg import prepare_rrg
 from sources.vqa import prepare_cxr_vqa, prepare_diff_vqa
 
@@ -49,13 +49,13 @@ def check(file, image_folder=None):
     print(f"\nno problem in {len(records):,} records; {checked.duplicates:,} have the id of an earlier one")
 
 
-def finish(outputs: list[Output], skipped: Counter, kinds: dict[str, Counter]):
+def finish(outputs: dict, skipped: Counter, kinds: dict[str, Counter]):
     """Print what is in the files of a command, which may have existed, and what was left out of them.
 
     Raises ValueError if there is no file, because nothing in the input could be used.
     """
     reasons = sorted(((count, reason) for reason, count in skipped.items() if count), reverse=True)
-    files = [Records(output.path) for output in outputs if output.path.exists()]
+    files = [Records(path) for path in outputs.values() if path.exists()]
     if not files:
         listed = "; ".join(f"{count} {reason}" for count, reason in reasons)
         raise ValueError(f"no record could be made: {listed or 'the input is empty'}")
@@ -112,7 +112,7 @@ def parse(arguments=None) -> argparse.Namespace:
     add(
         "--no-context",
         action="store_true",
-        help="ask without clinical context; makes SECTION_no_context_SPLIT.jsonl",
+        help="no clinical context in questions; makes SECTION_no_context_SPLIT.jsonl",
     )
 
     add = command("diff-vqa", "MIMIC-Diff-VQA: questions about a study beside its reference study")

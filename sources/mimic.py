@@ -14,8 +14,6 @@ from data import FINDINGS_PROMPT
 from plumbing.cli import progress
 from sources.records import SPLITS, decode, directory, missing, one_line, only_one, plan, read_csv, writer
 
-# ----------------------------------------------------------------------------------- reports -> sections
-
 SECTIONS = ("findings", "impression")  # what a model learns to write
 HEADER = re.compile(r"\n ([A-Z ()/,-]+):\s")
 
@@ -119,7 +117,6 @@ def study_sections(study: str, text: str, skipped: Counter) -> dict[str, str]:
         findings, exception = sections.get(places[0], ""), "misplaced findings"
     else:
         return sections
-    exception = exception if findings else f"no {exception}"
     skipped[f"studies with an exception of the official preparation: {exception}"] += 1
     return {"findings": findings}
 
@@ -174,11 +171,13 @@ class Mimic:
     """A folder of MIMIC-CXR. What is odd in it is counted in `skipped`, {reason: how often}."""
 
     def __init__(self, root, reports=None):
-        """Read the metadata and the split into memory. If a DICOM id occurs twice, the first row counts."""
         self.root, self.skipped = directory(f"{root}/files").parent, Counter()
         self.reports = directory(f"{reports or root}/files").parent
         self.images: dict[str, Image] = {}  # by DICOM id
         self.splits: dict[str, str] = {}  # by DICOM id
+
+    def read_tables(self):
+        """Read the metadata and the split into memory. If a DICOM id occurs twice, the first row counts."""
         columns = ("dicom_id", "subject_id", "study_id", "ViewPosition", "StudyDate", "StudyTime")
         rows = read_csv(only_one(self.root, "mimic-cxr-*-metadata.csv*"), columns, self.skipped)
         for dicom, subject, study, view, date, time in rows:
@@ -200,9 +199,9 @@ class Mimic:
 
         A prior is always of the same split. The images come patient after patient.
         """
-        # 1) the frontal images of each patient
-        patients = defaultdict(list)
-        for image in self.images.values():
+        # 1) the frontal images of each patient; only those on disk count, as priors too
+        patients, show = defaultdict(list), progress("looking for images", "images")
+        for number, image in enumerate(self.images.values(), 1):
             split = self.splits.get(image.dicom)
             if not image.frontal:
                 self.skipped["images that are not frontal (view AP or PA)"] += 1
@@ -210,30 +209,23 @@ class Mimic:
                 self.skipped["frontal images without a split"] += 1
             elif split not in SPLITS:
                 self.skipped["frontal images of a split of another name"] += 1
+            elif path := on_disk(self.root, f"{image.study_path}/{image.dicom}"):
+                patients[split, image.subject].append(image._replace(path=path))
             else:
-                patients[split, image.subject].append(image)
+                self.skipped["frontal images missing or empty on disk"] += 1
+            show(number, len(self.images))
 
-        total, done, show = sum(map(len, patients.values())), 0, progress("reading reports", "images")
-        for split, subject in sorted(patients):
-            # 2) only those on disk count, as priors too
-            files = []
-            for image in patients[split, subject]:
-                path = on_disk(self.root, f"{image.study_path}/{image.dicom}")
-                if path:
-                    files.append(image._replace(path=path))
-                else:
-                    self.skipped["frontal images missing or empty on disk"] += 1
-
-            # 3) a study has several images and one report
+        # 2) each with its prior and its report; a study has several images and one report
+        show = progress("reading reports", "patients")
+        for number, (split, subject) in enumerate(sorted(patients), 1):
             reports = {}
-            for image, prior in priors(files):
+            for image, prior in priors(patients[split, subject]):
                 if not image.date:
                     self.skipped["images without a readable date: no prior"] += 1
                 if image.study not in reports:
                     reports[image.study] = self.read_report(image)
                 yield split, image, prior, reports[image.study]
-            done += len(patients[split, subject])
-            show(done, total)
+            show(number, len(patients))
 
     def read_report(self, image: Image) -> dict[str, str]:
         """The sections of the report on an image's study; {} if the report is missing."""
@@ -247,19 +239,14 @@ class Mimic:
         return study_sections(image.study, text, self.skipped)
 
 
-# ------------------------------------------------------------------------------------------- the command
-
 PROMPTS = {"findings": FINDINGS_PROMPT, "impression": FINDINGS_PROMPT.replace("findings", "impression")}
 CONTEXT = ("indication", "history")  # sections that the published prompt repeats, in this order
 
 
 def prompt(section: str, report: dict[str, str]) -> str:
     """The published question for a section, with the clinical context that the study's report gives."""
-    texts = {name: one_line(report.get(name, "")) for name in CONTEXT}
-    context = [f"{name.capitalize()}: {text}" for name, text in texts.items() if text]
-    if context:
-        context.insert(0, "Following clinical context:")
-    return " ".join([PROMPTS[section], *context])
+    context = [f"{name.capitalize()}: {one_line(report[name])}" for name in CONTEXT if report.get(name, "").strip()]
+    return " ".join([PROMPTS[section], *(["Following clinical context:"] if context else []), *context])
 
 
 def prepare_sections(root, out, reports=None, section: str = "both", no_context: bool = False):
@@ -267,11 +254,11 @@ def prepare_sections(root, out, reports=None, section: str = "both", no_context:
 
     reports: the folder of the reports, if not ROOT. no_context: ask without the clinical context.
     """
-    names, suffix = SECTIONS if section == "both" else (section,), "_no_context" if no_context else ""
+    mimic, suffix = Mimic(root, reports), "_no_context" if no_context else ""
+    names = SECTIONS if section == "both" else (section,)
     outputs = plan(out, [name + suffix for name in names])
-    if not missing(outputs):
-        return outputs, {}, {}
-    mimic = Mimic(root, reports)
+    if missing(outputs):
+        mimic.read_tables()
     with writer(outputs) as write:
         for split, image, prior, report in mimic.visits():
             for name in names:

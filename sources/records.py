@@ -13,7 +13,6 @@ import zlib
 from collections import Counter
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 from data import Question, Record, Records
 from plumbing.files import atomic
@@ -77,39 +76,30 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-class Output(NamedTuple):
-    """A file that a command makes."""
-
-    name: str  # findings, impression, diff_vqa, …
-    split: str
-    kind: str  # "records" or "questions"
-    path: Path
-
-
-def plan(out, names, splits=SPLITS) -> list[Output]:
-    """The files of a command, NAME_SPLIT.jsonl or NAME_SPLIT_questions.jsonl. Says on stderr which ones exist."""
-    outputs = []
+def plan(out, names, splits=SPLITS) -> dict[tuple[str, str, str], Path]:
+    """{(name, split, kind): file}, NAME_SPLIT.jsonl or NAME_SPLIT_questions.jsonl. Says on stderr which files exist."""
+    outputs = {}
     for split, kinds in splits.items():
         for name in names:
             for kind in kinds:
                 ending = "" if kind == "records" else "_questions"
-                outputs.append(Output(name, split, kind, Path(out) / f"{name}_{split}{ending}.jsonl"))
-    existing = ", ".join(output.path.name for output in outputs if output.path.exists())
+                outputs[name, split, kind] = Path(out) / f"{name}_{split}{ending}.jsonl"
+    existing = ", ".join(path.name for path in outputs.values() if path.exists())
     if existing:
         print(f"kept, because they exist: {existing} (delete a file to make it again)", file=sys.stderr)
     return outputs
 
 
-def missing(outputs: list[Output]) -> list[Output]:
-    return [output for output in outputs if not output.path.exists()]
+def missing(outputs: dict) -> dict:
+    return {key: path for key, path in outputs.items() if not path.exists()}
 
 
 @contextmanager
-def writer(outputs: list[Output]):
-    """Yields write(name, split, id, images, question, answer), which adds a line to the missing outputs of that name
-    and split. images: [current, prior] or [current]. answer: None for a question without a reference.
+def writer(outputs: dict):
+    """Yields write(name, split, id, images, question, answer), which adds a line to the missing files of that name and
+    split. images: [current, prior] or [current]. answer: None for a question without a reference.
 
-    The files appear together at the end. An output without a line does not appear.
+    The files appear together at the end. A file without a line does not appear.
     """
     todo, files = missing(outputs), {}
     with ExitStack() as stack:
@@ -122,13 +112,13 @@ def writer(outputs: list[Output]):
                 "records": {"id": id, "image": images, "conversations": [human, gpt]},
                 "questions": {"question_id": id, "image": images, "text": question, **reference},
             }
-            for output in todo:
-                if (output.name, output.split) == (name, split):
+            for (a_name, a_split, kind), path in todo.items():
+                if (a_name, a_split) == (name, split):
                     # a file is opened for its first line
-                    if output not in files:
-                        output.path.parent.mkdir(parents=True, exist_ok=True)
-                        files[output] = stack.enter_context(atomic(output.path))
-                    files[output].write(json.dumps(line[output.kind]) + "\n")
+                    if path not in files:
+                        path.parent.mkdir(parents=True, exist_ok=True)
+                        files[path] = stack.enter_context(atomic(path))
+                    files[path].write(json.dumps(line[kind]) + "\n")
 
         yield write
 

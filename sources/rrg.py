@@ -3,7 +3,6 @@
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 
 from PIL import Image
@@ -35,13 +34,13 @@ def prepare_rrg(out, source: str, configuration: str, split: str, reference: str
             # a study without a prior may name its current image again
             images = [current] if prior in ("", current) else [current, prior]
             answer = one_line(row[reference] or "") if reference else None
-            line = {"images": images, "question": row["default_prompt"], "answer": answer}
-            write(configuration, split, id=f"{configuration}_{split}_{number}", **line)
+            id, question = f"{configuration}_{split}_{number}", row["default_prompt"]
+            write(configuration, split, id=id, images=images, question=question, answer=answer)
     return outputs, skipped, {}
 
 
-def published_rows(source: str, configuration: str, split: str, columns) -> Iterable[dict]:
-    """Rows with undecoded images, from the hub or from a folder of parquet files, read as they are needed.
+def published_rows(source: str, configuration: str, split: str, columns):
+    """Rows as dicts with undecoded images, from the hub or from a folder of parquet files, read as they are needed.
 
     Raises ValueError if the package `datasets`, a file of the split or a column is missing.
     """

@@ -21,11 +21,13 @@ def prepare_diff_vqa(root, out, questions, question_type: str | None = None):
 
     question_type: only questions of this type, in files of its name.
     """
-    name, types = question_type or "diff_vqa", Counter()
-    outputs = plan(out, [name])
+    name, types, mimic = question_type or "diff_vqa", Counter(), Mimic(root)
+    outputs, skipped = plan(out, [name]), mimic.skipped
     if not missing(outputs):
         return outputs, {}, {}
-    mimic, studies = Mimic(root), defaultdict(list)
+
+    mimic.read_tables()
+    studies = defaultdict(list)
     for image in mimic.images.values():
         studies[image.study].append(image)
 
@@ -39,7 +41,6 @@ def prepare_diff_vqa(root, out, questions, question_type: str | None = None):
                 return path
         return ""
 
-    skipped = mimic.skipped
     with writer(outputs) as write:
         rows = read_csv(Path(questions), DIFF_VQA, skipped)
         for number, (study, _, reference, kind, question, answer, split) in enumerate(rows):
@@ -71,7 +72,7 @@ def prepare_cxr_vqa(root, out, questions):
             skipped[f"missing file {pattern}"] += 1
             continue
         rows = Records(only_one(folder, pattern))
-        with writer([output for output in outputs if output.split == split]) as write:
+        with writer(outputs) as write:
             for number, row in enumerate(rows):
                 require(CXR_VQA, row, rows.place(number))
                 answers = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
