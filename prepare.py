@@ -59,11 +59,13 @@ def finish(outputs: dict, skipped: Counter, kinds: dict[str, Counter]):
     if not files:
         listed = "; ".join(f"{count} {reason}" for count, reason in reasons)
         raise ValueError(f"no record could be made: {listed or 'the input is empty'}")
+    # what the files hold, and the kinds of questions in those that were made now
     rows = [summary(records) for records in files]
     print_table([rows[0].keys(), *(row.values() for row in rows)])
     for column, counts in kinds.items():
         if counts:
             print(f"\n{column}: " + ", ".join(f"{kind} {count}" for kind, count in sorted(counts.items())))
+    # what they do not hold, most frequent first
     print("\nleft out or special in this run:" if reasons else "\nnothing was left out in this run")
     for count, reason in reasons:
         print(f"{count:>9}  {reason}")

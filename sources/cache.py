@@ -22,15 +22,12 @@ from plumbing.pixels import PixelConfig, open_clip_pixels, pixel_config
 
 
 def build(records, image_folder, model, pad: str, out, workers: int):
-    """Make, extend or resume the cache of all images that the record files name, and print what is in it.
-
-    Raises ValueError if the cache has other settings, is damaged, or is being written.
-    """
+    """Make, extend or resume the cache of the images that record files name. Raises ValueError if it does not fit."""
     # 1) which images, and how the model's encoder will see them
     config = pixels_of(checkpoint.locate(model), pad)
     images, names = ImageFolder(image_folder, config), names_in(records)
 
-    # 2) append what the cache lacks
+    # 2) append what the cache lacks, as the only process that writes it
     begin, out = time.monotonic(), Path(out)
     index, growing = out / INDEX, out / f".{INDEX}.growing"
     out.mkdir(parents=True, exist_ok=True)
@@ -76,7 +73,7 @@ def pixels_of(source: checkpoint.Source, pad: str) -> PixelConfig:
 
 
 def names_in(files) -> set[str]:
-    """The images that record files name. Raises ValueError with the place of a record whose names are wrong."""
+    """The images that record files name. Raises ValueError with the place of a wrong record."""
     names = set()
     for records in map(Records, files):
         for number, record in enumerate(records):
@@ -92,7 +89,7 @@ def resume(frames, growing: Path, config: PixelConfig) -> set[str]:
     # 1) the lines of an interrupted build, or else of a finished cache, or else the settings alone
     index = growing.with_name(INDEX)
     stored = next((path.read_bytes() for path in (growing, index) if path.exists()), b"")
-    stored = stored[: stored.rfind(b"\n") + 1] or json.dumps(cache_settings(config)).encode() + b"\n"
+    stored = stored[: stored.rfind(b"\n") + 1] or to_lines([cache_settings(config)])
     entries = parse_index(stored, config, index)
 
     # 2) there may be frames without a line, but no line without its frame
@@ -107,21 +104,23 @@ def resume(frames, growing: Path, config: PixelConfig) -> set[str]:
 
 def append(results, names: list[str], frames, index) -> dict[str, str]:
     """Append the frames and their lines to two open files. Returns {image: problem} of those that cannot be read."""
-    lines, skipped, flushed, show = [], {}, time.monotonic(), progress("caching", "images")
+    lines, skipped = [], {}
+    flushed, show = time.monotonic(), progress("caching", "images")
     for number, (name, frame) in enumerate(zip(names, results, strict=True), 1):
         if isinstance(frame, str):
             skipped[name] = frame
         else:
             data = frame.tobytes()
             frames.write(data)
-            entry = {"image": name, "channels": frame.shape[2], "crc32": zlib.crc32(data)}
-            lines.append(json.dumps(entry).encode() + b"\n")
+            lines.append({"image": name, "channels": frame.shape[2], "crc32": zlib.crc32(data)})
         # a kill costs the work of the last 0.25 seconds
         if number == len(names) or time.monotonic() - flushed > 0.25:
-            for file, data in ((frames, b""), (index, b"".join(lines))):  # frames reach the disk first
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            # frames reach the disk before their lines
+            frames.flush()
+            os.fsync(frames.fileno())
+            index.write(to_lines(lines))
+            index.flush()
+            os.fsync(index.fileno())
             lines, flushed = [], time.monotonic()
         show(number, len(names))
     return skipped
@@ -135,3 +134,7 @@ def read_frame(images: ImageFolder, name: str):
         return str(error)
     grey = (frame == frame[..., :1]).all()
     return frame[..., :1] if grey else frame
+
+
+def to_lines(entries: list[dict]) -> bytes:
+    return b"".join(json.dumps(entry).encode() + b"\n" for entry in entries)

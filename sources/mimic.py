@@ -87,10 +87,11 @@ def split_report(text: str) -> list[Part]:
     """
     # 1) cut at the headers
     headers = list(HEADER.finditer(text))
-    parts = [Part("preamble", 0, text[: headers[0].start(1)]) if headers else Part("full report", 0, text)]
+    parts = [Part("preamble", 0, text[: headers[0].start(1)])] if headers else [Part("full report", 0, text)]
     ends = [header.start() for header in headers[1:]] + [len(text)]
     for header, end in zip(headers, ends, strict=False):
-        parts.append(Part(section_name(header[1]), header.end(), text[header.end() : end]))
+        start = header.end()
+        parts.append(Part(section_name(header[1]), start, text[start:end]))
 
     # 2) drop empty findings and impressions
     parts = [part for part in parts if part.name not in SECTIONS or part.text.strip()]
@@ -99,7 +100,8 @@ def split_report(text: str) -> list[Part]:
     last = parts[-1]
     if "\n \n" in last.text and not any(part.name in SECTIONS for part in parts):
         head, rest = last.text.split("\n \n", 1)
-        parts[-1:] = [last._replace(text=head), Part("last_paragraph", last.start + len(head), rest)]
+        parts[-1] = last._replace(text=head)
+        parts.append(Part("last_paragraph", last.start + len(head), rest))
     return parts
 
 
@@ -119,9 +121,6 @@ def study_sections(study: str, text: str, skipped: Counter) -> dict[str, str]:
         return sections
     skipped[f"studies with an exception of the official preparation: {exception}"] += 1
     return {"findings": findings}
-
-
-# ------------------------------------------------------------------------------------- images and priors
 
 
 class Image(NamedTuple):
@@ -181,34 +180,29 @@ class Mimic:
         columns = ("dicom_id", "subject_id", "study_id", "ViewPosition", "StudyDate", "StudyTime")
         rows = read_csv(only_one(self.root, "mimic-cxr-*-metadata.csv*"), columns, self.skipped)
         for dicom, subject, study, view, date, time in rows:
-            # ids become paths, which must not lead out of ROOT
+            # an id becomes part of a path, which must not lead out of ROOT
             if not (re.fullmatch(r"\w[\w.-]*", dicom) and subject.isdecimal() and study.isdecimal()):
                 self.skipped["metadata rows without a readable dicom, subject or study id"] += 1
             elif dicom in self.images:
                 self.skipped["metadata rows with the dicom id of an earlier row"] += 1
             else:
-                date = date if re.fullmatch(r"\d{8}", date) else ""
+                frontal, date = view in ("AP", "PA"), date if re.fullmatch(r"\d{8}", date) else ""
                 time = float(time) if re.fullmatch(r"\d+(\.\d*)?", time) else math.inf
-                self.images[dicom] = Image(date, time, dicom, subject, study=study, frontal=view in ("AP", "PA"))
+                self.images[dicom] = Image(date, time, dicom, subject, study=study, frontal=frontal)
         rows = read_csv(only_one(self.root, "mimic-cxr-*-split.csv*"), ("dicom_id", "split"), self.skipped)
         for dicom, split in rows:
             self.splits.setdefault(dicom, split)
 
     def visits(self):
-        """Yields (split, image, its prior or None, {section: text} of its report) of all frontal images on disk.
-
-        A prior is always of the same split. The images come patient after patient.
-        """
+        """Yields (split, image, its prior of the same split or None, {section: text} of its report)."""
         # 1) the frontal images of each patient; only those on disk count, as priors too
         patients, show = defaultdict(list), progress("looking for images", "images")
         for number, image in enumerate(self.images.values(), 1):
             split = self.splits.get(image.dicom)
             if not image.frontal:
                 self.skipped["images that are not frontal (view AP or PA)"] += 1
-            elif split is None:
-                self.skipped["frontal images without a split"] += 1
             elif split not in SPLITS:
-                self.skipped["frontal images of a split of another name"] += 1
+                self.skipped[f"frontal images outside of {', '.join(SPLITS)}"] += 1
             elif path := on_disk(self.root, f"{image.study_path}/{image.dicom}"):
                 patients[split, image.subject].append(image._replace(path=path))
             else:
@@ -220,8 +214,6 @@ class Mimic:
         for number, (split, subject) in enumerate(sorted(patients), 1):
             reports = {}
             for image, prior in priors(patients[split, subject]):
-                if not image.date:
-                    self.skipped["images without a readable date: no prior"] += 1
                 if image.study not in reports:
                     reports[image.study] = self.read_report(image)
                 yield split, image, prior, reports[image.study]
@@ -246,14 +238,13 @@ CONTEXT = ("indication", "history")  # sections that the published prompt repeat
 def prompt(section: str, report: dict[str, str]) -> str:
     """The published question for a section, with the clinical context that the study's report gives."""
     context = [f"{name.capitalize()}: {one_line(report[name])}" for name in CONTEXT if report.get(name, "").strip()]
-    return " ".join([PROMPTS[section], *(["Following clinical context:"] if context else []), *context])
+    if context:
+        context.insert(0, "Following clinical context:")
+    return " ".join([PROMPTS[section], *context])
 
 
 def prepare_sections(root, out, reports=None, section: str = "both", no_context: bool = False):
-    """Records and questions whose answer is the findings or the impression of a frontal image's report.
-
-    reports: the folder of the reports, if not ROOT. no_context: ask without the clinical context.
-    """
+    """Frontal images beside their priors -> records and questions whose answer is a section of the report."""
     mimic, suffix = Mimic(root, reports), "_no_context" if no_context else ""
     names = SECTIONS if section == "both" else (section,)
     outputs = plan(out, [name + suffix for name in names])

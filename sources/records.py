@@ -1,7 +1,7 @@
 """What the data sets share: reading published files, writing record and question files, describing them.
 
-A command plans its files, keeps those that exist and writes the others. It returns (outputs, skipped, kinds): the plan,
-what was left out of the files as {reason: how often}, and {column: {kind of question: how often}}.
+A command keeps the planned files that exist, writes the others, and returns (outputs, skipped, kinds): the plan, what is
+not in the files as {reason: how often}, and {column: {kind of question: how often}}.
 """
 
 import csv
@@ -96,12 +96,12 @@ def missing(outputs: dict) -> dict:
 
 @contextmanager
 def writer(outputs: dict):
-    """Yields write(name, split, id, images, question, answer), which adds a line to the missing files of that name and
-    split. images: [current, prior] or [current]. answer: None for a question without a reference.
+    """Yields write, which adds a line to the missing files of a name and a split.
 
-    The files appear together at the end. A file without a line does not appear.
+    images: [current, prior] or [current]. answer: None for a question without a reference. The files appear together
+    at the end; one without a line does not appear.
     """
-    todo, files = missing(outputs), {}
+    todo, files = missing(outputs), {}  # files: those that have a line
     with ExitStack() as stack:
 
         def write(name, split, id, images, question, answer):
@@ -114,7 +114,6 @@ def writer(outputs: dict):
             }
             for (a_name, a_split, kind), path in todo.items():
                 if (a_name, a_split) == (name, split):
-                    # a file is opened for its first line
                     if path not in files:
                         path.parent.mkdir(parents=True, exist_ok=True)
                         files[path] = stack.enter_context(atomic(path))
@@ -128,11 +127,12 @@ def kind_of(records: Records) -> type[Record] | type[Question]:
 
 
 def summary(records: Records) -> dict[str, object]:
-    """{column: cell} of a file. Patients and studies are told from MIMIC-CXR's folder names."""
+    """{column: cell} of a file without errors. MIMIC-CXR's folders name patients and studies."""
     kind = kind_of(records)
     patients, studies, pairs = set(), set(), set()
     questions, with_prior, words = 0, 0, []
     for record in map(kind.parse, records):
+        # files/p10/p10000032/s50414267/…
         folders = re.match(r"files/(p\d+/p\d+)/s\d+/", record.images[0] if record.images else "")
         if folders:
             patients.add(folders[1])
@@ -140,6 +140,7 @@ def summary(records: Records) -> dict[str, object]:
         # a hash takes a tenth of the memory of two paths
         pairs.add(hash(tuple(record.images)))
         with_prior += len(record.images) == 2
+        # a question is a conversation of one turn, whose answer may be unknown
         turns = record.turns if kind is Record else [(record.text, record.reference)]
         questions += len(turns)
         words += [len(answer.split()) for _, answer in turns if answer is not None]

@@ -20,9 +20,8 @@ def prepare_rrg(out, source: str, configuration: str, split: str, reference: str
     if not missing(outputs):
         return outputs, {}, {}
     columns = [*COLUMNS, reference] if reference else COLUMNS
-    rows = published_rows(source, configuration, split, columns)
     with writer(outputs) as write:
-        for number, row in enumerate(rows):
+        for number, row in enumerate(published_rows(source, configuration, split, columns)):
             try:
                 current = save_image(out, row["main_image"], source)
                 prior = save_image(out, row["prior_image"], source)
@@ -55,7 +54,8 @@ def published_rows(source: str, configuration: str, split: str, columns):
         files = files or sorted(Path(source).glob(f"{split}*.parquet"))
         if not files:
             raise ValueError(f"no {split}*.parquet in {source} or its {configuration}: check --source and --split")
-        rows = datasets.load_dataset("parquet", data_files=list(map(str, files)), split="train", streaming=True)
+        files = {"train": [str(file) for file in files]}
+        rows = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
     else:
         rows = datasets.load_dataset(source, configuration, split=split, streaming=True)
     require(columns, rows.column_names or next(iter(rows)), source)

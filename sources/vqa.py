@@ -1,6 +1,4 @@
-"""Two sets of questions about MIMIC-CXR from PhysioNet: MIMIC-Diff-VQA (a study beside its reference study) and
-MIMIC-Ext-MIMIC-CXR-VQA (one image). Their columns are taken from public descriptions.
-"""
+"""Questions about MIMIC-CXR from PhysioNet: MIMIC-Diff-VQA (a study and an earlier one), MIMIC-Ext-MIMIC-CXR-VQA."""
 
 import re
 from collections import Counter, defaultdict
@@ -11,6 +9,7 @@ from data import Records
 from sources.mimic import Mimic, on_disk
 from sources.records import SPLITS, directory, missing, one_line, only_one, plan, read_csv, require, writer
 
+# columns, from public descriptions of the data sets
 DIFF_VQA = ("study_id", "subject_id", "ref_id", "question_type", "question", "answer", "split")
 CXR_VQA = ("subject_id", "study_id", "image_id", "image_path", "question", "semantic_type", "content_type", "answer")
 CXR_VQA_FILES = {"train": "*train.json", "validate": "*valid.json", "test": "*test.json"}
@@ -25,7 +24,6 @@ def prepare_diff_vqa(root, out, questions, question_type: str | None = None):
     outputs, skipped = plan(out, [name]), mimic.skipped
     if not missing(outputs):
         return outputs, {}, {}
-
     mimic.read_tables()
     studies = defaultdict(list)
     for image in mimic.images.values():
@@ -34,8 +32,9 @@ def prepare_diff_vqa(root, out, questions, question_type: str | None = None):
     @cache
     def last_frontal(study: str) -> str:
         """The path of a study's last frontal image on disk, or ""."""
-        # the file writes a study as 50414267, s50414267 or 50414267.0
-        for image in sorted(studies[study.removeprefix("s").removesuffix(".0")], reverse=True):
+        # a study may be written 50414267, s50414267 or 50414267.0
+        study = study.removeprefix("s").removesuffix(".0")
+        for image in sorted(studies[study], reverse=True):
             path = on_disk(mimic.root, f"{image.study_path}/{image.dicom}")
             if image.frontal and path:
                 return path
@@ -57,7 +56,7 @@ def prepare_diff_vqa(root, out, questions, question_type: str | None = None):
             else:
                 types[kind] += 1
                 write(name, split, id=f"diff_vqa_{number}", images=images, question=question, answer=answer)
-        # an error inside the writer leaves no file
+        # an error inside the writer leaves no files
         if question_type and not types:
             raise ValueError(f"{questions} has no question of type {question_type!r} that can be used")
     return outputs, skipped, {"question_type": types}
@@ -65,8 +64,9 @@ def prepare_diff_vqa(root, out, questions, question_type: str | None = None):
 
 def prepare_cxr_vqa(root, out, questions):
     """Questions about one image, from a folder with train.json, valid.json and test.json."""
-    root, folder, outputs = directory(f"{root}/files").parent, directory(questions), plan(out, ["cxr_vqa"])
+    root, folder = directory(f"{root}/files").parent, directory(questions)
     skipped, kinds = Counter(), {"semantic_type": Counter(), "content_type": Counter()}
+    outputs = plan(out, ["cxr_vqa"])
     for split, pattern in CXR_VQA_FILES.items():
         if not any(folder.glob(pattern)):
             skipped[f"missing file {pattern}"] += 1
