@@ -1,7 +1,7 @@
 """What the data sets share: reading published files, writing record and question files, describing them.
 
-A command keeps the planned files that exist, writes the others, and returns (outputs, skipped, kinds): the plan, what is
-not in the files as {reason: how often}, and {column: {kind of question: how often}}.
+A command keeps the planned files that exist, writes the others, and returns (outputs, skipped, kinds): the plan, what
+is not in the files as {reason: how often}, and {column: {kind of question: how often}}.
 """
 
 import csv

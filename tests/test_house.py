@@ -10,10 +10,9 @@ from glob import glob
 import numpy as np
 import pyarrow
 import pytest
-from conftest import GOLDEN, ROOT
+from conftest import GOLDEN, ROOT, picture
 from PIL import Image
 from pyarrow import parquet
-from test_prepare import picture
 
 import prepare
 import sample
@@ -21,15 +20,15 @@ import sample
 FLOORS = [
     {"plumbing.cli", "plumbing.files", "plumbing.distributed", "kernel"},
     {"attention", "plumbing.checkpoint", "tokenizer", "plumbing.image", "plumbing.pixels",
-     "phantom.radiograph", "sources.mimic"},
+     "phantom.radiograph"},
     {"encoder", "tac", "decoder", "phantom.hospital"},
     {"lora"},
     {"model", "data", "plumbing.fresh", "evaluation.metrics", "evaluation.truth", "bench.costs", "plumbing.log"},
-    {"sample", "prepare", "evaluation.page"},
-    {"evaluation.answering"},
-    {"eval"},
-    {"train"},
-    {"bench.__main__", "bench.kernel_compile", "bench.large_prepare"},
+    {"sample", "sources.records", "sources.cache", "evaluation.page"},
+    {"evaluation.answering", "sources.mimic", "sources.rrg"},
+    {"eval", "sources.vqa"},
+    {"train", "prepare"},
+    {"bench.__main__", "bench.kernel_compile"},
 ]
 RUNTIME = {"torch", "triton", "safetensors", "tokenizers", "huggingface_hub", "numpy", "PIL"}
 FOLDERS = ("plumbing", "sources", "phantom", "evaluation", "bench")
