@@ -1,72 +1,66 @@
-"""MIMIC-CXR as it is published: reports cut into sections, the image before an image, the tables of a folder.
+"""MIMIC-CXR as it is published: reports cut into sections, metadata, prior images, and the records made of them.
 
-ROOT holds files/p10/p10000032/s50414267/DICOM_ID.jpg, the metadata and the split. What is odd in it is counted in
-`skipped`, {what: how often}.
+ROOT holds files/p10/p10000032/s50414267/DICOM_ID.jpg, the metadata and the split. Reports are cut as the official
+preparation cuts them, section_parser.py and create_section_files.py in https://github.com/MIT-LCP/mimic-cxr (txt/).
 """
 
-import csv
-import gzip
-import os
+import math
 import re
-import sqlite3
-import zlib
-from collections import Counter
-from contextlib import contextmanager
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
+from data import FINDINGS_PROMPT
 from plumbing.cli import progress
+from sources.records import SPLITS, decode, directory, missing, one_line, only_one, plan, read_csv, writer
 
-# ----------------------------------------------------------------------------------- reports -> sections
-
-SECTIONS = ("findings", "impression")  # what is to be written from the images
+SECTIONS = ("findings", "impression")  # what a model learns to write
 HEADER = re.compile(r"\n ([A-Z ()/,-]+):\s")
-HEADERS = {  # header -> section, where neither the header itself nor the two rules below say so
-    header: name
-    for name, headers in {
-        "impression": "conclusion|impresson|imprression|imoression|impressoin|imprssion|impresion|imperssion|mpression|"
-        "impession|ndication",
-        "findings": "finding|findins|findindgs|findgings|findngs|findnings|finidngs",
-        "indication": "reason for examination|reason for exam|idication",
-        "comparison": "reference exam|comparision|comparsion|comparrison|comparisions",
-        "history": "clinical information|pfi",
-        "examination": "exam|type of examination",
-        "recommendations": "recommendation(s)|recommendation",
-        "wet read": "wetread",
-    }.items()
-    for header in headers.split("|")
+
+# Three rules name a section by its header. First: synonyms and misspellings.
+HEADERS = {
+    "impression": "conclusion|impresson|imprression|imoression|impressoin|imprssion|impresion|imperssion|mpression|"
+    "impession|ndication",
+    "findings": "finding|findins|findindgs|findgings|findngs|findnings|finidngs",
+    "indication": "reason for examination|reason for exam|idication",
+    "comparison": "reference exam|comparision|comparsion|comparrison|comparisions",
+    "history": "clinical information|pfi",
+    "examination": "exam|type of examination",
+    "recommendations": "recommendation(s)|recommendation",
+    "wet read": "wetread",
 }
+# Second: the first of these words that the header contains.
 CONTAINS = ("impression", "findings", "history", "comparison", "indication", "technique", "addendum")
-FINDINGS = re.compile(  # a header that describes the images opens the findings
+# Third: a header that describes the images opens the findings.
+FINDINGS = re.compile(
     "chest|portable|(?:pa|ap) and lateral|lateral and (?:pa|ap)|frontal and|two views|frontal view|pa view|ap view|"
     "one view|lateral view|bone window|frontal upright|frontal semi-upright|ribs|pa and lat"
 )
-MISPLACED = {  # study -> the section that its findings stand in
-    study: name
-    for name, studies in {
-        "examination": "59363654 53356173 50743547 59215320 55157853",
-        "history": "51491012",
-        "indication": "57936451 50058765 51966317 55124749 54365831 54654948",
-        "note": "56451190",
-        "recommendations": "50913680 59768032 59067458 59087630 58157373 56482935 58375018",
-        "technique": "59279892 53202765 50808053",
-    }.items()
-    for study in studies.split()
+
+# section -> studies whose findings are in it
+MISPLACED = {
+    "examination": "59363654 53356173 50743547 59215320 55157853",
+    "history": "51491012",
+    "indication": "57936451 50058765 51966317 55124749 54365831 54654948",
+    "note": "56451190",
+    "recommendations": "50913680 59768032 59067458 59087630 58157373 56482935 58375018",
+    "technique": "59279892 53202765 50808053",
 }
-SPANS = {  # study -> the characters of its report that are its findings; the last eight have none
+# study -> the first and last characters of its findings in the report; the last eight studies have none
+SPANS = {
     "50525523": (201, 349), "57564132": (233, 554), "59982525": (313, 717), "53488209": (149, 475),
     "54875119": (234, 988), "50196495": (59, 399), "56579911": (59, 218), "52648681": (292, 631),
     "59889364": (172, 453), "53514462": (73, 377), "59505494": (59, 450), "53182247": (59, 412),
     "51410602": (47, 320), "56412866": (522, 822), "54986978": (59, 306), "59003148": (262, 505),
     "57150433": (61, 394), "56760320": (219, 457), "59562049": (158, 348), "52674888": (145, 296),
-    "55258338": (192, 568), "59330497": (140, 655), "52119491": (179, 454),
-    "58235663": (0, 0), "50798377": (0, 0), "54168089": (0, 0), "53071062": (0, 0),
-    "56724958": (0, 0), "54231141": (0, 0), "53607029": (0, 0), "52035334": (0, 0),
+    "55258338": (192, 568), "59330497": (140, 655), "52119491": (179, 454), "58235663": (0, 0),
+    "50798377": (0, 0), "54168089": (0, 0), "53071062": (0, 0), "56724958": (0, 0),
+    "54231141": (0, 0), "53607029": (0, 0), "52035334": (0, 0),
 }  # fmt: skip
 
 
 class Part(NamedTuple):
-    """A section of a report: its name, where its text starts, its text as it stands there."""
+    """A section of a report, with the place of its text in the report."""
 
     name: str
     start: int
@@ -74,97 +68,88 @@ class Part(NamedTuple):
 
 
 def section_name(header: str) -> str:
-    """The section that a header opens, by the official preparation's rules; a header of no rule names itself."""
+    """The section that a header opens. A header to which no rule applies is its own name."""
     header = header.lower().strip()
-    if header in HEADERS:
-        return HEADERS[header]
-    contained = next((name for name in CONTAINS if name in header), None)
-    return contained or ("findings" if FINDINGS.search(header) else header)
+    for name, headers in HEADERS.items():
+        if header in headers.split("|"):
+            return name
+    for name in CONTAINS:
+        if name in header:
+            return name
+    return "findings" if FINDINGS.search(header) else header
 
 
 def split_report(text: str) -> list[Part]:
-    """A report, line ends translated -> its parts in order, as the official MIMIC-CXR preparation cuts it.
+    """Cut a report into its parts in order, as section_text in section_parser.py does.
 
-    The first part is the preamble, or the full report where there is no header. A header right below an empty one is
-    text (the upper one has used up the line break), empty findings and impressions are dropped, and where neither is
-    left the last part is cut at its first blank line.
+    The first part is the preamble, or the full report if there is no header. A header right below an empty one counts
+    as text, because the empty one has used up the line break between them.
     """
+    # 1) cut at the headers
     headers = list(HEADER.finditer(text))
-    if not headers:
-        parts = [Part("full report", 0, text)]
-    else:
-        ends = [header.start() for header in headers[1:]] + [len(text)]
-        parts = [Part("preamble", 0, text[: headers[0].start(1)])]
-        parts += [Part(section_name(h[1]), h.end(), text[h.end() : end]) for h, end in zip(headers, ends, strict=True)]
+    parts = [Part("preamble", 0, text[: headers[0].start(1)])] if headers else [Part("full report", 0, text)]
+    ends = [header.start() for header in headers[1:]] + [len(text)]
+    for header, end in zip(headers, ends, strict=False):
+        start = header.end()
+        parts.append(Part(section_name(header[1]), start, text[start:end]))
+
+    # 2) drop empty findings and impressions
     parts = [part for part in parts if part.name not in SECTIONS or part.text.strip()]
+
+    # 3) where neither is left, cut the last part at its first blank line
     last = parts[-1]
     if "\n \n" in last.text and not any(part.name in SECTIONS for part in parts):
         head, rest = last.text.split("\n \n", 1)
-        parts[-1:] = [last._replace(text=head), Part("last_paragraph", last.start + len(head), rest)]
+        parts[-1] = last._replace(text=head)
+        parts.append(Part("last_paragraph", last.start + len(head), rest))
     return parts
 
 
-def sections(text: str) -> dict[str, str]:
-    """The stripped text of each section of a report; the last of a name rules."""
-    return {part.name: part.text.strip() for part in split_report(text)}
+def study_sections(study: str, text: str, skipped: Counter) -> dict[str, str]:
+    """{name: stripped text} of a study's report. If a name occurs twice, the last section counts.
 
-
-def study_sections(study: str, text: str) -> tuple[dict[str, str], str]:
-    """A study's sections and, where the published preparation treats it by its number, the kind of exception.
-
-    Such a study has findings alone: its other sections hold them again, under another name.
+    The official preparation lists studies by their number. Those have findings only, and are counted.
     """
+    sections = {part.name: part.text.strip() for part in split_report(text)}
+    places = [name for name, studies in MISPLACED.items() if study in studies.split()]
     if study in SPANS:
         start, end = SPANS[study]
-        return ({"findings": text[start:end].strip()}, "findings by span") if end else ({}, "no findings by span")
-    if study in MISPLACED:
-        found = sections(text).get(MISPLACED[study])
-        return ({}, "misplaced findings not there") if found is None else ({"findings": found}, "misplaced findings")
-    return sections(text), ""
+        findings, exception = text[start:end].strip(), "findings by span"
+    elif places:
+        findings, exception = sections.get(places[0], ""), "misplaced findings"
+    else:
+        return sections
+    skipped[f"studies with an exception of the official preparation: {exception}"] += 1
+    return {"findings": findings}
 
 
-def read_study(reports: Path, subject, study, skipped: Counter) -> dict[str, str]:
-    """The sections of a study's report; none where it is missing or empty. Line ends are translated, as published."""
-    path = reports / folder_of(subject) / f"s{study}.txt"
-    try:
-        text = decode(path.read_bytes(), skipped, "reports in Latin-1")
-    except FileNotFoundError:
-        skipped["studies without a report"] += 1
-        return {}
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    skipped["studies with an empty report"] += not text.strip()
-    found, exception = study_sections(study, text)
-    if exception:
-        skipped[f"studies with an exception of the official preparation: {exception}"] += 1
-    return found
+class Image(NamedTuple):
+    """A row of the metadata. Images sort by time, and the DICOM id breaks ties."""
 
-
-# -------------------------------------------------------------------------------------- images and priors
-
-
-class Frontal(NamedTuple):
-    """A frontal image. date: YYYYMMDD or ""; time: a number that grows within the day, or None; path: under ROOT."""
-
-    date: str
-    time: float | None
+    date: str  # YYYYMMDD, or "" if it is not readable
+    time: float  # HHMMSS.fff as a number; a missing time is infinite, the latest of its day
     dicom: str
+    subject: str = ""
     study: str = ""
-    path: str = ""
+    frontal: bool = True  # view AP or PA
+    path: str = ""  # relative to ROOT, once the file has been found
+
+    @property
+    def study_path(self) -> str:
+        return f"files/p{self.subject[:2]}/p{self.subject}/s{self.study}"
 
 
-def order(image: Frontal):
-    """The key that sorts images by time; a missing time is the latest of its day."""
-    return image.date, image.time is None, image.time or 0.0, image.dicom
-
-
-def priors(images) -> list[tuple[Frontal, Frontal | None]]:
+def priors(images: list[Image]) -> list[tuple[Image, Image | None]]:
     """One patient's images in the order of time, each with its prior: the last image of the latest earlier date.
 
-    Images of one date share a prior. Ties are broken by time (a missing one is the latest), then by dicom id; an image
-    without a date has no prior and is none.
+        image   a      b      c      d      e
+        date    1 Jan  1 Jan  2 Jan  2 Jan  9 Mar
+        prior   -      -      b      b      d
+
+    An image without a date has no prior and is nobody's prior.
     """
     pairs, last, prior = [], None, None
-    for image in sorted(images, key=order):
+    for image in sorted(images):
         if last and image.date != last.date:
             prior = last
         pairs.append((image, prior))
@@ -172,133 +157,108 @@ def priors(images) -> list[tuple[Frontal, Frontal | None]]:
     return pairs
 
 
-def on_disk(folder: Path, stem: str) -> str | None:
-    """The image file of a path without its suffix, relative to the folder; None where it is missing or empty."""
-    for suffix in (".jpg", ".dcm"):
+def on_disk(root: Path, stem: str) -> str:
+    """The image file of a path without its suffix, both relative to ROOT; "" if it is missing or empty."""
+    for path in (f"{stem}.jpg", f"{stem}.dcm"):
+        file = root / path
+        if file.exists() and file.stat().st_size > 0:
+            return path
+    return ""
+
+
+class Mimic:
+    """A folder of MIMIC-CXR. What is odd in it is counted in `skipped`, {reason: how often}."""
+
+    def __init__(self, root, reports=None):
+        self.root, self.skipped = directory(f"{root}/files").parent, Counter()
+        self.reports = directory(f"{reports or root}/files").parent
+        self.images: dict[str, Image] = {}  # by DICOM id
+        self.splits: dict[str, str] = {}  # by DICOM id
+
+    def read_tables(self):
+        """Read the metadata and the split into memory. If a DICOM id occurs twice, the first row counts."""
+        columns = ("dicom_id", "subject_id", "study_id", "ViewPosition", "StudyDate", "StudyTime")
+        rows = read_csv(only_one(self.root, "mimic-cxr-*-metadata.csv*"), columns, self.skipped)
+        for dicom, subject, study, view, date, time in rows:
+            # an id becomes part of a path, which must not lead out of ROOT
+            if not (re.fullmatch(r"\w[\w.-]*", dicom) and subject.isdecimal() and study.isdecimal()):
+                self.skipped["metadata rows without a readable dicom, subject or study id"] += 1
+            elif dicom in self.images:
+                self.skipped["metadata rows with the dicom id of an earlier row"] += 1
+            else:
+                frontal, date = view in ("AP", "PA"), date if re.fullmatch(r"\d{8}", date) else ""
+                time = float(time) if re.fullmatch(r"\d+(\.\d*)?", time) else math.inf
+                self.images[dicom] = Image(date, time, dicom, subject, study=study, frontal=frontal)
+        rows = read_csv(only_one(self.root, "mimic-cxr-*-split.csv*"), ("dicom_id", "split"), self.skipped)
+        for dicom, split in rows:
+            self.splits.setdefault(dicom, split)
+
+    def visits(self):
+        """Yields (split, image, its prior of the same split or None, {section: text} of its report)."""
+        # 1) the frontal images of each patient; only those on disk count, as priors too
+        patients, show = defaultdict(list), progress("looking for images", "images")
+        for number, image in enumerate(self.images.values(), 1):
+            split = self.splits.get(image.dicom)
+            if not image.frontal:
+                self.skipped["images that are not frontal (view AP or PA)"] += 1
+            elif split not in SPLITS:
+                self.skipped[f"frontal images outside of {', '.join(SPLITS)}"] += 1
+            elif path := on_disk(self.root, f"{image.study_path}/{image.dicom}"):
+                patients[split, image.subject].append(image._replace(path=path))
+            else:
+                self.skipped["frontal images missing or empty on disk"] += 1
+            show(number, len(self.images))
+
+        # 2) each with its prior and its report; a study has several images and one report
+        show = progress("reading reports", "patients")
+        for number, (split, subject) in enumerate(sorted(patients), 1):
+            reports = {}
+            for image, prior in priors(patients[split, subject]):
+                if image.study not in reports:
+                    reports[image.study] = self.read_report(image)
+                yield split, image, prior, reports[image.study]
+            show(number, len(patients))
+
+    def read_report(self, image: Image) -> dict[str, str]:
+        """The sections of the report on an image's study; {} if the report is missing."""
         try:
-            if os.stat(f"{folder}/{stem}{suffix}").st_size:
-                return stem + suffix
+            data = (self.reports / f"{image.study_path}.txt").read_bytes()
         except FileNotFoundError:
-            pass
-    return None
+            self.skipped["studies without a report"] += 1
+            return {}
+        # the spans count every line end as one character
+        text = decode(data).replace("\r\n", "\n").replace("\r", "\n")
+        return study_sections(image.study, text, self.skipped)
 
 
-def folder_of(subject: str) -> str:
-    return f"files/p{subject[:2]}/p{subject}"
+PROMPTS = {"findings": FINDINGS_PROMPT, "impression": FINDINGS_PROMPT.replace("findings", "impression")}
+CONTEXT = ("indication", "history")  # sections that the published prompt repeats, in this order
 
 
-def stem_of(subject: str, study: str, dicom: str) -> str:
-    return f"{folder_of(subject)}/s{study}/{dicom}"
+def prompt(section: str, report: dict[str, str]) -> str:
+    """The published question for a section, with the clinical context that the study's report gives."""
+    context = [f"{name.capitalize()}: {one_line(report[name])}" for name in CONTEXT if report.get(name, "").strip()]
+    if context:
+        context.insert(0, "Following clinical context:")
+    return " ".join([PROMPTS[section], *context])
 
 
-def last_frontal(db, root: Path, study: str) -> tuple[str | None, str]:
-    """(path, "") of a study's last frontal image on disk; (None, why) where there is none."""
-    study = study.removeprefix("s").removesuffix(".0")
-    rows = db.execute("SELECT frontal, date, time, dicom, subject FROM image WHERE study = ?", (study,)).fetchall()
-    frontal = [
-        Frontal(*row, study, stem_of(subject, study, row[-1])) for is_frontal, *row, subject in rows if is_frontal
-    ]
-    for image in sorted(frontal, key=order, reverse=True):
-        path = on_disk(root, image.path)
-        if path:
-            return path, ""
-    return None, "has no frontal image on disk" if frontal else "has no frontal image" if rows else "has no metadata"
-
-
-# ------------------------------------------------------------------------------------------------- tables
-
-METADATA = ("dicom_id", "subject_id", "study_id", "ViewPosition", "StudyDate", "StudyTime")
-
-
-@contextmanager
-def index(root: Path, skipped: Counter):
-    """The metadata and split files as tables `image` and `split` of a data base in a temporary file.
-
-    Its memory is bounded, whatever the number of images; the file is gone when the process is.
-    """
-    db = sqlite3.connect("")
-    try:
-        db.execute("PRAGMA cache_size = -65536")  # KiB
-        db.execute("CREATE TABLE image(dicom PRIMARY KEY, subject, study, frontal, date, time) WITHOUT ROWID")
-        db.execute("CREATE TABLE split(dicom PRIMARY KEY, study, split) WITHOUT ROWID")
-        rows = metadata(read_csv(only_one(root, "mimic-cxr-*-metadata.csv*"), METADATA, skipped), skipped)
-        kept = db.executemany("INSERT OR IGNORE INTO image VALUES (?, ?, ?, ?, ?, ?)", rows).rowcount
-        skipped["metadata rows with the dicom id of an earlier row"] += skipped.pop("rows", 0) - kept
-        split = only_one(root, "mimic-cxr-*-split.csv*")
-        rows = read_csv(split, ("dicom_id", "study_id", "split"), skipped)
-        db.executemany("INSERT OR IGNORE INTO split VALUES (?, ?, ?)", rows)
-        db.execute("CREATE INDEX by_study ON image(study)")
-        yield db
-    except sqlite3.Error as error:
-        raise OSError(f"the temporary data base failed ({error}): free space, or set SQLITE_TMPDIR") from None
-    finally:
-        db.close()
-
-
-def metadata(rows, skipped: Counter):
-    """Rows of the metadata file -> rows of the image table."""
-    for dicom, subject, study, view, date, time in rows:
-        if not (re.fullmatch(r"\w[\w.-]*", dicom) and subject.isdecimal() and study.isdecimal()):
-            skipped["metadata rows without a readable dicom, subject or study id"] += 1
-            continue
-        skipped["rows"] += 1
-        try:
-            time = float(time)
-        except ValueError:
-            time = None
-        yield dicom, subject, study, view in ("AP", "PA"), date if re.fullmatch(r"\d{8}", date) else "", time
-
-
-def only_one(folder: Path, pattern: str) -> Path:
-    found = sorted(directory(folder).glob(pattern))
-    if len(found) != 1:
-        names = ", ".join(path.name for path in found) or "none"
-        raise ValueError(f"{folder} must hold one {pattern}, found {names}: check the folder")
-    return found[0]
-
-
-def directory(path) -> Path:
-    if not Path(path).is_dir():
-        raise NotADirectoryError(f"no folder {path}: check the path")
-    return Path(path)
-
-
-def root_of(path) -> Path:
-    """The folder, if it holds files/."""
-    return directory(Path(path) / "files").parent
-
-
-def read_csv(path: Path, columns, skipped: Counter):
-    """The named columns of every row of a CSV file, plain or gzip. ValueError where one is missing, or it is cut."""
-    try:
-        with open(path, "rb") as raw, gzip.open(raw) if path.suffix == ".gz" else raw as file:
-            show, size = progress(f"reading {path.name}", "MB", 10**6), os.fstat(raw.fileno()).st_size
-            reader = csv.reader(decode(data, skipped, f"lines of {path.name} in Latin-1") for data in file)
-            header = [name.strip().removeprefix("\ufeff") for name in next(reader, [])]
-            require(columns, header, path)
-            places = [header.index(name) for name in columns]
-            for number, row in enumerate(reader):
-                if number % 4096 == 0:
-                    show(raw.tell(), size)
-                if len(row) != len(header):
-                    skipped[f"rows of {path.name} with too few or too many fields"] += 1
-                else:
-                    yield [row[place].strip() for place in places]
-            show(size, size)
-    except (EOFError, zlib.error, gzip.BadGzipFile, csv.Error) as error:
-        raise ValueError(f"{path} is truncated or damaged ({error}): fetch it again") from None
-
-
-def require(columns, there, where):
-    """ValueError that lists what was found where a column is missing."""
-    absent = [column for column in columns if column not in there]
-    if absent:
-        raise ValueError(f"{where} has no column {', '.join(absent)}; it has {', '.join(map(str, there)) or 'none'}")
-
-
-def decode(data: bytes, counts: Counter, reason: str) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError:
-        counts[reason] += 1
-        return data.decode("latin-1")
+def prepare_sections(root, out, reports=None, section: str = "both", no_context: bool = False):
+    """Frontal images beside their priors -> records and questions whose answer is a section of the report."""
+    mimic, suffix = Mimic(root, reports), "_no_context" if no_context else ""
+    names = SECTIONS if section == "both" else (section,)
+    outputs = plan(out, [name + suffix for name in names])
+    if missing(outputs):
+        mimic.read_tables()
+    with writer(outputs) as write:
+        for split, image, prior, report in mimic.visits():
+            for name in names:
+                answer = one_line(report.get(name, ""))
+                # a text without a letter, such as the "___" that replaces private data, says nothing
+                if not any(map(str.isalpha, answer)):
+                    mimic.skipped[f"images of a study without {name}"] += 1
+                    continue
+                images = [image.path, prior.path] if prior else [image.path]
+                question = PROMPTS[name] if no_context else prompt(name, report)
+                write(name + suffix, split, id=image.dicom, images=images, question=question, answer=answer)
+    return outputs, mimic.skipped, {}

@@ -3,7 +3,10 @@
 GOLDEN_DIR, where it is set, names a fuller set of the same layout than the copy in tests/golden.
 """
 
+import csv
 import functools
+import gzip
+import io
 import itertools
 import json
 import os
@@ -13,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(os.environ.get("GOLDEN_DIR") or ROOT / "tests" / "golden").resolve()
@@ -79,6 +83,61 @@ def one_line(capsys) -> str:
 def no_meteor(monkeypatch):
     """For tests of other scores: METEOR's data need not be there."""
     monkeypatch.setattr("evaluation.metrics.meteor_scorer", lambda: lambda prediction, reference: 0.5)
+
+
+def run_prepare(*arguments) -> int:
+    """The exit status of prepare.py."""
+    import prepare
+
+    return prepare.main(prepare.parse([str(argument) for argument in arguments]))
+
+
+def picture(level: int, kind: str = "PNG") -> dict:
+    """A small grey image as a row of a Hugging Face data set holds it."""
+    file = io.BytesIO()
+    Image.new("L", (4, 4), level).save(file, kind)
+    return {"bytes": file.getvalue(), "path": None}
+
+
+# a report whose findings and impression are to be filled in
+REPORT = """                                 FINAL REPORT
+ EXAMINATION:  CHEST (PA AND LAT)
+ \n INDICATION:  ___F with
+ dyspnea
+ \n FINDINGS:  {}
+ \n IMPRESSION:  {}
+"""
+
+
+class Hospital:
+    """A folder laid out as MIMIC-CXR is, whose images are a few bytes."""
+
+    def __init__(self, root):
+        self.root = root
+        self.metadata = [["dicom_id", "subject_id", "study_id", "ViewPosition", "Rows", "StudyDate", "StudyTime"]]
+        self.split = [["dicom_id", "study_id", "subject_id", "split"]]
+
+    def folder(self, subject, study) -> Path:
+        folder = self.root / "files" / f"p{subject}"[:3] / f"p{subject}" / f"s{study}"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def report(self, subject, study, text, encoding="utf-8"):
+        self.folder(subject, study).with_suffix(".txt").write_bytes(text.encode(encoding))
+
+    def image(self, subject, study, dicom, date, time="", view="PA", split="train", suffix=".jpg", data=b"x"):
+        if suffix:
+            (self.folder(subject, study) / f"{dicom}{suffix}").write_bytes(data)
+        self.metadata.append([dicom, subject, study, view, 9, date, time])
+        if split:
+            self.split.append([dicom, study, subject, split])
+
+    def close(self) -> Path:
+        """Write the tables. Returns the root."""
+        for name, rows in (("metadata", self.metadata), ("split", self.split)):
+            with gzip.open(self.root / f"mimic-cxr-2.0.0-{name}.csv.gz", "wt", newline="") as file:
+                csv.writer(file).writerows(rows)
+        return self.root
 
 
 @pytest.fixture

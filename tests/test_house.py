@@ -10,7 +10,7 @@ from glob import glob
 import numpy as np
 import pyarrow
 import pytest
-from conftest import GOLDEN, ROOT, jpeg_bytes
+from conftest import GOLDEN, ROOT, picture
 from PIL import Image
 from pyarrow import parquet
 
@@ -149,7 +149,7 @@ def test_the_conversions_run(command, tmp_path):
 
 def test_the_preparations_run_in_order_in_an_empty_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    rows = {"main_image": [jpeg_bytes(1)], "prior_image": [jpeg_bytes(2)], "default_prompt": ["What?"]}
+    rows = {"main_image": [picture(1)], "prior_image": [picture(2)], "default_prompt": ["What?"]}
     (tmp_path / "set").mkdir()
     parquet.write_table(pyarrow.table(rows), tmp_path / "set" / "test.parquet")
     used = set()

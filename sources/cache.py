@@ -1,0 +1,140 @@
+"""Building the image cache that `data.ImageCache` describes and reads.
+
+Frames are appended in the order of their names. Their lines follow once the frames are on the disk, in a file that
+replaces the index at the end. After a kill, the next build resumes behind the last complete line and produces the same
+bytes. A finished cache is extended in the same way.
+"""
+
+import json
+import os
+import sys
+import time
+import zlib
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+from data import FRAMES, INDEX, ImageFolder, Records, cache_settings, image_names, parse_index
+from plumbing import checkpoint
+from plumbing.cli import parallel, print_table, progress
+from plumbing.files import atomic, only_writer, read_json, resumable
+from plumbing.pixels import PixelConfig, open_clip_pixels, pixel_config
+
+
+def build(records, image_folder, model, pad: str, out, workers: int):
+    """Make, extend or resume the cache of the images that record files name. Raises ValueError if it does not fit."""
+    # 1) which images, and how the model's encoder will see them
+    config = pixels_of(checkpoint.locate(model), pad)
+    images, names = ImageFolder(image_folder, config), names_in(records)
+
+    # 2) append what the cache lacks, as the only process that writes it
+    begin, out = time.monotonic(), Path(out)
+    index, growing = out / INDEX, out / f".{INDEX}.growing"
+    out.mkdir(parents=True, exist_ok=True)
+    with resumable(out), open(out / FRAMES, "ab") as frames, only_writer(frames, out):
+        finished = resume(frames, growing, config)
+        absent = sorted(names - finished)
+        with open(growing, "ab") as lines:
+            skipped = append(parallel(partial(read_frame, images), absent, workers), absent, frames, lines)
+        os.replace(growing, index)
+
+    # 3) say what was skipped, and what the cache holds now
+    for name, problem in list(skipped.items())[:20]:
+        print(f"skipped {name}: {problem}", file=sys.stderr)
+    entries = parse_index(index.read_bytes(), config, index)
+    channels = Counter(entry["channels"] for entry in entries)
+    lost = sum(problem.startswith("no image") for problem in skipped.values())
+    print_table({
+        "images": len(entries),
+        "of one channel": channels[1],
+        "of three channels": channels[3],
+        "there before": len(finished),
+        "skipped, no file": lost,
+        "skipped, other reasons": len(skipped) - lost,
+        "bytes": (out / FRAMES).stat().st_size,
+        "seconds": round(time.monotonic() - begin),
+    }.items())  # fmt: skip
+
+
+def pixels_of(source: checkpoint.Source, pad: str) -> PixelConfig:
+    """How an encoder, or the encoder of a checkpoint, is shown images. Needs no weights."""
+    folder = source.folder
+    if not (folder / "preprocessor_config.json").exists():
+        config = read_json(folder / "config.json")
+        # open_clip's settings are at this path, or in the folder of the checkpoint
+        if config.get("mm_vision_tower_config"):
+            file = Path(folder, config["mm_vision_tower_config"])
+            settings = read_json(file if file.is_file() else folder / file.name)
+            return open_clip_pixels(settings["vision_cfg"]["image_size"], pad)
+        if not config.get("mm_vision_tower"):
+            raise ValueError(f"{folder} has no preprocessor_config.json and names no encoder: give the encoder")
+        folder = checkpoint.locate(config["mm_vision_tower"], folder).folder
+    return pixel_config(read_json(folder / "preprocessor_config.json"), folder, pad)
+
+
+def names_in(files) -> set[str]:
+    """The images that record files name. Raises ValueError with the place of a wrong record."""
+    names = set()
+    for records in map(Records, files):
+        for number, record in enumerate(records):
+            try:
+                names.update(image_names(record))
+            except ValueError as error:
+                raise ValueError(f"{records.place(number)}: {error}") from None
+    return names
+
+
+def resume(frames, growing: Path, config: PixelConfig) -> set[str]:
+    """Cut frames.bin and the growing index behind the last complete line. Returns the images that they hold."""
+    # 1) the lines of an interrupted build, or else of a finished cache, or else the settings alone
+    index = growing.with_name(INDEX)
+    stored = next((path.read_bytes() for path in (growing, index) if path.exists()), b"")
+    stored = stored[: stored.rfind(b"\n") + 1] or to_lines([cache_settings(config)])
+    entries = parse_index(stored, config, index)
+
+    # 2) there may be frames without a line, but no line without its frame
+    end = sum(entry["channels"] for entry in entries) * config.crop**2
+    if os.fstat(frames.fileno()).st_size < end:
+        raise ValueError(f"{frames.name} is shorter than its index says: delete {index.parent} and make it again")
+    with atomic(growing, "wb") as file:
+        file.write(stored)
+    frames.truncate(end)
+    return {entry["image"] for entry in entries}
+
+
+def append(results, names: list[str], frames, index) -> dict[str, str]:
+    """Append the frames and their lines to two open files. Returns {image: problem} of those that cannot be read."""
+    lines, skipped = [], {}
+    flushed, show = time.monotonic(), progress("caching", "images")
+    for number, (name, frame) in enumerate(zip(names, results, strict=True), 1):
+        if isinstance(frame, str):
+            skipped[name] = frame
+        else:
+            data = frame.tobytes()
+            frames.write(data)
+            lines.append({"image": name, "channels": frame.shape[2], "crc32": zlib.crc32(data)})
+        # a kill costs the work of the last 0.25 seconds
+        if number == len(names) or time.monotonic() - flushed > 0.25:
+            # frames reach the disk before their lines
+            frames.flush()
+            os.fsync(frames.fileno())
+            index.write(to_lines(lines))
+            index.flush()
+            os.fsync(index.fileno())
+            lines, flushed = [], time.monotonic()
+        show(number, len(names))
+    return skipped
+
+
+def read_frame(images: ImageFolder, name: str):
+    """An image as the encoder will see it: uint8 [S, S, 1] if grey, else [S, S, 3]; or why it cannot be read."""
+    try:
+        frame = images.frame(name)  # [S, S, 3]
+    except (ValueError, OSError) as error:
+        return str(error)
+    grey = (frame == frame[..., :1]).all()
+    return frame[..., :1] if grey else frame
+
+
+def to_lines(entries: list[dict]) -> bytes:
+    return b"".join(json.dumps(entry).encode() + b"\n" for entry in entries)

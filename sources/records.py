@@ -1,0 +1,155 @@
+"""What the data sets share: reading published files, writing record and question files, describing them.
+
+A command keeps the planned files that exist, writes the others, and returns (outputs, skipped, kinds): the plan, what
+is not in the files as {reason: how often}, and {column: {kind of question: how often}}.
+"""
+
+import csv
+import gzip
+import json
+import re
+import sys
+import zlib
+from collections import Counter
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from data import Question, Record, Records
+from plumbing.files import atomic
+from tokenizer import IMAGE_TEXT
+
+# the kinds of files that are made of a split: training reads records, evaluation reads questions
+SPLITS = {"train": ("records",), "validate": ("records", "questions"), "test": ("questions",)}
+
+
+def directory(path) -> Path:
+    """The path of a folder. Raises NotADirectoryError if there is none."""
+    if not Path(path).is_dir():
+        raise NotADirectoryError(f"no folder {path}: check the path")
+    return Path(path)
+
+
+def only_one(folder: Path, pattern: str) -> Path:
+    """The only file in a folder that matches a pattern. Raises ValueError if there are none or several."""
+    matches = sorted(folder.glob(pattern))
+    if len(matches) != 1:
+        names = ", ".join(path.name for path in matches) or "none"
+        raise ValueError(f"{folder} must hold one {pattern}, found {names}: check the folder")
+    return matches[0]
+
+
+def require(columns, present, where):
+    """Raises ValueError, which lists the columns that are present, if one is missing."""
+    absent = ", ".join(column for column in columns if column not in present)
+    if absent:
+        raise ValueError(f"{where} has no column {absent}; it has {', '.join(map(str, present)) or 'none'}")
+
+
+def read_csv(path: Path, columns, skipped: Counter):
+    """Yields the columns of every row of a CSV file, plain or gzip. Raises ValueError if it lacks one or is damaged."""
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            reader = csv.reader(map(decode, file))
+            # the first line names the columns, perhaps behind a byte order mark
+            header = [name.strip().removeprefix("\ufeff") for name in next(reader, [])]
+            require(columns, header, path)
+            places = [header.index(name) for name in columns]
+            for row in reader:
+                if len(row) == len(header):
+                    yield [row[place].strip() for place in places]
+                else:
+                    skipped[f"rows of {path.name} with too few or too many fields"] += 1
+    except (EOFError, zlib.error, gzip.BadGzipFile, csv.Error) as error:
+        raise ValueError(f"{path} is truncated or damaged ({error}): fetch it again") from None
+
+
+def decode(data: bytes) -> str:
+    """UTF-8 text, or else Latin-1."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return data.decode("latin-1")
+
+
+def one_line(text: str) -> str:
+    """Text on one line. Reports are wrapped at about 80 characters, so their line breaks mean nothing."""
+    return " ".join(text.split())
+
+
+def plan(out, names, splits=SPLITS) -> dict[tuple[str, str, str], Path]:
+    """{(name, split, kind): file}, NAME_SPLIT.jsonl or NAME_SPLIT_questions.jsonl. Says on stderr which files exist."""
+    outputs = {}
+    for split, kinds in splits.items():
+        for name in names:
+            for kind in kinds:
+                ending = "" if kind == "records" else "_questions"
+                outputs[name, split, kind] = Path(out) / f"{name}_{split}{ending}.jsonl"
+    existing = ", ".join(path.name for path in outputs.values() if path.exists())
+    if existing:
+        print(f"kept, because they exist: {existing} (delete a file to make it again)", file=sys.stderr)
+    return outputs
+
+
+def missing(outputs: dict) -> dict:
+    return {key: path for key, path in outputs.items() if not path.exists()}
+
+
+@contextmanager
+def writer(outputs: dict):
+    """Yields write, which adds a line to the missing files of a name and a split.
+
+    images: [current, prior] or [current]. answer: None for a question without a reference. The files appear together
+    at the end; one without a line does not appear.
+    """
+    todo, files = missing(outputs), {}  # files: those that have a line
+    with ExitStack() as stack:
+
+        def write(name, split, id, images, question, answer):
+            human = {"from": "human", "value": f"{IMAGE_TEXT}\n{question}"}
+            gpt = {"from": "gpt", "value": answer}
+            reference = {} if answer is None else {"reference": answer}
+            line = {
+                "records": {"id": id, "image": images, "conversations": [human, gpt]},
+                "questions": {"question_id": id, "image": images, "text": question, **reference},
+            }
+            for (a_name, a_split, kind), path in todo.items():
+                if (a_name, a_split) == (name, split):
+                    if path not in files:
+                        path.parent.mkdir(parents=True, exist_ok=True)
+                        files[path] = stack.enter_context(atomic(path))
+                    files[path].write(json.dumps(line[kind]) + "\n")
+
+        yield write
+
+
+def kind_of(records: Records) -> type[Record] | type[Question]:
+    return Question if "question_id" in records[0] else Record
+
+
+def summary(records: Records) -> dict[str, object]:
+    """{column: cell} of a file without errors. MIMIC-CXR's folders name patients and studies."""
+    kind = kind_of(records)
+    patients, studies, pairs = set(), set(), set()
+    questions, with_prior, words = 0, 0, []
+    for record in map(kind.parse, records):
+        # files/p10/p10000032/s50414267/…
+        folders = re.match(r"files/(p\d+/p\d+)/s\d+/", record.images[0] if record.images else "")
+        if folders:
+            patients.add(folders[1])
+            studies.add(folders[0])
+        # a hash takes a tenth of the memory of two paths
+        pairs.add(hash(tuple(record.images)))
+        with_prior += len(record.images) == 2
+        # a question is a conversation of one turn, whose answer may be unknown
+        turns = record.turns if kind is Record else [(record.text, record.reference)]
+        questions += len(turns)
+        words += [len(answer.split()) for _, answer in turns if answer is not None]
+    return {
+        "file": records.path.name,
+        "patients": len(patients) or "-",
+        "studies": len(studies) or "-",
+        "records": len(records),
+        "with prior": f"{with_prior:,} ({with_prior / len(records):.0%})",
+        "questions per image pair": f"{questions / len(pairs):.1f}",
+        "words per answer": f"{sum(words) / len(words):.1f}" if words else "-",
+    }

@@ -1,0 +1,78 @@
+"""The published evaluation set, X-iZhang/MIMIC-CXR-RRG on the Hugging Face hub -> a question file and its images."""
+
+import hashlib
+import io
+from collections import Counter
+from pathlib import Path
+
+from PIL import Image
+
+from plumbing.files import atomic
+from sources.records import missing, one_line, plan, require, writer
+
+COLUMNS = ("main_image", "prior_image", "default_prompt")
+
+
+def prepare_rrg(out, source: str, configuration: str, split: str, reference: str | None = None):
+    """One question for each row. reference: the column of the true text; without it questions have no reference."""
+    out, skipped = Path(out), Counter()
+    outputs = plan(out, [configuration], {split: ("questions",)})
+    if not missing(outputs):
+        return outputs, {}, {}
+    columns = [*COLUMNS, reference] if reference else COLUMNS
+    with writer(outputs) as write:
+        for number, row in enumerate(published_rows(source, configuration, split, columns)):
+            try:
+                current = save_image(out, row["main_image"], source)
+                prior = save_image(out, row["prior_image"], source)
+            except (OSError, Image.DecompressionBombError):
+                current = ""
+            if not current:
+                skipped["rows whose image is missing or cannot be read"] += 1
+                continue
+            # a study without a prior may name its current image again
+            images = [current] if prior in ("", current) else [current, prior]
+            answer = one_line(row[reference] or "") if reference else None
+            id, question = f"{configuration}_{split}_{number}", row["default_prompt"]
+            write(configuration, split, id=id, images=images, question=question, answer=answer)
+    return outputs, skipped, {}
+
+
+def published_rows(source: str, configuration: str, split: str, columns):
+    """Rows as dicts with undecoded images, from the hub or from a folder of parquet files, read as they are needed.
+
+    Raises ValueError if the package `datasets`, a file of the split or a column is missing.
+    """
+    try:
+        import datasets
+        from tqdm import tqdm
+    except ImportError:
+        raise ValueError("this data set needs another package: pip install datasets") from None
+    if Path(source).is_dir():
+        # a copy of the hub's repository has a folder for each configuration
+        files = sorted(Path(source, configuration).glob(f"{split}*.parquet"))
+        files = files or sorted(Path(source).glob(f"{split}*.parquet"))
+        if not files:
+            raise ValueError(f"no {split}*.parquet in {source} or its {configuration}: check --source and --split")
+        files = {"train": [str(file) for file in files]}
+        rows = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
+    else:
+        rows = datasets.load_dataset(source, configuration, split=split, streaming=True)
+    require(columns, rows.column_names or next(iter(rows)), source)
+    for column in ("main_image", "prior_image"):
+        rows = rows.cast_column(column, datasets.Image(decode=False))
+    return tqdm(rows, f"{configuration} {split}", unit=" studies", disable=None)
+
+
+def save_image(out: Path, image: dict | None, source: str) -> str:
+    """{"bytes", "path"} -> images/HASH.SUFFIX under `out`; "" without an image. Raises OSError if it cannot be read."""
+    if image is None:
+        return ""
+    data = image["bytes"] or Path(source, image["path"]).read_bytes()
+    suffix = Image.open(io.BytesIO(data)).format.lower().replace("jpeg", "jpg")
+    path = f"images/{hashlib.sha256(data).hexdigest()[:32]}.{suffix}"
+    if not (out / path).exists():
+        (out / "images").mkdir(parents=True, exist_ok=True)
+        with atomic(out / path, "wb") as file:
+            file.write(data)
+    return path
