@@ -159,7 +159,7 @@ from PIL import Image
 from torch.utils.checkpoint import checkpoint as recompute
 
 from attention import attention
-from data import IGNORED, Batch, ImageCache, ImageFolder, Record, Records, StepLoader, Study, TrainingSet
+from data import IGNORED, Batch, ImageCache, ImageFolder, Records, StepLoader, Study, TrainingSet
 from decoder import Decoder, names_of
 from evaluation.metrics import METRICS, score_of, statistics
 from lora import PROJECTIONS, LoRAConfig, add_lora
@@ -310,7 +310,8 @@ def open_training_set(config: TrainConfig, files: tuple[str, ...], libra: Libra,
         raise ValueError("the config must name one of image_folder and image_cache")
     kind, place = (ImageFolder, config.image_folder) if config.image_folder else (ImageCache, config.image_cache)
     images, template = kind(place, libra.pixels), find_template(libra.template)
-    return TrainingSet(files, images, libra.tokenizer, template, libra.image_positions, config.max_length, show)
+    lengths = dict(image_positions=libra.image_positions, max_length=config.max_length)
+    return TrainingSet(files, images, tokenizer=libra.tokenizer, template=template, progress=show, **lengths)
 
 
 def open_loader(config: TrainConfig, rows: TrainingSet, libra: Libra, world: World) -> StepLoader:
@@ -416,19 +417,16 @@ def validate(libra: Libra, config: TrainConfig, rows: TrainingSet, world: World)
     mine = list(range(count))[world.rank :: world.size]
     total = labels = 0.0
     for first in range(0, len(mine), config.micro_batch):
-        batch = rows.collate([rows[(number,)] for number in mine[first : first + config.micro_batch]])
-        if isinstance(batch, Exception):
-            raise batch
-        if len(batch.ids):
-            total += float(loss_sum(libra, batch))
-            labels += int((batch.labels != IGNORED).sum())
+        batch = rows.batch([[number] for number in mine[first : first + config.micro_batch]])
+        total += float(loss_sum(libra, batch))
+        labels += int((batch.labels != IGNORED).sum())
     total, labels = world.all_reduce(total, labels)
     scores = {"loss": total / max(labels, 1)}
     if config.metrics:
         studies, answers = [], []
         for number in mine:
-            record = Record.parse(rows.records[number])
-            if record.images and record.turns[0][0].startswith(IMAGE_TEXT):
+            record = rows.record(number)
+            if record.starts_with_image:
                 question = record.turns[0][0].removeprefix(IMAGE_TEXT).strip()
                 studies.append(Study(*map(picture(rows.images), record.images), query=question))
                 answers.append(record.turns[0][1])
@@ -505,8 +503,8 @@ def run(config: TrainConfig, resume: bool, world: World):
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * lr_at(step, steps.num_steps, config.warmup)
         torch.manual_seed(step_seed(config.seed, step, world.rank))
-        (labels,) = world.all_reduce(sum((batch.labels != IGNORED).sum() for _, batch in batches))
-        for _, batch in batches:
+        (labels,) = world.all_reduce(sum((batch.labels != IGNORED).sum() for batch in batches))
+        for batch in batches:
             with autocast():
                 loss = loss_sum(libra, batch) / max(labels, 1)
             loss.backward()
@@ -515,13 +513,14 @@ def run(config: TrainConfig, resume: bool, world: World):
         norm = world.clip_grad_norm(weights, config.grad_clip or math.inf)
         (loss,) = world.all_reduce(sum(losses))
         if not math.isfinite(loss + norm):
-            bad = [micro for (micro, _), value in zip(batches, losses, strict=True) if not math.isfinite(value)]
-            names = ", ".join(str(name) for micro in bad for name in rows.ids(micro)) or "of another process, or none"
+            bad = [batch for batch, value in zip(batches, losses, strict=True) if not math.isfinite(value)]
+            numbers = itertools.chain.from_iterable(row for batch in bad for row in batch.numbers)
+            names = ", ".join(str(rows.record(number).id) for number in numbers) or "of another process, or none"
             raise ValueError(f"step {done}: the loss is {loss}, the gradient's norm {norm}; records: {names}")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        positions = sum(int((batch.segments >= 0).sum()) for _, batch in batches)
+        positions = sum(int((batch.segments >= 0).sum()) for batch in batches)
         log.step(done, dict(loss=loss, lr=optimizer.param_groups[0]["lr"], norm=norm), positions, steps.seconds_waited)
         if held_out and (done % config.validate_every == 0 or done == steps.num_steps):
             with autocast(), unsharded(libra.decoder):
@@ -566,11 +565,10 @@ def describe(libra: Libra, config: TrainConfig, rows: TrainingSet, steps: StepLo
     print(*(f"{name}={value!r}" for name, value in asdict(config).items() if value != plain[name]))
     tensors = [(local_tensor(parameter), parameter.requires_grad) for parameter in libra.parameters()]
     held = sum(tensor.nbytes + 12 * tensor.numel() * learns for tensor, learns in tensors)
-    duplicates = sum(checked.duplicates for checked in rows.checked)
     print(
         f"{'+'.join(config.train)} learns: {learning / 1e6:.2f} M parameters, {frozen / 1e6:.2f} M are frozen; "
         f"weights, gradients and optimizer {held / 2**30:.2f} GiB{' of each process' * config.fsdp}; "
-        f"{len(rows):,} records ({duplicates:,} with the id of an earlier one) in {len(steps.rows):,} rows; "
+        f"{len(rows):,} records ({rows.duplicates:,} with the id of an earlier one) in {len(steps.rows):,} rows; "
         f"{steps.num_steps:,} steps"
     )
 
