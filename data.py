@@ -5,7 +5,6 @@
 `TrainingSet` does this for the records you name, and `StepLoader` decides which records each training step takes.
 """
 
-import io
 import itertools
 import json
 import math
@@ -16,7 +15,7 @@ import time
 import zlib
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import InitVar, dataclass, replace
+from dataclasses import InitVar, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -33,27 +32,23 @@ from plumbing.pixels import PixelConfig, frame, normalise
 from tokenizer import IMAGE, IMAGE_TEXT, Template, Tokenizer, render
 
 FINDINGS_PROMPT = "Provide a detailed description of the findings in the radiology image."  # as published
+ignore = lambda *arguments: None  # a callback for whoever does not need one
 
 
 @dataclass(frozen=True)
 class Study:
-    """What a user gives: a current image, the patient's prior image or None, and a question about them.
+    """What a user gives: a current image, the patient's prior image or None, and a question about them."""
 
-    An image is a path, an http(s) address, a PIL image, or the bytes of an image file. Sampling draws random numbers
-    by `id`, or by the study's place in the list, so that an answer does not depend on the rest of the batch.
-    """
-
+    # an image is a path, an http(s) address, a PIL image, or the bytes of an image file
     current: str | Path | Image.Image | bytes
     prior: str | Path | Image.Image | bytes | None = None
     query: str = FINDINGS_PROMPT
+    # sampling draws by it, not by what else is in the batch; None: by the study's place in the list
     id: str | None = None
 
     def images(self):
         """Open the PIL images, in mode RGB: [current, prior], or [current] if there is no prior."""
         return [load_image(image) for image in (self.current, self.prior) if image is not None]
-
-
-# ------------------------------------------------------------------------------------------ records
 
 
 class Records:
@@ -62,7 +57,8 @@ class Records:
     def __init__(self, path):
         """Raises ValueError if the file is empty or a broken JSON list. A broken line is found when it is read."""
         self.path = Path(path)
-        self.starts, self.numbers = array("q"), array("q")
+        self.starts = array("q")
+        self.numbers = array("q")
         with open(self.path, "rb") as file:
             head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
             if not head:
@@ -73,15 +69,15 @@ class Records:
                 self.unit = "record"
                 records = self._parse(file.read(), self.path)
                 self.lines = b"".join(json.dumps(record).encode() + b"\n" for record in records)
-                file = io.BytesIO(self.lines)
+                lines = self.lines.splitlines(keepends=True)
             else:
                 # JSONL stays on disk, so that millions of records cost a worker process little memory
                 self.unit = "line"
                 self.lines = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
+                lines = file
             # note where each record starts, and the number of its line; empty lines are no records
             position = 0
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(lines, 1):
                 if line.strip(b"\r\n"):
                     self.starts.append(position)
                     self.numbers.append(number)
@@ -95,8 +91,8 @@ class Records:
     def __len__(self):
         return len(self.numbers)
 
-    def __getitem__(self, index: int) -> dict:
-        """Parse one record. Raises ValueError with its place if it is not a JSON object."""
+    def __getitem__(self, index):
+        """Parse one record, a dict. Raises ValueError with its place if it is not a JSON object."""
         line = self.lines[self.starts[index] : self.starts[index + 1]]
         record = self._parse(line.rstrip(b"\r\n"), self.place(index))
         if not isinstance(record, dict):
@@ -107,7 +103,7 @@ class Records:
         """Where a user finds the record, such as "records.jsonl line 7"."""
         return f"{self.path} {self.unit} {self.numbers[index]}"
 
-    def _parse(self, text: bytes, place):
+    def _parse(self, text, place):
         try:
             return json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -120,20 +116,18 @@ def image_names(raw: dict) -> list[str]:
     names = raw.get("image") or []
     if isinstance(names, str):
         names = [names]
-    is_name = lambda name: isinstance(name, str) and name != ""
-    if not isinstance(names, list) or len(names) > 2 or not all(map(is_name, names)):
+    if not isinstance(names, list) or len(names) > 2 or not all(isinstance(name, str) and name for name in names):
         raise ValueError(f"image {names!r} is neither a file name nor a list of one or two (current, prior)")
     return list(dict.fromkeys(names))
 
 
-def parse_id(raw: dict, key: str) -> str | int:
+def parse_id(raw: dict, key: str):
     if not isinstance(raw.get(key), str | int):
         raise ValueError(f"{key} is missing or neither text nor a whole number")
     return raw[key]
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """A training record: a conversation, about images or not."""
 
     id: str | int
@@ -144,7 +138,6 @@ class Record:
     def parse(cls, raw: dict) -> "Record":
         """Raises ValueError that says what is wrong with the record."""
         images = image_names(raw)
-
         # 1) human and gpt take turns
         messages = raw.get("conversations")
         is_message = lambda message: isinstance(message, dict) and isinstance(message.get("value"), str)
@@ -153,7 +146,6 @@ class Record:
         speakers = [message.get("from") for message in messages]
         if not messages or speakers != ["human", "gpt"] * (len(messages) // 2):
             raise ValueError(f"the speakers are {', '.join(map(str, speakers)) or 'none'}, not human and gpt in turn")
-
         # 2) every answer is text to learn
         texts = [message["value"] for message in messages]
         questions, answers = texts[::2], texts[1::2]
@@ -161,12 +153,10 @@ class Record:
             raise ValueError("an answer is empty")
         if any(IMAGE_TEXT in answer for answer in answers):
             raise ValueError(f"an answer contains {IMAGE_TEXT}")
-
         # 3) one question refers to the images, if there are any
         count = sum(question.count(IMAGE_TEXT) for question in questions)
         if count != bool(images):
             raise ValueError(f"{IMAGE_TEXT} occurs {count} times in the questions, not {int(bool(images))}")
-
         # 4) "<image>" moves to the front of its question, as published (libra/train/train.py, preprocess_multimodal)
         for number, question in enumerate(questions):
             if IMAGE_TEXT in question:
@@ -179,8 +169,7 @@ class Record:
         return self.turns[0][0].startswith(IMAGE_TEXT)
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(NamedTuple):
     """A line of a question file, or a training record read as one: its first question, and the answer as reference."""
 
     id: str | int
@@ -198,7 +187,6 @@ class Question:
             record = Record.parse(raw)
             question, answer = record.turns[0]
             return cls(record.id, images, question.removeprefix(IMAGE_TEXT).strip(), answer)
-
         text = raw.get("text")
         if not isinstance(text, str) or IMAGE_TEXT in text:
             raise ValueError(f"text is not the question's text without {IMAGE_TEXT}, which is put before it")
@@ -212,14 +200,11 @@ class Question:
         return cls(parse_id(raw, "question_id"), images, text, reference)
 
 
-ignore = lambda *arguments: None  # a callback for whoever does not need one
-
-
 def check(records: Records, kind: type, find=ignore, progress=ignore, visit=ignore) -> SimpleNamespace:
     """Parse every record of a file once, as kind `Record` or `Question`, and look for its images.
 
     find(name) must raise if an image is missing; progress(done, total) and visit(record) are called for each record.
-    Raises one ValueError that lists the first problem of each record, for 20 records at most.
+    Raises one ValueError for all problems; it lists the first problem of each record, for 20 records at most.
     """
     ids, images, problems, alone = set(), set(), [], 0
     for index in range(len(records)):
@@ -240,17 +225,15 @@ def check(records: Records, kind: type, find=ignore, progress=ignore, visit=igno
         except (ValueError, OSError) as error:
             reason = str(error).removeprefix(f"{records.place(index)} ")
             problems.append(f"{records.unit} {records.numbers[index]}: {reason}")
-
     if problems:
-        listed = "; ".join(problems[:20])
-        if len(problems) > 20:
-            listed += f"; and {len(problems) - 20} more"
-        raise ValueError(f"{records.path} has problems, {len(problems)} in all: {listed}")
+        raise ValueError(f"{records.path} has problems, {len(problems)} in all: {'; '.join(problems[:20])}")
     # duplicates: records with the id of an earlier one; images: distinct ones; alone: records without an image
     return SimpleNamespace(duplicates=len(records) - len(ids), images=len(images), alone=alone)
 
 
 # ------------------------------------------------------------------------------------------ where images are
+
+FRAMES, INDEX = "frames.bin", "index.jsonl"  # the files of an `ImageCache`
 
 
 class ImageFolder:
@@ -259,15 +242,16 @@ class ImageFolder:
     def __init__(self, folder, config: PixelConfig | None):
         if not os.path.isdir(folder):
             raise NotADirectoryError(f"no image folder {folder}: check the path")
-        self.root, self.config = os.path.realpath(folder), config
+        self.root = Path(os.path.realpath(folder))
+        self.config = config
 
-    def find(self, name: str) -> str:
+    def find(self, name: str) -> Path:
         """The path of an image. Raises ValueError if it is outside the folder, FileNotFoundError if it is missing."""
         # resolve "..", links and absolute names
-        path = os.path.realpath(os.path.join(self.root, name))
-        if os.path.commonpath((self.root, path)) != self.root:
+        path = Path(os.path.realpath(self.root / name))
+        if not path.is_relative_to(self.root):
             raise ValueError(f"image {name} leads out of the image folder {self.root}: refused")
-        if not os.path.isfile(path):
+        if not path.is_file():
             raise FileNotFoundError(f"no image {name} in {self.root}: check the image folder")
         return path
 
@@ -276,24 +260,22 @@ class ImageFolder:
         return frame(load_image(self.find(name)), self.config)
 
 
-FRAMES, INDEX = "frames.bin", "index.jsonl"
-
-
 class ImageCache:
     """The same frames, made once by `prepare.py cache`."""
 
-    # frames.bin holds one frame after another: uint8 [S, S] of a grey image, [S, S, 3] of a colour image.
-    # The first line of index.jsonl holds the settings of the cache, each other line belongs to a frame:
-    # the image's name, its channels and the CRC-32 of its bytes.
-
     def __init__(self, folder, config: PixelConfig):
         """Raises ValueError if the cache is incomplete or was made with other settings than config's."""
-        self.folder, self.config = Path(folder), config
-        index, frames = self.folder / INDEX, self.folder / FRAMES
+        # frames.bin holds one frame after another, uint8 [S, S] of a grey image and [S, S, 3] of a colour image;
+        # index.jsonl holds the settings of the cache, then a line for each frame: its image, channels and CRC-32
+        self.folder = Path(folder)
+        self.config = config
+        index = self.folder / INDEX
+        frames = self.folder / FRAMES
         if not index.exists():
             raise FileNotFoundError(f"{self.folder} holds no finished image cache: make one with prepare.py cache")
         # where each frame is in frames.bin: {image name: (start, end, CRC-32)}
-        self.places, end = {}, 0
+        self.places = {}
+        end = 0
         for entry in parse_index(index.read_bytes(), config, index):
             start, end = end, end + entry["channels"] * config.crop**2
             self.places[entry["image"]] = start, end, entry["crc32"]
@@ -301,7 +283,7 @@ class ImageCache:
             raise ValueError(f"{frames} is shorter than {INDEX} says: copy it again, or delete both and make them anew")
         # an empty file cannot be mapped, and nobody can ask for a frame of it
         if self.places:
-            self.frames = np.asarray(np.memmap(frames, np.uint8, "r"))
+            self.frames = np.memmap(frames, np.uint8, "r")
 
     # a worker process maps the file itself instead of receiving its content
     def __reduce__(self):
@@ -318,7 +300,8 @@ class ImageCache:
         data = self.frames[start:end]
         if zlib.crc32(data) != checksum:
             raise ValueError(f"{self.folder / FRAMES} is damaged at {name}: delete the cache and make it again")
-        image = data.reshape(self.config.crop, self.config.crop, -1)  # [S, S, 1 or 3]
+        side = self.config.crop
+        image = data.reshape(side, side, -1)  # [S, S, 1 or 3]
         return image.repeat(3 // image.shape[2], axis=2)  # [S, S, 3]
 
 
@@ -328,10 +311,9 @@ def cache_settings(config: PixelConfig) -> dict:
     # these are written only where they matter
     if config.pad == "mean":
         settings["mean"] = list(config.mean)
-    if config.squash:
-        settings["squash"] = True
-    if config.rounds:
-        settings["rounds"] = True
+    for name in ("squash", "rounds"):
+        if getattr(config, name):
+            settings[name] = True
     return settings
 
 
@@ -346,13 +328,12 @@ def parse_index(data: bytes, config: PixelConfig, path: Path) -> list[dict]:
     return entries
 
 
-# ------------------------------------------------------------------------------------------ rows and batches
+# ------------------------------------------------------------------------------------------ from a record to a batch
 
 IGNORED = -100  # the label of a position that is not learnt
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A row of a batch: one record, or several records with the same images behind one prefix."""
 
     ids: list[int]  # the image is one IMAGE; [] if max_length leaves nothing to learn
@@ -389,7 +370,8 @@ def share_prefix(rows: list[Row]) -> Row:
     if len(rows) == 1:
         return rows[0]
     prefix = rows[0].ids.index(IMAGE) + 1
-    ids, labels = rows[0].ids[:prefix], rows[0].labels[:prefix]
+    ids = rows[0].ids[:prefix]
+    labels = rows[0].labels[:prefix]
     segments = [0] * prefix
     for segment, row in enumerate(rows, 1):
         ids += row.ids[prefix:]
@@ -415,7 +397,6 @@ def collate(rows: Sequence[Row], image_positions: int) -> Batch:
     # if no row is left, the model can still run the batch: padding has a loss of 0 and gradients of 0
     if not rows:
         rows = [Row(ids=[0, 0], labels=[IGNORED] * 2, segments=[-1, -1])]
-
     # 1) the one IMAGE of a row becomes as many positions as the image has in the model
     ids, labels, segments, positions = [], [], [], []
     for row in rows:
@@ -425,7 +406,6 @@ def collate(rows: Sequence[Row], image_positions: int) -> Batch:
         labels.append(torch.tensor(row.labels).repeat_interleave(repeats))
         segments.append(torch.tensor(row.segments).repeat_interleave(repeats))
         positions.append(positions_of(segments[-1]))
-
     # 2) pad on the right: padding has no label, and no position sees segment -1
     pad = lambda tensors, value: pad_sequence(tensors, batch_first=True, padding_value=value)  # -> [B, T]
     padded = pad(ids, 0), pad(labels, IGNORED), pad(segments, -1), pad(positions, 0)
@@ -446,8 +426,7 @@ def positions_of(segments: torch.Tensor) -> torch.Tensor:
     return positions
 
 
-# ------------------------------------------------------------------------------------------ the plan of steps
-
+# ------------------------------------------------------------------------------------------ training: rows, batches, and the plan of steps
 
 @dataclass
 class TrainingSet:
@@ -461,15 +440,16 @@ class TrainingSet:
     max_length: int
     progress: InitVar[Callable] = ignore
 
-    def __post_init__(self, progress: Callable):
+    def __post_init__(self, progress):
         """Raises ValueError if a record is wrong or its image is missing."""
         self.records = ConcatDataset([Records(path) for path in self.files])
         self.duplicates = 0
         # the plan needs the length of each record, and the first record that starts with the same images
-        self.lengths, self.prefixes = array("q"), array("q")
+        self.lengths = array("q")
+        self.prefixes = array("q")
         first_records = {}
 
-        def visit(record: Record):
+        def visit(record):
             number = len(self.lengths)
             self.lengths.append(sum(map(len, itertools.chain(*record.turns))))
             if record.starts_with_image:
@@ -477,27 +457,23 @@ class TrainingSet:
             self.prefixes.append(number)
 
         for file in self.records.datasets:
-            checked = check(file, Record, self.images.find, progress=progress, visit=visit)
-            self.duplicates += checked.duplicates
+            self.duplicates += check(file, Record, self.images.find, progress, visit=visit).duplicates
 
     def __len__(self):
         return len(self.records)
-
-    def record(self, number: int) -> Record:
-        return Record.parse(self.records[number])
 
     def row(self, numbers: Sequence[int]) -> Row:
         """The row of these records, such as [0, 2, 3]. Several must start with the same images."""
         rows = []
         for number in numbers:
-            record = self.record(number)
+            record = Record.parse(self.records[number])
             rows.append(encode(record, self.template, self.tokenizer, self.max_length))
         row = share_prefix(rows)
-        # open the images once for all records, unless max_length cut them off
+        # open the images, once for all these records, unless max_length cut them off
         if IMAGE in row.ids:
             frames = [self.images.frame(name) for name in record.images]
             pixels = [normalise(frame, self.images.config) for frame in frames]
-            row = replace(row, pixels=torch.stack(pixels))  # [1 or 2, 3, S, S]
+            row = row._replace(pixels=torch.stack(pixels))  # [1 or 2, 3, S, S]
         return row
 
     def batch(self, numbers: Sequence) -> Batch:
@@ -506,8 +482,7 @@ class TrainingSet:
         return collate(rows, self.image_positions)._replace(numbers=numbers)
 
     def __getitem__(self, numbers: Sequence) -> Batch | Exception:
-        """`batch` for a DataLoader: returns an error instead of raising it."""
-        # a DataLoader would put the traceback of its worker process into the message of a raised error
+        # for a DataLoader, which would add the traceback of its worker process to the message of a raised error
         try:
             return self.batch(numbers)
         except (ValueError, OSError) as error:
@@ -547,7 +522,8 @@ class StepLoader:
     even: bool = False  # all ranks run as many forward passes, as sharded weights need it
 
     def __post_init__(self):
-        records, size = len(self.training_set), self.world.size
+        records = len(self.training_set)
+        size = self.world.size
         if max(self.batch_size, size) > records:
             raise ValueError(f"{records} records are too few for batches of {self.batch_size} and {size} processes")
         # a template without questions learns the id right behind the image, and that id differs between records
@@ -576,18 +552,14 @@ class StepLoader:
         rows = []
         for _, row in itertools.groupby(numbers, self.row_of.__getitem__):
             rows.append(list(row))
-
         # 2) rows of similar length go together: of reports mixed with short answers 9 % is padding, otherwise 30 %
         lengths = self.training_set.lengths
         rows.sort(key=lambda row: sum(lengths[number] for number in row))
-
-        # 3) ranks take turns; rank 0 never has fewer rows than another, so even ranks run as many passes as rank 0
+        # 3) ranks take turns; no rank has more rows than rank 0, whose number of passes is everyone's if it must be even
         mine = rows[self.world.rank :: self.world.size]
-        count = len(mine)
-        if self.even:
-            count = len(rows[:: self.world.size])
+        most = rows[:: self.world.size] if self.even else mine
         size = self.micro_batch
-        return [mine[start : start + size] for start in range(0, count, size)]
+        return [mine[start : start + size] for start in range(0, len(most), size)]
 
     def plan(self, first: int) -> Iterator:
         """Yield the `micro_batches` of each step, from step `first` on."""
@@ -607,11 +579,10 @@ class StepLoader:
         """Yield (step, its batches), from step `first` on. Raises the ValueError or OSError of a record."""
         # the DataLoader works ahead of the steps: the plan is made once, and both read it at their own pace
         plan, ahead = itertools.tee(self.plan(first))
-        micro_batches = itertools.chain.from_iterable(ahead)
+        sampler = itertools.chain.from_iterable(ahead)
         # batch_size=None: what the training set returns is a batch already
         settings = dict(batch_size=None, num_workers=self.workers, worker_init_fn=ignore_signals)
-        loader = iter(DataLoader(self.training_set, sampler=micro_batches, **settings))
-
+        loader = iter(DataLoader(self.training_set, sampler=sampler, **settings))
         for step, passes in enumerate(plan, first):
             begin = time.monotonic()
             batches = [next(loader) for _ in passes]
@@ -625,7 +596,7 @@ class StepLoader:
             yield step, batches
 
 
-def ignore_signals(worker: int):
+def ignore_signals(worker):
     """Ctrl-C and SIGTERM reach every process. Only the training process acts on them; its workers end with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -159,7 +159,7 @@ from PIL import Image
 from torch.utils.checkpoint import checkpoint as recompute
 
 from attention import attention
-from data import IGNORED, Batch, ImageCache, ImageFolder, Records, StepLoader, Study, TrainingSet
+from data import IGNORED, Batch, ImageCache, ImageFolder, Record, Records, StepLoader, Study, TrainingSet
 from decoder import Decoder, names_of
 from evaluation.metrics import METRICS, score_of, statistics
 from lora import PROJECTIONS, LoRAConfig, add_lora
@@ -425,7 +425,7 @@ def validate(libra: Libra, config: TrainConfig, rows: TrainingSet, world: World)
     if config.metrics:
         studies, answers = [], []
         for number in mine:
-            record = rows.record(number)
+            record = Record.parse(rows.records[number])
             if record.starts_with_image:
                 question = record.turns[0][0].removeprefix(IMAGE_TEXT).strip()
                 studies.append(Study(*map(picture(rows.images), record.images), query=question))
@@ -515,7 +515,7 @@ def run(config: TrainConfig, resume: bool, world: World):
         if not math.isfinite(loss + norm):
             bad = [batch for batch, value in zip(batches, losses, strict=True) if not math.isfinite(value)]
             numbers = itertools.chain.from_iterable(row for batch in bad for row in batch.numbers)
-            names = ", ".join(str(rows.record(number).id) for number in numbers) or "of another process, or none"
+            names = ", ".join(str(rows.records[number]["id"]) for number in numbers) or "of another process, or none"
             raise ValueError(f"step {done}: the loss is {loss}, the gradient's norm {norm}; records: {names}")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
