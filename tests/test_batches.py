@@ -10,7 +10,7 @@ from conftest import GOLDEN, load, relative, training_record, write_jsonl
 from safetensors.torch import load_file
 
 from attention import attention
-from data import IGNORED, Batch, ImageFolder, Record, StepLoader, TrainingSet, collate, encode, positions_of, shared_rows
+from data import IGNORED, ImageFolder, Record, StepLoader, TrainingSet, collate, encode, positions_of, shared_rows
 from plumbing.distributed import World
 from tokenizer import IMAGE, TEMPLATES
 
@@ -67,11 +67,12 @@ def test_golden_batch_but_for_the_positions_of_the_image(name):
             assert (values[row] == more[row, first]).all()
 
 
-def loss_of(libra, batch: Batch, embed_images):
+def loss_of(libra, batch, embed_images):
     """The sum of the losses of all labels, by the mask that the batch's segments define."""
     embeddings = libra.decoder.embed_tokens(batch.ids.clamp(0))
     images = [embed_images(pixels) for pixels in batch.pixels if pixels is not None]
-    embeddings = embeddings.masked_scatter((batch.ids == IMAGE)[..., None], torch.cat(images))
+    if images:
+        embeddings = embeddings.masked_scatter((batch.ids == IMAGE)[..., None], torch.cat(images))
     attend = lambda layer, q, k, v: attention(q, k, v, segments=batch.segments)
     hidden = libra.decoder(embeddings, batch.positions, attend)
     logits = libra.decoder.head(hidden, libra.decoder.config.vocab_size)
@@ -94,11 +95,11 @@ def test_golden_loss_of_a_batch(name, numbers):
 TURNS = [("<image>\nIs there an effusion?", "No."), ("And now?", "A 2.5 cm one.\nIt has grown."), ("Sure?", "Yes.")]
 
 
-@pytest.mark.parametrize("first", TURNS[0][0:1] + ("Is there an effusion?",), ids=["image", "text"])
+@pytest.mark.parametrize("image", ["<image>\n", ""], ids=["image", "text"])
 @pytest.mark.parametrize("template", TEMPLATES)
-def test_every_answer_of_every_template_is_learnt_with_its_end(template, first):
+def test_every_answer_of_every_template_is_learnt_with_its_end(template, image):
     tokenizer, template = load("libra-3b").tokenizer, TEMPLATES[template]
-    turns = [(first, "No."), *TURNS[1:]]
+    turns = [(f"{image}Is there an effusion?", "No."), *TURNS[1:]]
     row = encode(Record("1", [], turns), template, tokenizer, 2048)
     runs = itertools.groupby(row.labels, key=lambda label: label != IGNORED)
     learnt = [tokenizer.backend.decode(list(run), skip_special_tokens=False) for is_learnt, run in runs if is_learnt]
@@ -122,17 +123,17 @@ def test_a_long_record_is_cut_behind_the_last_label_that_fits(family, template):
 
 
 def test_a_record_that_is_cut_to_nothing_takes_no_row(tmp_path):
-    records = [training_record(answer="No."), training_record(answer="It has grown. " * 9), training_record("Has it? " * 40)]
-    path = write_jsonl(tmp_path / "records.jsonl", records)
+    whole, cut, nothing = ("Why?", "No."), ("Why?", "It has grown. " * 9), ("Has it? " * 40, "No.")
+    path = write_jsonl(tmp_path / "records.jsonl", [training_record(*texts) for texts in (whole, cut, nothing)])
     batch = training_set(files=[path], max_length=60, image_positions=1).batch([[0], [1], [2]])
-    assert batch.ids.shape == (2, 60)
-    assert len(batch.pixels) == 2
+    assert batch.ids.shape == (2, 60) and len(batch.pixels) == 2
     assert (batch.labels != IGNORED).any(1).all()
 
 
 def test_an_image_that_is_cut_off_is_not_opened(tmp_path):
     later = [*HELLO, {"from": "human", "value": "And <image> here?"}, {"from": "gpt", "value": "No."}]
-    path = write_jsonl(tmp_path / "records.jsonl", [{"id": 1, "conversations": HELLO}, training_record(conversations=later)])
+    lines = [training_record(image=[], conversations=HELLO), training_record(conversations=later)]
+    path = write_jsonl(tmp_path / "records.jsonl", lines)
     records = training_set(files=[path])
     text, late = records.row([0]), records.row([1])
     assert text.pixels is None and IMAGE not in text.ids
@@ -144,17 +145,12 @@ def test_an_image_that_is_cut_off_is_not_opened(tmp_path):
 
 def test_a_batch_without_rows_has_no_loss_and_gradients_of_zero():
     libra, empty = load("libra-7b"), collate([], 4)
-    assert (empty.labels == IGNORED).all()
-    assert (empty.segments == -1).all()
-    weight = libra.decoder.layers[0].mlp.up_proj.weight
-    try:
-        weight.requires_grad_(True)
-        loss = loss_of(libra, empty._replace(pixels=[torch.zeros(1, 0)]), lambda pixels: pixels)
-        loss.backward()
-        assert float(loss.detach()) == 0
-        assert not weight.grad.any()
-    finally:
-        weight.requires_grad_(False).grad = None
+    assert (empty.labels == IGNORED).all() and (empty.segments == -1).all()
+    weight = libra.decoder.layers[0].mlp.up_proj.weight.requires_grad_(True)
+    loss = loss_of(libra, empty, libra.embed_images)
+    (gradient,) = torch.autograd.grad(loss, [weight])
+    weight.requires_grad_(False)
+    assert float(loss.detach()) == 0 and not gradient.any()
 
 
 # ------------------------------------------------------------------------------------------ shared prefixes
@@ -166,7 +162,7 @@ def test_positions_follow_the_prefix():
 
 
 def shared(tmp_path, family, most):
-    """Six records about two image pairs: the batch of separate rows, the batch of shared rows, and the latter's sizes."""
+    """Six records about two image pairs: a batch of separate rows, a batch of shared rows, and the latter's sizes."""
     texts = [("Has it grown?", "It has."), ("Is there a pneumothorax?", "No."), ("Effusion?", "A small one. " * 5)]
     records = [training_record(*text, image) for text in texts for image in (["0.png", "1.png"], ["2.png"])]
     path = write_jsonl(tmp_path / "records.jsonl", records)
@@ -285,7 +281,7 @@ def test_even_ranks_run_as_many_forward_passes(records, ranks):
         batches = [batches for _, batches in steps]
         assert len({len(passes) for passes in batches[:ranks]}) == 1
         # and they learn the same from them
-        assert list(map(learning, batches[:ranks])) == [[batch.numbers for batch in passes] for passes in batches[ranks:]]
+        assert list(map(learning, batches[:ranks])) == list(map(learning, batches[ranks:]))
 
 
 def test_rows_of_similar_length_go_together(records):

@@ -1,8 +1,7 @@
-"""Record files, against Python's json reading the file at once; the check, by an example of each mistake."""
+"""Record files, against the objects that Python's json wrote; the check, by an example of each mistake."""
 
 import json
 import pickle
-import random
 from dataclasses import replace
 
 import pytest
@@ -14,20 +13,7 @@ from data import ImageFolder, Question, Record, Records, check
 # ------------------------------------------------------------------------------------------ files
 
 
-def random_text(dice):
-    return "".join(dice.choice('ab ,:[]{}"\\/\n\t\u0085é漢🫁\x00') for _ in range(dice.randrange(12)))
-
-
-def random_value(dice, depth=0):
-    kinds = ["none", "true", "integer", "float", "text", "list", "object", "object"]
-    kind = dice.choice(kinds if depth < 3 else kinds[:5])
-    if kind == "list":
-        return [random_value(dice, depth + 1) for _ in range(dice.randrange(4))]
-    if kind == "object":
-        return {random_text(dice): random_value(dice, depth + 1) for _ in range(dice.randrange(4))}
-    leaves = {"none": None, "true": True, "integer": dice.randrange(-(10**9), 10**9)}
-    return (leaves | {"float": dice.random() * 1e-7, "text": random_text(dice)})[kind]
-
+TRICKY = [{"text": 'ab ,:[]{}"\\/\n\r\t\u0085é漢🫁\x00'}, {"[": [{"a": [1e-7, -1, None, True]}, []]}, {}, {'"}\n': ""}]
 
 LAYOUTS = {
     "list": lambda records: json.dumps(records),
@@ -40,14 +26,9 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_records_are_what_json_reads(tmp_path, layout):
-    dice = random.Random(layout)
     path = tmp_path / "records"
-    for _ in range(40):
-        expected = [{f"key {random_text(dice)}": random_value(dice)} for _ in range(dice.randrange(1, 30))]
-        path.write_bytes(LAYOUTS[layout](expected).encode())
-        records = Records(path)
-        assert len(records) == len(expected)
-        assert list(records) == expected
+    path.write_bytes(LAYOUTS[layout](TRICKY).encode())
+    assert list(Records(path)) == TRICKY
 
 
 @pytest.mark.parametrize("layout", ["list", "lines"])
@@ -57,13 +38,6 @@ def test_a_worker_process_opens_the_file_itself(tmp_path, layout):
     message = pickle.dumps(Records(path))
     assert len(message) < 500
     assert list(pickle.loads(message)) == list(Records(path))
-
-
-def test_places_count_empty_lines(tmp_path):
-    path = tmp_path / "records.jsonl"
-    path.write_text('{"id": 1}\n\n\r\n{"id": 2}\n')
-    records = Records(path)
-    assert [records.place(0), records.place(1)] == [f"{path} line 1", f"{path} line 4"]
 
 
 def test_an_empty_list_has_no_records(tmp_path):
