@@ -10,7 +10,7 @@ from conftest import GOLDEN, load, relative, training_record, write_jsonl
 from safetensors.torch import load_file
 
 from attention import attention
-from data import IGNORED, ImageFolder, Record, StepLoader, TrainingSet, collate, encode, positions_of, shared_rows
+from data import IGNORED, ImageFolder, Record, StepLoader, TrainingSet, collate, encode, shared_rows
 from plumbing.distributed import World
 from tokenizer import IMAGE, TEMPLATES
 
@@ -29,9 +29,6 @@ def training_set(family="libra-7b", files=(RECORDS,), **changes) -> TrainingSet:
 def golden(name):
     """(family, what the published code computes for three records)"""
     return name.rsplit("-", 1)[0], load_file(GOLDEN / "training" / f"{name}.safetensors")
-
-
-# ------------------------------------------------------------------------------------------ golden values
 
 
 @pytest.mark.parametrize("name", TRAINING)
@@ -59,7 +56,6 @@ def test_golden_batch_but_for_the_positions_of_the_image(name):
     assert (one.labels[~real] == IGNORED).all()
     # with four positions for an image, it is the same but for three more of them
     assert ((four.ids == IMAGE).sum(1) == 4).all()
-    assert four.ids.shape[1] == one.ids.shape[1] + 3
     for row in range(3):
         ids = four.ids[row].tolist()
         first = [i for i in range(len(ids)) if not (i and ids[i - 1] == ids[i] == IMAGE)]
@@ -89,8 +85,6 @@ def test_golden_loss_of_a_batch(name, numbers):
         loss = loss_of(libra, batch, libra.embed_images) / (batch.labels != IGNORED).sum()
     assert relative(loss, expected["loss"]) < 1e-5
 
-
-# ------------------------------------------------------------------------------------------ a record as a row
 
 TURNS = [("<image>\nIs there an effusion?", "No."), ("And now?", "A 2.5 cm one.\nIt has grown."), ("Sure?", "Yes.")]
 
@@ -153,14 +147,6 @@ def test_a_batch_without_rows_has_no_loss_and_gradients_of_zero():
     assert float(loss.detach()) == 0 and not gradient.any()
 
 
-# ------------------------------------------------------------------------------------------ shared prefixes
-
-
-def test_positions_follow_the_prefix():
-    segments = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2])
-    assert positions_of(segments).tolist() == [0, 1, 2, 3, 4, 5, 3, 4]
-
-
 def shared(tmp_path, family, most):
     """Six records about two image pairs: a batch of separate rows, a batch of shared rows, and the latter's sizes."""
     texts = [("Has it grown?", "It has."), ("Is there a pneumothorax?", "No."), ("Effusion?", "A small one. " * 5)]
@@ -211,7 +197,6 @@ def test_only_records_with_the_same_images_in_their_first_turn_share(tmp_path):
     second = [training_record(), training_record(image=["0.png", "1.png"]), training_record(image=["0.png", "0.png"])]
     files = [write_jsonl(tmp_path / "a", first), write_jsonl(tmp_path / "b", second)]
     records = training_set(files=files)
-    assert list(records.prefixes) == [0, 1, 2, 0, 4, 0]
     assert shared_rows(records.prefixes, 2) == [[0, 3], [5], [1], [2], [4]]
     # the first id behind the image is learnt there, so there is no prefix to share
     plain = training_set(files=files, template=TEMPLATES["plain"])
@@ -219,57 +204,41 @@ def test_only_records_with_the_same_images_in_their_first_turn_share(tmp_path):
     assert sorted(loader.rows) == [[0], [1], [2], [3], [4], [5]]
 
 
-# ------------------------------------------------------------------------------------------ the plan of steps
-
 SETTINGS = dict(batch_size=10, micro_batch=2, max_shared=1, epochs=2.0, max_steps=0, seed=0)
 
 
 @pytest.fixture
 def records(tmp_path):
     """53 and 50 records of two files; one in seven has its answer behind what max_length leaves."""
-    for name, count in (("a", 53), ("b", 50)):
-        lines = []
-        for number in range(count):
-            question = "Has it grown? " * (40 if number % 7 == 0 else 1)
-            said = [{"from": "human", "value": question}, {"from": "gpt", "value": "It has."}]
-            lines.append({"id": f"{name}{number}", "conversations": said})
-        write_jsonl(tmp_path / name, lines)
-    return training_set(files=[tmp_path / "a", tmp_path / "b"], max_length=100)
+    short = training_record(image=[], conversations=HELLO)
+    long = training_record(image=[], conversations=[{"from": "human", "value": "Hi? " * 99}, HELLO[1]])
+    lines = [long if number % 7 == 0 else short for number in range(103)]
+    files = [write_jsonl(tmp_path / "a", lines[:53]), write_jsonl(tmp_path / "b", lines[53:])]
+    return training_set(files=files, max_length=100)
 
 
 def test_the_order_depends_on_seed_and_epoch_alone(tmp_path):
     path = write_jsonl(tmp_path / "records.jsonl", [training_record(image=[], conversations=HELLO)] * 12)
     settings = SETTINGS | dict(batch_size=1)
-
-    def order(seed):
-        plan = StepLoader(training_set(files=[path]), World(), **settings | dict(seed=seed)).plan(0)
-        return [number for ((((number,),),)) in plan]
-
+    plan = lambda seed: StepLoader(training_set(files=[path]), World(), **settings | dict(seed=seed)).plan(0)
+    order = lambda seed: [number for (((number,),),) in plan(seed)]
     assert order(3)[12:] == [1, 3, 9, 5, 6, 0, 8, 10, 11, 7, 2, 4]  # in every version, so that a run resumes
     assert sorted(order(3)[:12]) == list(range(12))
-    assert order(3)[:12] != order(3)[12:]
-    assert order(3) != order(4)
+    assert order(3)[:12] != order(3)[12:] and order(3) != order(4)
 
 
 @pytest.mark.parametrize("ranks", range(1, 6))
 def test_ranks_share_each_step_and_each_epoch_has_every_record_once(records, ranks):
-    plans = [list(StepLoader(records, World(rank, ranks), **SETTINGS).plan(0)) for rank in range(ranks)]
-    assert {len(plan) for plan in plans} == {22}
+    loaders = [StepLoader(records, World(rank, ranks), **SETTINGS) for rank in range(ranks)]
+    plans = [list(loader.plan(0)) for loader in loaders]
     assert all(len(rows) <= 2 for plan in plans for passes in plan for rows in passes)
     steps = [[list(itertools.chain(*passes)) for passes in step] for step in zip(*plans, strict=True)]
-    for shares in steps:
-        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert all(max(map(len, shares)) - min(map(len, shares)) <= 1 for shares in steps)
     for epoch in (steps[:11], steps[11:]):
         rows = itertools.chain(*itertools.chain(*epoch))
         assert sorted(itertools.chain(*rows)) == list(range(103))
-
-
-def test_a_plan_resumes_at_any_step(records):
-    loader = StepLoader(records, World(1, 2), **SETTINGS)
-    plan = list(loader.plan(0))
-    for first in (1, 10, 11, 15, 21):
-        assert list(loader.plan(first)) == plan[first:]
-    assert [step for step, _ in loader.batches(15)] == list(range(15, 22))
+    # a run resumes at any step
+    assert [list(loaders[-1].plan(first)) for first in range(22)] == [plans[-1][first:] for first in range(22)]
 
 
 @pytest.mark.parametrize("ranks", range(1, 6))
@@ -292,13 +261,12 @@ def test_rows_of_similar_length_go_together(records):
 
 
 def test_worker_processes_load_the_same_batches():
-    settings = SETTINGS | dict(batch_size=2, micro_batch=1)
+    settings = SETTINGS | dict(batch_size=2)
     alone, helped = (StepLoader(training_set(), World(), workers=workers, **settings) for workers in (0, 2))
-    for (_, batches), (_, others) in zip(alone.batches(0), helped.batches(0), strict=True):
-        for one, other in zip(batches, others, strict=True):
-            assert one.numbers == other.numbers
-            assert all(torch.equal(a, b) for a, b in zip(one[:4], other[:4], strict=True))
-            assert all(torch.equal(a, b) for a, b in zip(one.pixels, other.pixels, strict=True))
+    for (_, (one,)), (_, (other,)) in zip(alone.batches(0), helped.batches(0), strict=True):
+        assert one.numbers == other.numbers
+        tensors, others = [*one[:4], *one.pixels], [*other[:4], *other.pixels]
+        assert all(itertools.starmap(torch.equal, zip(tensors, others, strict=True)))
 
 
 def test_an_image_that_breaks_in_training_is_one_line(tmp_path):

@@ -10,9 +10,6 @@ from PIL import Image
 
 from data import ImageFolder, Question, Record, Records, check
 
-# ------------------------------------------------------------------------------------------ files
-
-
 TRICKY = [{"text": 'ab ,:[]{}"\\/\n\r\t\u0085é漢🫁\x00'}, {"[": [{"a": [1e-7, -1, None, True]}, []]}, {}, {'"}\n': ""}]
 
 LAYOUTS = {
@@ -27,8 +24,9 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_records_are_what_json_reads(tmp_path, layout):
     path = tmp_path / "records"
-    path.write_bytes(LAYOUTS[layout](TRICKY).encode())
-    assert list(Records(path)) == TRICKY
+    for records in [TRICKY, []] if "list" in layout else [TRICKY]:
+        path.write_bytes(LAYOUTS[layout](records).encode())
+        assert list(Records(path)) == records
 
 
 @pytest.mark.parametrize("layout", ["list", "lines"])
@@ -40,21 +38,11 @@ def test_a_worker_process_opens_the_file_itself(tmp_path, layout):
     assert list(pickle.loads(message)) == list(Records(path))
 
 
-def test_an_empty_list_has_no_records(tmp_path):
-    path = tmp_path / "records.json"
-    path.write_text(" [\n]\n")
-    assert len(Records(path)) == 0
-    assert check(Records(path), Record).duplicates == 0
-
-
 def test_a_list_that_is_cut_or_goes_on_is_refused(tmp_path):
     path = tmp_path / "records.json"
     text = json.dumps([{"a": 'b"]'}, {"c": [1, {"d": None}]}, {}])
     cut = [text[:end] for end in range(1, len(text))]
-    longer = [text + ",", text + text, text[:-1] + ",]"]
-    changed = [text.replace("null", "nul"), text.replace(", ", " ", 1), text.replace(", ", "; ", 1)]
-    deep = ["[" * 100_000]
-    for broken in cut + longer + changed + deep:
+    for broken in [*cut, text + ",", text + text, text.replace("null", "nul"), "[" * 100_000]:
         path.write_text(broken)
         with pytest.raises(ValueError, match=r"records\.json is not JSON") as error:
             Records(path)
@@ -77,8 +65,6 @@ def test_a_broken_line_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"records\.jsonl line 3 is not JSON"):
         Records(path)[1]
 
-
-# ------------------------------------------------------------------------------------------ checking
 
 SAID = training_record()["conversations"]
 MISTAKES = {  # words of the message: the record
@@ -123,11 +109,11 @@ def test_all_mistakes_come_in_one_line_of_text(tmp_path, folder):
     assert str(path) in head
     assert "\n" not in problems
     problems = problems.split("; ")
-    assert len(problems) == 20  # no more are listed
     for line, (words, problem) in enumerate(zip(MISTAKES, problems, strict=False), 2):
         assert problem.startswith(f"line {line}: ")
         assert words in problem
-    assert problems[-1] == f"line {len(MISTAKES) + 4}: is not a JSON object"
+    # no more than 20 are listed
+    assert problems[18:] == ["line 21: is not a JSON object", "line 22: is not a JSON object"]
 
 
 def test_a_missing_image_is_reported_once(tmp_path, folder):
@@ -137,14 +123,10 @@ def test_a_missing_image_is_reported_once(tmp_path, folder):
 
 
 def test_a_good_file_is_counted(tmp_path, folder):
-    said = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hi"}]
-    records = [
-        training_record(id=7),
-        training_record(id=8, image=["1.png", "0.png"]),
-        training_record(id="7", image="inside.png"),
-        {"id": 9, "conversations": said},
-    ]
-    checked = check(Records(write_jsonl(tmp_path / "records.jsonl", records)), Record, folder.find)
+    text = training_record(id=9, image=None, conversations=[{"from": "human", "value": "Hi?"}, SAID[1]])
+    pair, again = training_record(id=8, image=["1.png", "0.png"]), training_record(id="7", image="inside.png")
+    path = write_jsonl(tmp_path / "records.jsonl", [training_record(id=7), pair, again, text])
+    checked = check(Records(path), Record, folder.find)
     assert (checked.duplicates, checked.images, checked.alone) == (1, 3, 1)
 
 
@@ -161,9 +143,7 @@ def test_the_reference_of_a_question_is_its_first_field_with_a_value():
     assert Question.parse(line | {"impression": "I", "findings": "F"}).reference == "F"
     question = Question.parse(line | {"findings": "F", "reference": "R"})
     assert question == Question(1, ["0.png", "1.png"], "Has it grown?", "R")
-
-
-def test_a_training_record_is_a_question_too():
+    # a training record is a question too
     assert Question.parse(training_record()) == Question("1", ["0.png"], "Has it grown?", "It has.")
 
 
