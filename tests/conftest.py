@@ -62,6 +62,11 @@ def read(*path: str):
     return json.loads(GOLDEN.joinpath(*path).read_text())
 
 
+def training_record(question="Has it grown?", answer="It has.", image="0.png", id="1", **changes) -> dict:
+    messages = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+    return {"id": id, "image": image, "conversations": messages} | changes
+
+
 def write_lines(path: Path, records) -> Path:
     """Write a JSONL file."""
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
