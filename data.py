@@ -165,7 +165,7 @@ class Record(NamedTuple):
         return cls(parse_id(raw, "id"), images, list(zip(questions, answers, strict=True)))
 
     @property
-    def starts_with_image(self) -> bool:
+    def starts_with_image(self):
         return self.turns[0][0].startswith(IMAGE_TEXT)
 
 
@@ -300,8 +300,7 @@ class ImageCache:
         data = self.frames[start:end]
         if zlib.crc32(data) != checksum:
             raise ValueError(f"{self.folder / FRAMES} is damaged at {name}: delete the cache and make it again")
-        side = self.config.crop
-        image = data.reshape(side, side, -1)  # [S, S, 1 or 3]
+        image = data.reshape(self.config.crop, self.config.crop, -1)  # [S, S, 1 or 3]
         return image.repeat(3 // image.shape[2], axis=2)  # [S, S, 3]
 
 
@@ -426,7 +425,7 @@ def positions_of(segments: torch.Tensor) -> torch.Tensor:
     return positions
 
 
-# ------------------------------------------------------------------------------------------ training: rows, batches, and the plan of steps
+# ------------------------------------------------------------------------------------------ the plan of steps
 
 @dataclass
 class TrainingSet:
@@ -534,7 +533,6 @@ class StepLoader:
         for row, numbers in enumerate(self.rows):
             for number in numbers:
                 self.row_of[number] = row
-
         self.steps_per_epoch = math.ceil(records / self.batch_size)
         self.num_steps = math.ceil(self.epochs * self.steps_per_epoch)
         if self.max_steps:
@@ -555,7 +553,7 @@ class StepLoader:
         # 2) rows of similar length go together: of reports mixed with short answers 9 % is padding, otherwise 30 %
         lengths = self.training_set.lengths
         rows.sort(key=lambda row: sum(lengths[number] for number in row))
-        # 3) ranks take turns; no rank has more rows than rank 0, whose number of passes is everyone's if it must be even
+        # 3) ranks take turns, so rank 0 has the most rows; if the ranks must be even, all run as many passes as it does
         mine = rows[self.world.rank :: self.world.size]
         most = rows[:: self.world.size] if self.even else mine
         size = self.micro_batch
