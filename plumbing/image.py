@@ -28,6 +28,7 @@ def load_image(source) -> Image.Image:
     """
     if isinstance(source, Image.Image):
         return _to_rgb("the image", source)
+
     # 1) read the file
     name, data = source, source
     if isinstance(source, bytes):
@@ -41,8 +42,7 @@ def load_image(source) -> Image.Image:
     else:
         raise FileNotFoundError(f"no image {source}: check the path")
 
-    # 2) decode it; the letters DICM behind 128 bytes mean DICOM (PS3.10, 7.1)
-    # without them, the name and the first tag tell: its group is 2 or 8, in either byte order
+    # 2) decode it; DICM behind 128 bytes means DICOM (PS3.10, 7.1), and so do a name and a tag of group 2 or 8
     bare = DICOM_NAME.search(str(name)) and data[:2] in (b"\2\0", b"\0\2", b"\b\0", b"\0\b")
     if bare or data[128:132] == b"DICM":
         return _load_dicom(name, data)
@@ -176,8 +176,7 @@ def _grey(dicom, values):
         slope, intercept = dicom.get("RescaleSlope") or 1, dicom.get("RescaleIntercept") or 0
         values = values * float(slope) + float(intercept)
 
-    # 2) VOI LUT (PS3.3, C.11.2): a lookup table, or else the first window
-    # without either the frame's own range, as in the making of MIMIC-CXR-JPG
+    # 2) VOI LUT (PS3.3, C.11.2): a lookup table, or else the first window, or else the frame's own range
     if dicom.get("VOILUTSequence"):
         table = dicom.VOILUTSequence[0]
         bits = table.LUTDescriptor[2]
@@ -185,7 +184,7 @@ def _grey(dicom, values):
     center, *_ = np.ravel(dicom.get("WindowCenter"))
     width, *_ = np.ravel(dicom.get("WindowWidth"))
     function = dicom.get("VOILUTFunction") or "LINEAR"
-    if center is None or width is None or width <= 0:
+    if center is None or width is None or width <= 0:  # then as in MIMIC-CXR-JPG
         low, high = values.min(), values.max()
     elif function == "SIGMOID":
         return 1 / (1 + np.exp(-4 * (values - center) / width))
@@ -199,7 +198,7 @@ def _look_up(dicom, item, values):
     """Look values up in the table of a LUT sequence's item; values outside take its first or last entry."""
     entries, first, _ = item.LUTDescriptor
     table = item.LUTData
-    if isinstance(table, bytes):
+    if isinstance(table, bytes):  # else pydicom has parsed it
         entry_bytes = len(table) // (entries or 2**16)  # 0 stands for 2**16
         _, little_endian = dicom.original_encoding
         table = np.frombuffer(table, f"{'<' if little_endian else '>'}u{entry_bytes}")
