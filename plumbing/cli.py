@@ -51,7 +51,7 @@ def add_decoding_flags(add):
     add("--num-beams", type=int, default=1, metavar="B", help="beams of the beam search; 1: no beam search")
     add("--length-penalty", type=float, default=1.0, metavar="L", help="a beam's score is log-probability / length^L")
     add("--no-repeat-ngram", type=auto_or_int, default="auto", metavar="N", help="ban repeats of N; auto: 3 with beams")
-    add("--seed", type=int, default=0, metavar="S", help="seed of the random numbers")
+    add("--seed", type=int, default=0, help="seed of the random numbers")
 
 
 def fail(program, message):
@@ -90,7 +90,7 @@ def progress(label, unit="", scale=1):
     def show(done, total):
         bar.total = total
         if bar.update(done - bar.n) and not terminal:
-            print(bar, file=sys.stderr, flush=True)
+            print(bar, file=sys.stderr)
         if done == total:
             bar.close()
 
@@ -120,7 +120,7 @@ def _follow_parent():
         multiprocessing.parent_process().join()
         os._exit(1)
 
-    # a parent that is killed cannot end its workers
+    # Ctrl-C is for the parent, which ends its workers; a parent that is killed cannot
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
 
