@@ -14,8 +14,6 @@ from itertools import islice
 
 from tqdm import tqdm
 
-tqdm.monitor_interval = 0  # no thread of its own, because `parallel` forks this process
-
 
 class Parser(argparse.ArgumentParser):
     """A mistake is one line on stderr and exit status 2; an unknown flag names the nearest known one."""
@@ -45,17 +43,15 @@ def add_model_flags(add):
 
 def add_decoding_flags(add):
     """How a report is decoded: the fields of `sample.Options` that concern a single report."""
-    def auto_or_int(text):
-        return text if text == "auto" else int(text)
-
+    auto_or_int = lambda text: text if text == "auto" else int(text)
     add("--max-new-tokens", type=int, default=512, metavar="N", help="limit of the report's length, in tokens")
     add("--temperature", type=float, default=0.0, metavar="T", help="above 0: sampling; 0: greedy or beam search")
     add("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens that sum to P")
     add("--top-k", type=int, default=50, metavar="K", help="sample from the K likeliest tokens; 0: from all")
     add("--num-beams", type=int, default=1, metavar="B", help="beams of the beam search; 1: no beam search")
     add("--length-penalty", type=float, default=1.0, metavar="L", help="a beam's score is log-probability / length^L")
-    add("--no-repeat-ngram", type=auto_or_int, default="auto", metavar="N", help="ban repeats of N tokens; auto: 3 with beams")
-    add("--seed", type=int, default=0, metavar="S", help="seed of the random numbers")
+    add("--no-repeat-ngram", type=auto_or_int, default="auto", metavar="N", help="ban repeats of N; auto: 3 with beams")
+    add("--seed", type=int, default=0, help="seed of the random numbers")
 
 
 def fail(program, message):
@@ -82,8 +78,9 @@ def guard(program, run, arguments):
     return 0
 
 
-def progress(label: str, unit: str = "", scale: int = 1):
+def progress(label, unit="", scale=1):
     """Returns show(done, total), which draws a progress bar on stderr; with a scale above 1 it counts bytes."""
+    tqdm.monitor_interval = 0  # no thread of its own, because `parallel` forks this process
     terminal = sys.stderr.isatty()
     unit = "B" if scale > 1 else unit
     # where nothing can be redrawn, a line is printed at most every 30 seconds
@@ -93,24 +90,27 @@ def progress(label: str, unit: str = "", scale: int = 1):
     def show(done, total):
         bar.total = total
         if bar.update(done - bar.n) and not terminal:
-            print(bar, file=sys.stderr, flush=True)
+            print(bar, file=sys.stderr)
         if done == total:
             bar.close()
 
     return show
 
 
-def parallel(function, items, workers: int):
+def parallel(function, items, workers):
     """Yields function(item) for each item, in order, from worker processes; ChildProcessError if one is killed."""
     # a forked worker starts at once; where forking is not safe, each one imports everything anew
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     pool, items = ProcessPoolExecutor(workers, context, initializer=_follow_parent), iter(items)
+    # the first task forks the workers; a Ctrl-C comes after that, and only to this process, which ends them in order
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    pool.submit(int)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     try:
-        # in batches, so that results do not fill the memory
-        while batch := list(islice(items, 32 * workers)):
+        while batch := list(islice(items, 32 * workers)):  # results must not fill the memory
             yield from pool.map(function, batch)
     except BrokenExecutor:
-        raise ChildProcessError("a worker was killed (out of memory?): run again with fewer --workers") from None
+        raise ChildProcessError("a worker process was killed (no memory?): run again with fewer --workers") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -120,9 +120,9 @@ def _follow_parent():
         multiprocessing.parent_process().join()
         os._exit(1)
 
-    # a parent that is killed cannot end its workers; on Ctrl-C, which reaches them too, it does
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    # Ctrl-C is for the parent, which ends its workers; a parent that is killed cannot
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def print_table(rows):

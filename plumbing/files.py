@@ -33,10 +33,11 @@ def atomic(path, mode: str = "w"):
 def atomic_folder(folder: Path):
     """Yields a new folder to fill; it replaces `folder` at the end, when all its files are on the disk.
 
-    If the block fails or the process is killed, `folder` stays as it was; only between the two renames at the end is
-    it found under its name for the moment, .NAME.old. FileExistsError if `folder` is neither empty nor a checkpoint.
+    If the block fails or the process is killed, `folder` stays as it was. (A kill between the two renames at the end
+    leaves it as .NAME.old.) FileExistsError if `folder` has files and is not a checkpoint.
     """
     folder = Path(folder)
+    # never delete what somebody else put there
     is_checkpoint = (folder / "config.json").exists()
     is_empty = folder.is_dir() and not any(folder.iterdir())
     if folder.exists() and not (is_checkpoint or is_empty):
@@ -48,6 +49,7 @@ def atomic_folder(folder: Path):
     partial.mkdir(parents=True)
     try:
         yield partial
+        # what is renamed must be on the disk, or a power cut leaves empty files
         for file in [*partial.rglob("*"), partial]:
             _sync(file)
         # a folder cannot replace one that has files, so the old one moves aside first
@@ -80,14 +82,15 @@ def only_writer(file, name):
     try:
         yield
     finally:
+        # a later block in the same process may lock the file again
         fcntl.flock(file, fcntl.LOCK_UN)
 
 
 @contextmanager
 def resumable(name):
-    """Wraps the writing of `name`: a write that fails, as on a full disk, then says where.
+    """Wraps work that writes to `name` and keeps what is done, so that it can be run again after a full disk.
 
-    The system's own error names no file. `cli.guard` adds that the program can run again.
+    The system's error for a failed write names no file; here it gets `name`. `cli.guard` adds the advice.
     """
     try:
         yield

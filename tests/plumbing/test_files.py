@@ -1,0 +1,117 @@
+"""Files are complete or absent, compared byte by byte after a failure, a full disk, a killed process."""
+
+import resource
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from plumbing import cli, files
+
+WRITE = """
+import sys
+from plumbing import cli, files
+
+def run(path):
+    with files.atomic(path) as file:
+        file.write("x" * 10**6)
+        file.flush()
+        print("written", flush=True)
+        input()
+
+sys.exit(cli.guard("tool.py", run, sys.argv[1]))
+"""
+
+
+@pytest.fixture
+def old(tmp_path):
+    path = tmp_path / "records.json"
+    path.write_text("old")
+    return path
+
+
+def test_a_file_is_replaced_when_it_is_complete(old):
+    with files.atomic(old) as file:
+        file.write("new ä\n")
+        assert old.read_text() == "old"
+    assert old.read_bytes() == "new ä\n".encode()
+    with files.atomic(old, "wb") as file:
+        file.write(b"\r\n")
+    assert old.read_bytes() == b"\r\n"
+    assert list(old.parent.iterdir()) == [old]
+
+
+def test_a_failure_leaves_the_old_file(old):
+    with pytest.raises(KeyboardInterrupt), files.atomic(old) as file:
+        file.write("half")
+        raise KeyboardInterrupt
+    assert old.read_text() == "old"
+    assert list(old.parent.iterdir()) == [old]
+
+
+def test_a_killed_process_leaves_the_old_file(old):
+    command = [sys.executable, "-c", WRITE, old]
+    process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"written\n"
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert old.read_text() == "old"
+
+    # the next run is not disturbed by what the killed one left
+    subprocess.run(command, cwd=ROOT, input=b"\n", check=True, capture_output=True)
+    assert len(old.read_text()) == 10**6
+    assert list(old.parent.iterdir()) == [old]
+
+
+def test_a_full_disk_leaves_the_old_file_and_says_so(old):
+    small = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10**5, 10**5))
+    command = [sys.executable, "-c", WRITE, old]
+    run = subprocess.run(command, cwd=ROOT, preexec_fn=small, capture_output=True, text=True)
+    assert run.returncode == 2 and run.stderr.count("\n") == 1
+    assert str(old) in run.stderr and "make room" in run.stderr
+    assert list(old.parent.iterdir()) == [old] and old.read_text() == "old"
+
+
+def test_an_error_that_is_no_full_disk_stays_as_it_is(old):
+    with pytest.raises(FileNotFoundError, match=r"^no image x$"), files.atomic(old):
+        raise FileNotFoundError("no image x")
+
+
+def test_a_second_writer_is_refused(old):
+    refusal = pytest.raises(ValueError, match="answers")
+    with open(old) as one, open(old) as other:
+        with files.only_writer(one, "answers"), refusal, files.only_writer(other, "answers"):
+            pass
+        with files.only_writer(other, "answers"):
+            pass
+
+
+def test_a_folder_is_replaced_when_it_is_complete(tmp_path):
+    folder = tmp_path / "new" / "model"
+    for content in ("first", "second"):
+        with files.atomic_folder(folder) as partial:
+            (partial / "config.json").write_text(content)
+        assert (folder / "config.json").read_text() == content
+    with pytest.raises(KeyboardInterrupt), files.atomic_folder(folder) as partial:
+        (partial / "config.json").write_text("third")
+        raise KeyboardInterrupt
+    assert (folder / "config.json").read_text() == "second"
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_a_folder_of_something_else_is_not_replaced(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(OSError, match=str(tmp_path)), files.atomic_folder(tmp_path):
+        pass
+    assert (tmp_path / "thesis.tex").exists()
+
+
+@pytest.mark.parametrize("data", [b"{", b"[1]", b"\xff", None])
+def test_what_is_no_json_object_is_refused(tmp_path, data, capsys):
+    path = tmp_path / "config.json"
+    if data is not None:
+        path.write_bytes(data)
+    assert cli.guard("tool.py", files.read_json, path) == 2
+    assert str(path) in capsys.readouterr().err
