@@ -85,7 +85,6 @@ def test_pixels_from_the_cache_are_those_from_the_file_to_the_bit(pictures, tmp_
             image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
         pixels = preprocess(image.convert("RGB"), built.config)
         assert torch.equal(normalise(built.frame(name), built.config), pixels)
-    # a grey image takes one channel
     grey = sum("Röntgen" not in name for name in names)
     assert table(capsys.readouterr().out)["of one channel"] == str(grey)
     assert (tmp_path / "frames.bin").stat().st_size == 56 * 56 * (grey + 3 * (len(names) - grey))
@@ -111,7 +110,6 @@ def test_a_second_build_adds_what_is_missing_and_changes_nothing_else(pictures, 
     build(pictures, tmp_path, names)
     assert table(capsys.readouterr().out)["there before"] == "5"
     assert content(tmp_path)["frames.bin"].startswith(first["frames.bin"])
-    # whoever reads the old index is not disturbed
     after, folder = ImageCache(tmp_path, config()), ImageFolder(pictures, config())
     assert all((after.frame(name) == folder.frame(name)).all() for name in names)
     assert (before.frame(names[2]) == after.frame(names[2])).all()
