@@ -154,13 +154,16 @@ import zipfile
 
 import torch
 import torch._dynamo  # by the first step of an optimizer otherwise, within the processes' group, which then never ends
+import torch.nn.functional as F
 from PIL import Image
+from torch.utils.checkpoint import checkpoint as recompute
 
-from data import IGNORED, ImageCache, ImageFolder, Record, Records, StepLoader, Study, TrainingSet
+from attention import attention
+from data import IGNORED, Batch, ImageCache, ImageFolder, Records, StepLoader, Study, TrainingSet
 from decoder import Decoder, names_of
 from evaluation.metrics import METRICS, score_of, statistics
-from lora import LoRAConfig, lora_targets
-from model import Libra
+from lora import PROJECTIONS, LoRAConfig, add_lora
+from model import Libra, find_device
 from plumbing import fresh as parts
 from plumbing.distributed import (
     World,
@@ -172,10 +175,9 @@ from plumbing.distributed import (
     shard,
     unsharded,
 )
-from plumbing.layout import find_device
 from plumbing.log import TRACKERS, Log
 from sample import generate
-from tokenizer import IMAGE_TEXT, find_template
+from tokenizer import IMAGE, IMAGE_TEXT, find_template
 
 # ------------------------------------------------------------------------------------------ what learns
 
@@ -192,13 +194,7 @@ def build(config: TrainConfig, show=lambda done, total: None) -> Libra:
     if config.fsdp and "decoder" not in config.train:
         raise ValueError("fsdp is for training the decoder, which train does not name: leave it out")
     torch.manual_seed(config.seed)
-    changes = {"mm_image_pad": config.pad}
-    if config.template:
-        find_template(config.template)
-        changes["mm_conversation_template"] = config.template
-    if "encoder" in config.train:
-        changes["unfreeze_mm_vision_tower"] = True
-    options = dict(device=config.device, dtype=config.dtype, changes=changes, progress=show)
+    options = dict(device=config.device, dtype=config.dtype, progress=show)
     if config.model:
         libra = Libra.from_pretrained(config.model, base=config.base or None, **options)
     elif (config.decoder and config.encoder) or (config.new_decoder and config.new_encoder):
@@ -207,12 +203,21 @@ def build(config: TrainConfig, show=lambda done, total: None) -> Libra:
         libra = Libra.from_parts(*places, config.connector, **more, **options)
     else:
         raise ValueError("the config names no model, nor both decoder and encoder: what is to be trained?")
+    libra.template = config.template or libra.template
     find_template(libra.template)
-    if "encoder" in config.train and libra.encoder_files.is_open_clip:
-        raise ValueError("an open_clip encoder cannot be trained: published checkpoints have no place for it")
+    libra.pixels = replace(libra.pixels, pad=config.pad)
+    libra.parts.config.update(mm_conversation_template=libra.template, mm_image_pad=config.pad)
+    if "encoder" in config.train:
+        if libra.encoder.config.model_type == "open_clip":
+            raise ValueError("an open_clip encoder cannot be trained: published checkpoints have no place for it")
+        libra.parts.config["unfreeze_mm_vision_tower"] = True
+        libra.config = replace(libra.config, unfreeze_mm_vision_tower=True)
     if "lora" in config.train:
-        targets = config.lora_targets or lora_targets(names_of(libra.config.json))
-        libra.add_lora(LoRAConfig(config.lora_r, config.lora_alpha, tuple(sorted(targets)), config.lora_dropout))
+        names = names_of(libra.parts.config)
+        whole = [name for name in PROJECTIONS if name not in sum(names.fused.values(), ())]
+        targets = config.lora_targets or (*names.fused, *whole)
+        libra.lora = LoRAConfig(config.lora_r, config.lora_alpha, tuple(sorted(targets)), config.lora_dropout)
+        add_lora(libra.decoder, names, libra.lora)
     for part in PARTS:
         if part in config.train and part != "lora":
             getattr(libra, part).requires_grad_(True).train()
@@ -262,6 +267,39 @@ def lr_at(step: int, steps: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
+# ------------------------------------------------------------------------------------------ the loss
+
+
+def loss_sum(libra: Libra, batch: Batch) -> torch.Tensor:
+    """Sum of the losses of all labels of a batch. Only positions before a label reach the head."""
+    ids, labels, segments, positions = (values.to(libra.device) for values in batch[:4])
+    embeddings = libra.decoder.embed_tokens(ids.clamp(0))  # [B, T, C]
+    pictures = [pixels for pixels in batch.pixels if pixels is not None]
+    if pictures:
+        images = libra.embed_batch(pictures).to(embeddings.dtype)  # [rows with an image, N, C]
+        embeddings = embeddings.masked_scatter((ids == IMAGE)[..., None], images)
+    config = libra.decoder.config
+    shared = bool((segments > 0).any())  # else what is right-padded needs no mask: no position sees what follows it
+
+    def attend(layer, q, k, v):
+        window = config.window(layer)
+        if shared:
+            return attention(q, k, v, segments=segments, window=window, positions=positions)
+        return attention(q, k, v, causal=True, window=window)
+
+    hidden = libra.decoder(embeddings, positions, attend)
+    learnt = labels[:, 1:] != IGNORED
+    hidden, labels = hidden[:, :-1][learnt], labels[:, 1:][learnt]
+    chunks = zip(hidden.split(CHUNK), labels.split(CHUNK), strict=True)
+    score = lambda hidden, labels: F.cross_entropy(libra.logits(hidden), labels, reduction="sum")
+    if len(labels) <= CHUNK:
+        return score(hidden, labels)
+    return sum(recompute(score, *chunk, use_reentrant=False) for chunk in chunks)  # logits of one chunk at a time
+
+
+CHUNK = 1024  # positions whose logits are in memory at once
+
+
 # ------------------------------------------------------------------------------------------ data
 
 
@@ -272,7 +310,8 @@ def open_training_set(config: TrainConfig, files: tuple[str, ...], libra: Libra,
         raise ValueError("the config must name one of image_folder and image_cache")
     kind, place = (ImageFolder, config.image_folder) if config.image_folder else (ImageCache, config.image_cache)
     images, template = kind(place, libra.pixels), find_template(libra.template)
-    return TrainingSet(files, images, libra.tokenizer, template, libra.image_positions, config.max_length, show)
+    lengths = dict(image_positions=libra.image_positions, max_length=config.max_length)
+    return TrainingSet(files, images, tokenizer=libra.tokenizer, template=template, progress=show, **lengths)
 
 
 def open_loader(config: TrainConfig, rows: TrainingSet, libra: Libra, world: World) -> StepLoader:
@@ -378,19 +417,16 @@ def validate(libra: Libra, config: TrainConfig, rows: TrainingSet, world: World)
     mine = list(range(count))[world.rank :: world.size]
     total = labels = 0.0
     for first in range(0, len(mine), config.micro_batch):
-        batch = rows.collate([rows[(number,)] for number in mine[first : first + config.micro_batch]])
-        if isinstance(batch, Exception):
-            raise batch
-        if len(batch.ids):
-            total += float(libra.loss(batch))
-            labels += int((batch.labels != IGNORED).sum())
+        batch = rows.batch([[number] for number in mine[first : first + config.micro_batch]])
+        total += float(loss_sum(libra, batch))
+        labels += int((batch.labels != IGNORED).sum())
     total, labels = world.all_reduce(total, labels)
     scores = {"loss": total / max(labels, 1)}
     if config.metrics:
         studies, answers = [], []
         for number in mine:
-            record = Record.parse(rows.records[number])
-            if record.images and record.turns[0][0].startswith(IMAGE_TEXT):
+            record = rows.record(number)
+            if record.starts_with_image:
                 question = record.turns[0][0].removeprefix(IMAGE_TEXT).strip()
                 studies.append(Study(*map(picture(rows.images), record.images), query=question))
                 answers.append(record.turns[0][1])
@@ -467,23 +503,24 @@ def run(config: TrainConfig, resume: bool, world: World):
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * lr_at(step, steps.num_steps, config.warmup)
         torch.manual_seed(step_seed(config.seed, step, world.rank))
-        (labels,) = world.all_reduce(sum((batch.labels != IGNORED).sum() for _, batch in batches))
-        for _, batch in batches:
+        (labels,) = world.all_reduce(sum((batch.labels != IGNORED).sum() for batch in batches))
+        for batch in batches:
             with autocast():
-                loss = libra.loss(batch) / max(labels, 1)
+                loss = loss_sum(libra, batch) / max(labels, 1)
             loss.backward()
             losses.append(float(loss.detach()))
         world.all_reduce_gradients(weights)
         norm = world.clip_grad_norm(weights, config.grad_clip or math.inf)
         (loss,) = world.all_reduce(sum(losses))
         if not math.isfinite(loss + norm):
-            bad = [micro for (micro, _), value in zip(batches, losses, strict=True) if not math.isfinite(value)]
-            names = ", ".join(str(name) for micro in bad for name in rows.ids(micro)) or "of another process, or none"
+            bad = [batch for batch, value in zip(batches, losses, strict=True) if not math.isfinite(value)]
+            numbers = itertools.chain.from_iterable(row for batch in bad for row in batch.numbers)
+            names = ", ".join(str(rows.record(number).id) for number in numbers) or "of another process, or none"
             raise ValueError(f"step {done}: the loss is {loss}, the gradient's norm {norm}; records: {names}")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        positions = sum(int((batch.segments >= 0).sum()) for _, batch in batches)
+        positions = sum(int((batch.segments >= 0).sum()) for batch in batches)
         log.step(done, dict(loss=loss, lr=optimizer.param_groups[0]["lr"], norm=norm), positions, steps.seconds_waited)
         if held_out and (done % config.validate_every == 0 or done == steps.num_steps):
             with autocast(), unsharded(libra.decoder):
@@ -528,11 +565,10 @@ def describe(libra: Libra, config: TrainConfig, rows: TrainingSet, steps: StepLo
     print(*(f"{name}={value!r}" for name, value in asdict(config).items() if value != plain[name]))
     tensors = [(local_tensor(parameter), parameter.requires_grad) for parameter in libra.parameters()]
     held = sum(tensor.nbytes + 12 * tensor.numel() * learns for tensor, learns in tensors)
-    duplicates = sum(checked.duplicates for checked in rows.checked)
     print(
         f"{'+'.join(config.train)} learns: {learning / 1e6:.2f} M parameters, {frozen / 1e6:.2f} M are frozen; "
         f"weights, gradients and optimizer {held / 2**30:.2f} GiB{' of each process' * config.fsdp}; "
-        f"{len(rows):,} records ({duplicates:,} with the id of an earlier one) in {len(steps.rows):,} rows; "
+        f"{len(rows):,} records ({rows.duplicates:,} with the id of an earlier one) in {len(steps.rows):,} rows; "
         f"{steps.num_steps:,} steps"
     )
 

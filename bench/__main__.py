@@ -159,7 +159,7 @@ def batch(given: dict, numbers: list[int], questions: int, shared: bool):
                 ids += question + answer
                 labels += [IGNORED] * len(question) + answer
                 segments += [segment] * len(question + answer)
-            items.append(Row(ids, labels, segments, pixels, 0, 0))
+            items.append(Row(ids, labels, segments, pixels))
     return collate(items, given["positions"])
 
 

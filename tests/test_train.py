@@ -26,6 +26,7 @@ from plumbing.distributed import World
 from train import (
     TrainConfig,
     build,
+    loss_sum,
     lr_at,
     make_optimizer,
     open_loader,
@@ -51,8 +52,8 @@ def test_golden_loss_and_gradients_of_the_connector(family, kept):
     """Of libra-3b the published code drops the record of two turns."""
     libra = build(replace(BASE, model=str(GOLDEN / family / "model"))).eval()
     expected, rows = load_file(GOLDEN / "training" / f"{family}-align.safetensors"), rows_of(libra)
-    batch = rows.collate([rows[(number,)] for number in kept])
-    loss = libra.loss(batch) / (batch.labels != IGNORED).sum()
+    batch = rows.batch([[number] for number in kept])
+    loss = loss_sum(libra, batch) / (batch.labels != IGNORED).sum()
     assert relative(loss.detach(), expected["loss"]) < 1e-5
     loss.backward()
     if len(kept) == 3:
@@ -74,8 +75,8 @@ def test_golden_loss_and_gradients_of_lora():
         for name, value in expected.items():
             if name.startswith("lora:"):
                 libra.decoder.get_parameter(ours(name)).copy_(value)
-    batch = rows.collate([rows[(number,)] for number in range(3)])
-    loss = libra.loss(batch) / (batch.labels != IGNORED).sum()
+    batch = rows.batch([[0], [1], [2]])
+    loss = loss_sum(libra, batch) / (batch.labels != IGNORED).sum()
     assert relative(loss.detach(), expected["loss"]) < 1e-5
     loss.backward()
     grads = [name for name in expected if name.startswith("grad:")]
@@ -88,11 +89,11 @@ def test_golden_loss_and_gradients_of_lora():
 def test_recomputing_layers_and_logits_in_chunks_changes_nothing(monkeypatch, checkpointing):
     results = []
     for settings, chunk in ((dict(), 10**6), (dict(gradient_checkpointing=checkpointing), 3)):
-        monkeypatch.setattr("model.LOSS_CHUNK", chunk)
+        monkeypatch.setattr(train, "CHUNK", chunk)
         libra = build(replace(BASE, train=("connector", "decoder"), **settings)).eval()
         rows = rows_of(libra)
         libra.decoder.train()
-        loss = libra.loss(rows.collate([rows[(number,)] for number in range(3)]))
+        loss = loss_sum(libra, rows.batch([[0], [1], [2]]))
         loss.backward()
         grads = {name: parameter.grad for name, parameter in trainable_parameters(libra).items()}
         results.append({"loss": loss.detach()} | grads)
@@ -200,7 +201,7 @@ def test_four_questions_behind_one_prefix_are_one_row(records):
     libra = build(config)
     rows = rows_of(libra, config)
     steps = open_loader(config, rows, libra, World())
-    found = [row for step in range(steps.per_epoch) for micro in steps.micro_batches(step) for row in micro]
+    found = [row for passes in steps.plan(0) for micro in passes for row in micro]
     assert sorted(number for row in found for number in row) == list(range(23))  # every record once an epoch
     assert all(len({tuple(rows.records[number]["image"]) for number in row}) == 1 for row in found)
     assert max(map(len, found)) == 4 and len(found) < 15
@@ -214,7 +215,7 @@ def test_a_sliding_window_is_the_same_behind_a_shared_prefix(records):
     for window in (6, None):  # of the rows' 60 or so positions
         libra.decoder.config = replace(whole, sliding_window=window)
         for split in ([(number,) for number in numbers], [(0, 5, 10, 15), (1, 6)]):
-            loss = libra.loss(rows.collate([rows[row] for row in split]))
+            loss = loss_sum(libra, rows.batch(split))
             parameters = trainable_parameters(libra)
             gradients = torch.autograd.grad(loss, parameters.values(), allow_unused=True)
             grads = {name: grad for name, grad in zip(parameters, gradients, strict=True) if grad is not None}
@@ -299,9 +300,8 @@ def test_a_lora_run_has_the_losses_of_peft_and_adamw(tmp_path, records):
     learning = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=1.0, weight_decay=0.1)
     found = []
-    for step in range(steps.num_steps):
-        (micro,) = steps.micro_batches(step)
-        batch = rows.collate([rows[row] for row in micro])
+    for step, (micro,) in enumerate(steps.plan(0)):
+        batch = rows.batch(micro)
         with torch.no_grad():
             images = libra.embed_batch(batch.pixels)
             inputs = libra.decoder.embed_tokens(batch.ids.clamp(0))
@@ -520,9 +520,9 @@ def test_an_image_that_goes_missing_names_its_record(tmp_path, records, capsys):
 
 
 def test_a_loss_that_is_no_number_names_the_records(tmp_path, records, capsys, monkeypatch):
-    original = Libra.loss
+    original = train.loss_sum
     calls = iter(range(100))
-    monkeypatch.setattr(Libra, "loss", lambda *a: original(*a) * (float("nan") if next(calls) == 3 else 1))
+    monkeypatch.setattr(train, "loss_sum", lambda *a: original(*a) * (float("nan") if next(calls) == 3 else 1))
     config = replace(TrainConfig(), **SMALL | dict(records=(records,), out_dir=str(tmp_path / "run")))
     assert train.main((config, False)) == 2
     printed = capsys.readouterr().err
