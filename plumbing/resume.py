@@ -1,0 +1,99 @@
+"""Saves the state of a training run, and loads it to resume the run.
+
+A checkpoint holds whole tensors by name, so that a run can be resumed with any number of ranks, sharded or not.
+"""
+
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint import state_dict as states
+
+from plumbing.distributed import World
+from plumbing.files import atomic
+
+# Everything that learns, by name: rank 0 receives whole tensors in host memory, the other ranks nothing.
+GATHER = states.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+# The way back: every rank has the whole tensors and takes its part. Frozen parameters stay as they are.
+SCATTER = states.StateDictOptions(full_state_dict=True, strict=False)
+
+
+def checkpoint_files(out_dir) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    return sorted(Path(out_dir, "checkpoints").glob("step-*.pt"))
+
+
+@dataclass
+class Checkpoints:
+    """out_dir/checkpoints/step-N.pt. `config` is a run's dataclass with `out_dir` and `keep`, the number of files."""
+
+    config: object
+    may_change: tuple[str, ...]  # fields of the config in which a resumed run may differ
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    world: World
+
+    def save(self, step: int, best: float):
+        """Saves the state after `step` steps, then deletes old checkpoints. Every rank must call this.
+
+        Raises OSError if the disk is full; earlier checkpoints are then still there.
+        """
+        state = dict(config=asdict(self.config), step=step, best=best)
+        state["weights"] = states.get_model_state_dict(self.model, options=GATHER)
+        state["optimizer"] = states.get_optimizer_state_dict(self.model, self.optimizer, options=GATHER)
+        if self.world.rank != 0:
+            return
+        file = Path(self.config.out_dir, "checkpoints", f"step-{step:07}.pt")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with atomic(file, "wb") as stream:
+                torch.save(state, stream)
+        except (OSError, RuntimeError) as error:  # torch's writer has an error of its own for a full disk
+            raise OSError(f"{file} could not be written ({error}): is the disk full?") from None
+        for old in checkpoint_files(self.config.out_dir)[: -self.config.keep]:
+            old.unlink()
+
+    def load(self) -> tuple[int, float]:
+        """Loads the newest checkpoint that is not damaged. Returns (steps done, best score).
+
+        Raises ValueError if there is none, or if it belongs to a run with other settings.
+        """
+        for file in reversed(checkpoint_files(self.config.out_dir)):
+            state = read_checkpoint(file)
+            if state is None:
+                print(f"{file} is damaged or no checkpoint: trying the one before", file=sys.stderr)
+                continue
+
+            # 1) refuse another run's checkpoint
+            for name, value in asdict(self.config).items():
+                before = state["config"].get(name)
+                if before != value and name not in self.may_change:
+                    raise ValueError(f"{file} was made with {name}={before!r}, not {value!r}: use another out_dir")
+            ours = states.get_model_state_dict(self.model, options=states.StateDictOptions(ignore_frozen_params=True))
+            if shapes(state["weights"]) != shapes(ours):
+                raise ValueError(f"{file} holds other weights than this config trains: use another out_dir")
+
+            # 2) fill the optimizer, whose groups depend on sharding, and then the weights
+            groups = states.get_optimizer_state_dict(self.model, self.optimizer)["param_groups"]
+            moments = dict(state=state["optimizer"]["state"], param_groups=groups)
+            states.set_optimizer_state_dict(self.model, self.optimizer, moments, options=SCATTER)
+            states.set_model_state_dict(self.model, state["weights"], options=SCATTER)
+            return state["step"], state["best"]
+        raise ValueError(f"{self.config.out_dir} holds no checkpoint to continue from: run without --resume")
+
+
+def read_checkpoint(file: Path) -> dict | None:
+    """The content of a checkpoint, or None if it is damaged or something else."""
+    try:
+        # mapped, because every rank reads the file: of tens of GB each rank takes its own part
+        state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        is_complete = {"config", "step", "best", "weights", "optimizer"} <= state.keys()
+    except Exception:  # damage shows in many ways
+        return None
+    return state if is_complete else None
+
+
+def shapes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
