@@ -2,11 +2,9 @@
 
     record file --Records--> dict --Record.parse--> Record --encode, share_prefix--> Row --collate--> Batch
 
-`TrainingSet` does this for the records you name; `StepLoader` decides which records each training step takes. Images
-come from their files (`ImageFolder`) or from frames that were made once (`ImageCache`), with the same pixels.
+`TrainingSet` does this for the records you name, and `StepLoader` decides which records each training step takes.
 """
 
-import io
 import itertools
 import json
 import math
@@ -17,7 +15,7 @@ import time
 import zlib
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import InitVar, dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -34,57 +32,52 @@ from plumbing.pixels import PixelConfig, frame, normalise
 from tokenizer import IMAGE, IMAGE_TEXT, Template, Tokenizer, render
 
 FINDINGS_PROMPT = "Provide a detailed description of the findings in the radiology image."  # as published
+ignore = lambda *arguments: None  # a callback for whoever does not need one
 
 
 @dataclass(frozen=True)
 class Study:
-    """What a user gives: a current image, the patient's prior image or None, and a question about them.
+    """What a user gives: a current image, the patient's prior image or None, and a question about them."""
 
-    An image is a path, an http(s) address, a PIL image, or the bytes of an image file. Sampling draws random numbers
-    by `id`, so an answer does not depend on the rest of the batch; without an id, by the study's place in the list.
-    """
-
+    # an image is a path, an http(s) address, a PIL image, or the bytes of an image file
     current: str | Path | Image.Image | bytes
     prior: str | Path | Image.Image | bytes | None = None
     query: str = FINDINGS_PROMPT
+    # sampling draws by it, not by what else is in the batch; None: by the study's place in the list
     id: str | None = None
 
-    def images(self) -> list[Image.Image]:
-        """Open the images in mode RGB: [current, prior], or [current] if there is no prior."""
+    def images(self):
+        """Open the PIL images, in mode RGB: [current, prior], or [current] if there is no prior."""
         return [load_image(image) for image in (self.current, self.prior) if image is not None]
 
 
-# ------------------------------------------------------------------------------------------ records
-
-
 class Records:
-    """The raw records of a file: a JSON list of objects, or JSONL (one object per line).
-
-    JSONL stays on disk, and a line is parsed when it is asked for: millions of records cost a worker process little
-    memory. A JSON list has to be parsed whole, and is then kept in memory as such lines.
-    """
+    """The raw records of a file: a JSON list of objects, or JSONL (one object per line)."""
 
     def __init__(self, path):
         """Raises ValueError if the file is empty or a broken JSON list. A broken line is found when it is read."""
         self.path = Path(path)
-        self.starts, self.numbers = array("q"), array("q")
+        self.starts = array("q")
+        self.numbers = array("q")
         with open(self.path, "rb") as file:
             head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
             if not head:
                 raise ValueError(f"{self.path} is empty: give a JSON list of records, or one JSON object per line")
             file.seek(0)
             if head.startswith(b"["):
+                # a list has to be parsed whole; its records stay in memory, as JSONL
                 self.unit = "record"
                 records = self._parse(file.read(), self.path)
                 self.lines = b"".join(json.dumps(record).encode() + b"\n" for record in records)
-                file = io.BytesIO(self.lines)
+                lines = self.lines.splitlines(keepends=True)
             else:
+                # JSONL stays on disk, so that millions of records cost a worker process little memory
                 self.unit = "line"
                 self.lines = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-            # where each record starts in `lines`, and the number of its line; empty lines are no records
+                lines = file
+            # note where each record starts, and the number of its line; empty lines are no records
             position = 0
-            for number, line in enumerate(file, 1):
+            for number, line in enumerate(lines, 1):
                 if line.strip(b"\r\n"):
                     self.starts.append(position)
                     self.numbers.append(number)
@@ -98,8 +91,8 @@ class Records:
     def __len__(self):
         return len(self.numbers)
 
-    def __getitem__(self, index: int) -> dict:
-        """Parse one record. Raises ValueError with its place if it is not a JSON object."""
+    def __getitem__(self, index):
+        """Parse one record, a dict. Raises ValueError with its place if it is not a JSON object."""
         line = self.lines[self.starts[index] : self.starts[index + 1]]
         record = self._parse(line.rstrip(b"\r\n"), self.place(index))
         if not isinstance(record, dict):
@@ -110,7 +103,7 @@ class Records:
         """Where a user finds the record, such as "records.jsonl line 7"."""
         return f"{self.path} {self.unit} {self.numbers[index]}"
 
-    def _parse(self, text: bytes, place):
+    def _parse(self, text, place):
         try:
             return json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -123,20 +116,18 @@ def image_names(raw: dict) -> list[str]:
     names = raw.get("image") or []
     if isinstance(names, str):
         names = [names]
-    is_name = lambda name: isinstance(name, str) and name != ""
-    if not isinstance(names, list) or len(names) > 2 or not all(map(is_name, names)):
+    if not isinstance(names, list) or len(names) > 2 or not all(isinstance(name, str) and name for name in names):
         raise ValueError(f"image {names!r} is neither a file name nor a list of one or two (current, prior)")
     return list(dict.fromkeys(names))
 
 
-def parse_id(raw: dict, key: str) -> str | int:
+def parse_id(raw: dict, key: str):
     if not isinstance(raw.get(key), str | int):
         raise ValueError(f"{key} is missing or neither text nor a whole number")
     return raw[key]
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """A training record: a conversation, about images or not."""
 
     id: str | int
@@ -147,7 +138,6 @@ class Record:
     def parse(cls, raw: dict) -> "Record":
         """Raises ValueError that says what is wrong with the record."""
         images = image_names(raw)
-
         # 1) human and gpt take turns
         messages = raw.get("conversations")
         is_message = lambda message: isinstance(message, dict) and isinstance(message.get("value"), str)
@@ -156,7 +146,6 @@ class Record:
         speakers = [message.get("from") for message in messages]
         if not messages or speakers != ["human", "gpt"] * (len(messages) // 2):
             raise ValueError(f"the speakers are {', '.join(map(str, speakers)) or 'none'}, not human and gpt in turn")
-
         # 2) every answer is text to learn
         texts = [message["value"] for message in messages]
         questions, answers = texts[::2], texts[1::2]
@@ -164,12 +153,10 @@ class Record:
             raise ValueError("an answer is empty")
         if any(IMAGE_TEXT in answer for answer in answers):
             raise ValueError(f"an answer contains {IMAGE_TEXT}")
-
         # 3) one question refers to the images, if there are any
         count = sum(question.count(IMAGE_TEXT) for question in questions)
         if count != bool(images):
             raise ValueError(f"{IMAGE_TEXT} occurs {count} times in the questions, not {int(bool(images))}")
-
         # 4) "<image>" moves to the front of its question, as published (libra/train/train.py, preprocess_multimodal)
         for number, question in enumerate(questions):
             if IMAGE_TEXT in question:
@@ -182,8 +169,7 @@ class Record:
         return self.turns[0][0].startswith(IMAGE_TEXT)
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(NamedTuple):
     """A line of a question file, or a training record read as one: its first question, and the answer as reference."""
 
     id: str | int
@@ -201,7 +187,6 @@ class Question:
             record = Record.parse(raw)
             question, answer = record.turns[0]
             return cls(record.id, images, question.removeprefix(IMAGE_TEXT).strip(), answer)
-
         text = raw.get("text")
         if not isinstance(text, str) or IMAGE_TEXT in text:
             raise ValueError(f"text is not the question's text without {IMAGE_TEXT}, which is put before it")
@@ -215,14 +200,11 @@ class Question:
         return cls(parse_id(raw, "question_id"), images, text, reference)
 
 
-ignore = lambda *arguments: None  # a callback for whoever does not need one
-
-
-def check(records: Records, kind: type[Record] | type[Question], find=ignore, progress=ignore, visit=ignore):
-    """Parse every record of a file once, and look for its images. Returns .duplicates, .images and .alone (see below).
+def check(records: Records, kind: type, find=ignore, progress=ignore, visit=ignore) -> SimpleNamespace:
+    """Parse every record of a file once, as kind `Record` or `Question`, and look for its images.
 
     find(name) must raise if an image is missing; progress(done, total) and visit(record) are called for each record.
-    Raises one ValueError with the first problem of each record, by line or record number; 20 problems are listed.
+    Raises one ValueError for all problems; it lists the first problem of each record, for 20 records at most.
     """
     ids, images, problems, alone = set(), set(), [], 0
     for index in range(len(records)):
@@ -243,88 +225,83 @@ def check(records: Records, kind: type[Record] | type[Question], find=ignore, pr
         except (ValueError, OSError) as error:
             reason = str(error).removeprefix(f"{records.place(index)} ")
             problems.append(f"{records.unit} {records.numbers[index]}: {reason}")
-
     if problems:
-        listed = "; ".join(problems[:20])
-        if len(problems) > 20:
-            listed += f"; and {len(problems) - 20} more"
-        raise ValueError(f"{records.path} has problems, {len(problems)} in all: {listed}")
-    # ids that occurred before, distinct images, records without an image
+        raise ValueError(f"{records.path} has problems, {len(problems)} in all: {'; '.join(problems[:20])}")
+    # duplicates: records with the id of an earlier one; images: distinct ones; alone: records without an image
     return SimpleNamespace(duplicates=len(records) - len(ids), images=len(images), alone=alone)
 
 
 # ------------------------------------------------------------------------------------------ where images are
 
+FRAMES, INDEX = "frames.bin", "index.jsonl"  # the files of an `ImageCache`
+
 
 class ImageFolder:
-    """Images by their names in a folder.
-
-    A frame is what the encoder sees, before it is normalised: the image padded, resized and cropped, uint8 [S, S, 3].
-    """
+    """Images by their names in a folder. config may be None if nobody asks for a frame."""
 
     def __init__(self, folder, config: PixelConfig | None):
-        """config may be None if no frame is asked for."""
         if not os.path.isdir(folder):
             raise NotADirectoryError(f"no image folder {folder}: check the path")
-        self.root, self.config = os.path.realpath(folder), config
+        self.root = Path(os.path.realpath(folder))
+        self.config = config
 
-    def find(self, name: str) -> str:
+    def find(self, name: str) -> Path:
         """The path of an image. Raises ValueError if it is outside the folder, FileNotFoundError if it is missing."""
-        # "..", links and absolute names are resolved first
-        path = os.path.realpath(os.path.join(self.root, name))
-        if os.path.commonpath((self.root, path)) != self.root:
+        # resolve "..", links and absolute names
+        path = Path(os.path.realpath(self.root / name))
+        if not path.is_relative_to(self.root):
             raise ValueError(f"image {name} leads out of the image folder {self.root}: refused")
-        if not os.path.isfile(path):
+        if not path.is_file():
             raise FileNotFoundError(f"no image {name} in {self.root}: check the image folder")
         return path
 
     def frame(self, name: str) -> np.ndarray:
+        """The image as the encoder sees it, but not normalised: padded, resized and cropped, uint8 [S, S, 3]."""
         return frame(load_image(self.find(name)), self.config)
 
 
-FRAMES, INDEX = "frames.bin", "index.jsonl"
-
-
 class ImageCache:
-    """The same frames from a folder that `prepare.py cache` has made.
-
-    frames.bin holds one frame after another: uint8 [S, S] of a grey image, [S, S, 3] of a colour image. The first line
-    of index.jsonl holds the settings of the cache, each other line a frame's image name, channels and CRC-32.
-    """
+    """The same frames, made once by `prepare.py cache`."""
 
     def __init__(self, folder, config: PixelConfig):
         """Raises ValueError if the cache is incomplete or was made with other settings than config's."""
-        self.folder, self.config = Path(folder), config
-        index, frames = self.folder / INDEX, self.folder / FRAMES
+        # frames.bin holds one frame after another, uint8 [S, S] of a grey image and [S, S, 3] of a colour image;
+        # index.jsonl holds the settings of the cache, then a line for each frame: its image, channels and CRC-32
+        self.folder = Path(folder)
+        self.config = config
+        index = self.folder / INDEX
+        frames = self.folder / FRAMES
         if not index.exists():
             raise FileNotFoundError(f"{self.folder} holds no finished image cache: make one with prepare.py cache")
-        entries = parse_index(index.read_bytes(), config, index)
-        self.numbers = {entry["image"]: number for number, entry in enumerate(entries)}
-        self.checksums = [entry["crc32"] for entry in entries]
-        # frame i starts at byte starts[i] and ends at starts[i + 1]
-        sizes = [entry["channels"] * config.crop**2 for entry in entries]
-        self.starts = list(itertools.accumulate(sizes, initial=0))
-        if not frames.exists() or frames.stat().st_size < self.starts[-1]:
+        # where each frame is in frames.bin: {image name: (start, end, CRC-32)}
+        self.places = {}
+        end = 0
+        for entry in parse_index(index.read_bytes(), config, index):
+            start, end = end, end + entry["channels"] * config.crop**2
+            self.places[entry["image"]] = start, end, entry["crc32"]
+        if not frames.exists() or frames.stat().st_size < end:
             raise ValueError(f"{frames} is shorter than {INDEX} says: copy it again, or delete both and make them anew")
-        # an empty file cannot be mapped
-        self.frames = np.memmap(frames, np.uint8, "r") if entries else np.empty(0, np.uint8)
+        # an empty file cannot be mapped, and nobody can ask for a frame of it
+        if self.places:
+            self.frames = np.memmap(frames, np.uint8, "r")
 
     # a worker process maps the file itself instead of receiving its content
     def __reduce__(self):
         return ImageCache, (self.folder, self.config)
 
-    def find(self, name: str) -> int:
-        """The number of an image in the cache. Raises FileNotFoundError."""
-        if name not in self.numbers:
+    def find(self, name: str) -> tuple:
+        """Where an image's frame starts and ends, and its CRC-32. Raises FileNotFoundError."""
+        if name not in self.places:
             raise FileNotFoundError(f"no image {name} in the cache {self.folder}: run prepare.py cache again")
-        return self.numbers[name]
+        return self.places[name]
 
-    def frame(self, name: str) -> np.ndarray:
-        number = self.find(name)
-        data = np.asarray(self.frames[self.starts[number] : self.starts[number + 1]])
-        if zlib.crc32(data) != self.checksums[number]:
+    def frame(self, name: str):
+        start, end, checksum = self.find(name)
+        data = self.frames[start:end]
+        if zlib.crc32(data) != checksum:
             raise ValueError(f"{self.folder / FRAMES} is damaged at {name}: delete the cache and make it again")
-        image = data.reshape(self.config.crop, self.config.crop, -1)  # [S, S, 1 or 3]
+        side = self.config.crop
+        image = data.reshape(side, side, -1)  # [S, S, 1 or 3]
         return image.repeat(3 // image.shape[2], axis=2)  # [S, S, 3]
 
 
@@ -334,10 +311,9 @@ def cache_settings(config: PixelConfig) -> dict:
     # these are written only where they matter
     if config.pad == "mean":
         settings["mean"] = list(config.mean)
-    if config.squash:
-        settings["squash"] = True
-    if config.rounds:
-        settings["rounds"] = True
+    for name in ("squash", "rounds"):
+        if getattr(config, name):
+            settings[name] = True
     return settings
 
 
@@ -352,34 +328,29 @@ def parse_index(data: bytes, config: PixelConfig, path: Path) -> list[dict]:
     return entries
 
 
-# ------------------------------------------------------------------------------------------ rows and batches
+# ------------------------------------------------------------------------------------------ from a record to a batch
 
 IGNORED = -100  # the label of a position that is not learnt
 
 
-@dataclass(frozen=True)
-class Row:
-    """A row of a batch: one record, or several records with the same images behind one prefix.
-
-    labels[i] is ids[i] if that id is learnt, else IGNORED. The loss compares it with the prediction at position i - 1.
-    """
+class Row(NamedTuple):
+    """A row of a batch: one record, or several records with the same images behind one prefix."""
 
     ids: list[int]  # the image is one IMAGE; [] if max_length leaves nothing to learn
+    # labels[i] is ids[i] if that id is learnt, else IGNORED; the loss compares it with the prediction at i - 1
     labels: list[int]
     segments: list[int]  # as in attention.py: 0 for a shared prefix, then 1, 2, … for the records behind it
     pixels: torch.Tensor | None = None  # [2, 3, S, S] (current, prior), or [1, 3, S, S]; None for text alone
 
 
 def encode(record: Record, template: Template, tokenizer: Tokenizer, max_length: int) -> Row:
-    """Tokenize a record: a row of its own, still without pixels.
-
-    max_length counts the image as one id, as published (libra/train/train.py, DataCollatorForSupervisedDataset).
-    """
+    """Tokenize a record: a row of its own, still without pixels."""
     prompt = render(record.turns, template, tokenizer)
     labels = [id if learnt else IGNORED for id, learnt in zip(prompt.ids, prompt.labels, strict=True)]
     length = len(labels)
-    # cut a long record behind the last learnt id that fits: it ends in an answer, never in a question
+    # the image counts as one id, as published (libra/train/train.py, DataCollatorForSupervisedDataset)
     if length > max_length:
+        # end with the last learnt id that fits: in an answer, never in a question
         length = max_length
         while length > 0 and labels[length - 1] == IGNORED:
             length -= 1
@@ -387,15 +358,21 @@ def encode(record: Record, template: Template, tokenizer: Tokenizer, max_length:
 
 
 def share_prefix(rows: list[Row]) -> Row:
-    """Put records that start with the same images in one row: the prefix once, then each record as a segment.
+    """Put rows that start with the same images in one: the prefix once, then the rest of each row as a segment.
 
         record 1    A chat. IMAGE  Edema? No.
         record 2    A chat. IMAGE  Nodule? A small one.
         ids         A chat. IMAGE  Edema? No.  Nodule? A small one.
         segments    0  0      0      1     1      2    2   2    2
     """
+    # a row by itself, with nothing to learn or not, stays as it is
+    rows = [row for row in rows if row.ids] or rows[:1]
+    if len(rows) == 1:
+        return rows[0]
     prefix = rows[0].ids.index(IMAGE) + 1
-    ids, labels, segments = rows[0].ids[:prefix], rows[0].labels[:prefix], [0] * prefix
+    ids = rows[0].ids[:prefix]
+    labels = rows[0].labels[:prefix]
+    segments = [0] * prefix
     for segment, row in enumerate(rows, 1):
         ids += row.ids[prefix:]
         labels += row.labels[prefix:]
@@ -415,15 +392,11 @@ class Batch(NamedTuple):
 
 
 def collate(rows: Sequence[Row], image_positions: int) -> Batch:
-    """Pad rows to a batch. Rows without ids are left out.
-
-    If no row is left, the batch is one row of padding: the model can run it, and its loss and gradients are 0.
-    """
+    """Pad rows to a batch. Rows without ids are left out."""
     rows = [row for row in rows if row.ids]
-    # two positions, because the loss compares a label with the position before it
+    # if no row is left, the model can still run the batch: padding has a loss of 0 and gradients of 0
     if not rows:
-        rows = [Row(ids=[0, 0], labels=[IGNORED, IGNORED], segments=[-1, -1])]
-
+        rows = [Row(ids=[0, 0], labels=[IGNORED] * 2, segments=[-1, -1])]
     # 1) the one IMAGE of a row becomes as many positions as the image has in the model
     ids, labels, segments, positions = [], [], [], []
     for row in rows:
@@ -433,7 +406,6 @@ def collate(rows: Sequence[Row], image_positions: int) -> Batch:
         labels.append(torch.tensor(row.labels).repeat_interleave(repeats))
         segments.append(torch.tensor(row.segments).repeat_interleave(repeats))
         positions.append(positions_of(segments[-1]))
-
     # 2) pad on the right: padding has no label, and no position sees segment -1
     pad = lambda tensors, value: pad_sequence(tensors, batch_first=True, padding_value=value)  # -> [B, T]
     padded = pad(ids, 0), pad(labels, IGNORED), pad(segments, -1), pad(positions, 0)
@@ -454,36 +426,30 @@ def positions_of(segments: torch.Tensor) -> torch.Tensor:
     return positions
 
 
-# ------------------------------------------------------------------------------------------ the plan of steps
-
-
-Rows = Sequence[Sequence[int]]  # the record numbers of each row, such as [[4], [0, 2, 3]]
-
+# ------------------------------------------------------------------------------------------ training: rows, batches, and the plan of steps
 
 @dataclass
 class TrainingSet:
-    """The records of several files, numbered through, and the rows and batches that are made of them.
-
-    Raises ValueError if a record is wrong or its image is missing.
-    """
+    """The records of several files, numbered through, and the rows and batches that are made of them."""
 
     files: Sequence[str]
     images: ImageFolder | ImageCache
-    _: KW_ONLY
     tokenizer: Tokenizer
     template: Template
     image_positions: int
     max_length: int
-    progress: Callable = ignore
+    progress: InitVar[Callable] = ignore
 
-    def __post_init__(self):
+    def __post_init__(self, progress):
+        """Raises ValueError if a record is wrong or its image is missing."""
         self.records = ConcatDataset([Records(path) for path in self.files])
         self.duplicates = 0
-        # for the plan: the length of each record, and the first record that starts with the same images
-        self.lengths, self.prefixes = array("q"), array("q")
+        # the plan needs the length of each record, and the first record that starts with the same images
+        self.lengths = array("q")
+        self.prefixes = array("q")
         first_records = {}
 
-        def visit(record: Record):
+        def visit(record):
             number = len(self.lengths)
             self.lengths.append(sum(map(len, itertools.chain(*record.turns))))
             if record.starts_with_image:
@@ -491,57 +457,52 @@ class TrainingSet:
             self.prefixes.append(number)
 
         for file in self.records.datasets:
-            checked = check(file, Record, self.images.find, progress=self.progress, visit=visit)
-            self.duplicates += checked.duplicates
+            self.duplicates += check(file, Record, self.images.find, progress, visit=visit).duplicates
 
     def __len__(self):
         return len(self.records)
 
-    def record(self, number: int) -> Record:
-        return Record.parse(self.records[number])
-
     def row(self, numbers: Sequence[int]) -> Row:
         """The row of these records, such as [0, 2, 3]. Several must start with the same images."""
-        # 1) the text, without the records in which max_length leaves nothing to learn
-        records = [self.record(number) for number in numbers]
-        rows = [encode(record, self.template, self.tokenizer, self.max_length) for record in records]
-        rows = [row for row in rows if row.ids] or rows[:1]
-        row = share_prefix(rows) if len(rows) > 1 else rows[0]
-
-        # 2) the images, if there are any and max_length does not cut them off; they are opened once for all records
+        rows = []
+        for number in numbers:
+            record = Record.parse(self.records[number])
+            rows.append(encode(record, self.template, self.tokenizer, self.max_length))
+        row = share_prefix(rows)
+        # open the images, once for all these records, unless max_length cut them off
         if IMAGE in row.ids:
-            frames = [self.images.frame(name) for name in records[0].images]
-            pixels = torch.stack([normalise(frame, self.images.config) for frame in frames])  # [1 or 2, 3, S, S]
-            row = replace(row, pixels=pixels)
+            frames = [self.images.frame(name) for name in record.images]
+            pixels = [normalise(frame, self.images.config) for frame in frames]
+            row = row._replace(pixels=torch.stack(pixels))  # [1 or 2, 3, S, S]
         return row
 
-    def batch(self, numbers: Rows) -> Batch:
-        """The batch of these rows. Raises ValueError or OSError if an image is damaged."""
+    def batch(self, numbers: Sequence) -> Batch:
+        """The batch of rows of records, such as [[4], [0, 2, 3]]. Raises ValueError or OSError for a bad image."""
         rows = [self.row(row) for row in numbers]
         return collate(rows, self.image_positions)._replace(numbers=numbers)
 
-    def __getitem__(self, numbers: Rows) -> Batch | Exception:
-        """`batch` for a DataLoader: returns an error instead of raising it."""
-        # a DataLoader would put the traceback of its worker process into the message of a raised error
+    def __getitem__(self, numbers: Sequence) -> Batch | Exception:
+        # for a DataLoader, which would add the traceback of its worker process to the message of a raised error
         try:
             return self.batch(numbers)
         except (ValueError, OSError) as error:
             return error
 
 
-def shared_rows(prefixes: Sequence[int], max_shared: int) -> Rows:
+def shared_rows(prefixes: Sequence[int], max_shared: int) -> list:
     """Group records with the same prefix into rows of at most `max_shared` records.
 
         record      0 1 2 3 4 5 6      max_shared = 3
         prefixes    0 1 0 0 4 1 0      the first record that starts with the same images
         rows        [0, 2, 3] [6] [1, 5] [4]
     """
-    groups: dict[int, list[int]] = {}
+    groups = {}
     for number, prefix in enumerate(prefixes):
         groups.setdefault(prefix, []).append(number)
     rows = []
     for numbers in groups.values():
-        rows += [numbers[start : start + max_shared] for start in range(0, len(numbers), max_shared)]
+        for start in range(0, len(numbers), max_shared):
+            rows.append(numbers[start : start + max_shared])
     return rows
 
 
@@ -551,7 +512,6 @@ class StepLoader:
 
     training_set: TrainingSet
     world: World
-    _: KW_ONLY
     batch_size: int  # records in a step, over all ranks
     micro_batch: int  # rows in a forward pass of one rank
     max_shared: int  # records behind one prefix
@@ -562,15 +522,18 @@ class StepLoader:
     even: bool = False  # all ranks run as many forward passes, as sharded weights need it
 
     def __post_init__(self):
-        records, size = len(self.training_set), self.world.size
+        records = len(self.training_set)
+        size = self.world.size
         if max(self.batch_size, size) > records:
             raise ValueError(f"{records} records are too few for batches of {self.batch_size} and {size} processes")
         # a template without questions learns the id right behind the image, and that id differs between records
-        shares = not self.training_set.template.drops_question
-        self.rows = shared_rows(self.training_set.prefixes, self.max_shared if shares else 1)
-        self.row_of = np.empty(records, dtype=np.int64)
+        if self.training_set.template.drops_question:
+            self.max_shared = 1
+        self.rows = shared_rows(self.training_set.prefixes, self.max_shared)
+        self.row_of = [0] * records
         for row, numbers in enumerate(self.rows):
-            self.row_of[numbers] = row
+            for number in numbers:
+                self.row_of[number] = row
 
         self.steps_per_epoch = math.ceil(records / self.batch_size)
         self.num_steps = math.ceil(self.epochs * self.steps_per_epoch)
@@ -578,50 +541,48 @@ class StepLoader:
             self.num_steps = min(self.num_steps, self.max_steps)
         self.seconds_waited = 0.0  # by this process, for batches
 
-    def order(self, epoch: int) -> list[int]:
-        """The order of all records in an epoch: rows are shuffled, the records of a row stay together."""
-        # RandomState promises the same numbers in every version of numpy; the newer generators do not
-        shuffled = np.random.RandomState([self.seed, epoch]).permutation(len(self.rows))
-        return list(itertools.chain.from_iterable(self.rows[row] for row in shuffled))
-
-    def micro_batches(self, numbers: Sequence[int]) -> list[Rows]:
+    def micro_batches(self, numbers: Sequence[int]) -> list:
         """This rank's share of a step of these records: the rows of each forward pass.
 
             numbers                4 0 2 3 6 1      (0, 2 and 3 share a row; two ranks, micro_batch = 2)
             rows, shortest first   [4] [6] [1] [0, 2, 3]
-            rank 0                 [[[4], [1]]]
-            rank 1                 [[[6], [0, 2, 3]]]
+            ranks 0 and 1          [[[4], [1]]] and [[[6], [0, 2, 3]]]
         """
         # 1) the records of a row are neighbours; the first and the last row of a step may be cut
-        rows = [list(row) for _, row in itertools.groupby(numbers, key=lambda number: self.row_of[number])]
-
+        rows = []
+        for _, row in itertools.groupby(numbers, self.row_of.__getitem__):
+            rows.append(list(row))
         # 2) rows of similar length go together: of reports mixed with short answers 9 % is padding, otherwise 30 %
         lengths = self.training_set.lengths
         rows.sort(key=lambda row: sum(lengths[number] for number in row))
-
-        # 3) ranks take turns; rank 0 never has fewer rows than another, so even ranks run as many passes as rank 0
+        # 3) ranks take turns; no rank has more rows than rank 0, whose number of passes is everyone's if it must be even
         mine = rows[self.world.rank :: self.world.size]
-        count = len(rows[:: self.world.size]) if self.even else len(mine)
-        return [mine[start : start + self.micro_batch] for start in range(0, count, self.micro_batch)]
+        most = rows[:: self.world.size] if self.even else mine
+        size = self.micro_batch
+        return [mine[start : start + size] for start in range(0, len(most), size)]
 
-    def plan(self, first: int) -> Iterator[list[Rows]]:
+    def plan(self, first: int) -> Iterator:
         """Yield the `micro_batches` of each step, from step `first` on."""
         for step in range(first, self.num_steps):
             epoch, index = divmod(step, self.steps_per_epoch)
+            # each epoch shuffles the rows; the records of a row stay together
             if step == first or index == 0:
-                order = self.order(epoch)
+                # RandomState promises the same numbers in every version of numpy; the newer generators do not
+                shuffled = np.random.RandomState([self.seed, epoch]).permutation(len(self.rows))
+                order = []
+                for row in shuffled:
+                    order += self.rows[row]
             start = index * self.batch_size
             yield self.micro_batches(order[start : start + self.batch_size])
 
-    def batches(self, first: int) -> Iterator[tuple[int, list[Batch]]]:
+    def batches(self, first: int) -> Iterator:
         """Yield (step, its batches), from step `first` on. Raises the ValueError or OSError of a record."""
         # the DataLoader works ahead of the steps: the plan is made once, and both read it at their own pace
         plan, ahead = itertools.tee(self.plan(first))
-        micro_batches = itertools.chain.from_iterable(ahead)
+        sampler = itertools.chain.from_iterable(ahead)
         # batch_size=None: what the training set returns is a batch already
         settings = dict(batch_size=None, num_workers=self.workers, worker_init_fn=ignore_signals)
-        loader = iter(DataLoader(self.training_set, sampler=micro_batches, **settings))
-
+        loader = iter(DataLoader(self.training_set, sampler=sampler, **settings))
         for step, passes in enumerate(plan, first):
             begin = time.monotonic()
             batches = [next(loader) for _ in passes]
@@ -635,7 +596,7 @@ class StepLoader:
             yield step, batches
 
 
-def ignore_signals(worker: int):
+def ignore_signals(worker):
     """Ctrl-C and SIGTERM reach every process. Only the training process acts on them; its workers end with it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
