@@ -28,7 +28,7 @@ import torch._dynamo
 from PIL import Image
 from torch.distributed.checkpoint import state_dict as states
 
-from data import IGNORED, Batch, ImageCache, ImageFolder, Records, StepLoader, Study, TrainingSet
+from data import IGNORED, Batch, ImageCache, ImageFolder, Record, Records, StepLoader, Study, TrainingSet
 from decoder import Decoder, names_of
 from lora import LoRAConfig, lora_targets
 from model import Libra
@@ -286,7 +286,7 @@ def name_records(training_set: TrainingSet, batches: list[Batch], losses: list[f
     names = []
     for batch, loss in zip(batches, losses, strict=True):
         if not math.isfinite(loss):
-            names += [str(training_set.record(number).id) for row in batch.numbers for number in row]
+            names += [str(training_set.records[number]["id"]) for row in batch.numbers for number in row]
     return ", ".join(names) or "of another process, or none"
 
 
@@ -443,17 +443,17 @@ def open_loader(config: TrainConfig, training_set: TrainingSet, world: World) ->
 
 
 @torch.no_grad()
-def validate(libra: Libra, config: TrainConfig, records: TrainingSet, world: World) -> dict[str, float]:
+def validate(libra: Libra, config: TrainConfig, dataset: TrainingSet, world: World) -> dict[str, float]:
     """Returns the loss, and the scores of written answers, over the first `validation_records` records."""
     learning = [module for module in libra.modules() if module.training]
     libra.eval()
-    count = min(config.validation_records, len(records))
+    count = min(config.validation_records, len(dataset))
     mine = list(range(count))[world.rank :: world.size]
 
     # 1) the mean loss of all labels, without sharing prefixes
     total = labels = 0.0
     for first in range(0, len(mine), config.micro_batch):
-        batch = records.batch([[number] for number in mine[first : first + config.micro_batch]])
+        batch = dataset.batch([[number] for number in mine[first : first + config.micro_batch]])
         total += float(libra.loss(batch))
         labels += count_labels(batch)
     total, labels = world.all_reduce(total, labels)
@@ -461,7 +461,7 @@ def validate(libra: Libra, config: TrainConfig, records: TrainingSet, world: Wor
 
     # 2) written answers
     if config.metrics:
-        references, predictions = write_answers(libra, config, records, mine)
+        references, predictions = write_answers(libra, config, dataset, mine)
         references = list(itertools.chain(*world.all_gather(references)))
         predictions = list(itertools.chain(*world.all_gather(predictions)))
         scores |= score_answers(config.metrics, references, predictions)
@@ -471,17 +471,18 @@ def validate(libra: Libra, config: TrainConfig, records: TrainingSet, world: Wor
     return scores
 
 
-def write_answers(libra: Libra, config: TrainConfig, records: TrainingSet, numbers: list[int]):
+def write_answers(libra: Libra, config: TrainConfig, dataset: TrainingSet, numbers: list[int]):
     """Answers the first question of the records that start with an image. Returns (references, predictions)."""
     studies, references = [], []
-    for record in map(records.record, numbers):
+    for number in numbers:
+        record = Record.parse(dataset.records[number])
         if record.starts_with_image:
             question, answer = record.turns[0]
-            if isinstance(records.images, ImageFolder):
-                images = map(records.images.find, record.images)
+            if isinstance(dataset.images, ImageFolder):
+                images = map(dataset.images.find, record.images)
             else:
                 # a cached frame has the model's size already, and preprocessing leaves it as it is
-                images = map(Image.fromarray, map(records.images.frame, record.images))
+                images = map(Image.fromarray, map(dataset.images.frame, record.images))
             studies.append(Study(*images, query=question.removeprefix(IMAGE_TEXT).strip()))
             references.append(answer)
 
