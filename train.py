@@ -8,8 +8,6 @@ weights, the optimizer's state and the number of steps, and a resumed run equals
 """
 
 import argparse
-import ast
-import difflib
 import hashlib
 import importlib
 import itertools
@@ -38,6 +36,7 @@ from plumbing.distributed import World, init_distributed, is_sharded, shard, uns
 from plumbing.layout import find_device
 from plumbing.log import TRACKERS, Log
 from plumbing.resume import Checkpoints, checkpoint_files
+from plumbing.settings import read_settings
 from sample import generate
 from tokenizer import IMAGE_TEXT, find_template
 
@@ -131,8 +130,8 @@ def check_config(config: TrainConfig):
 
     # 2) the data
     require(config.records, "the config names no records")
-    has_one_place = bool(config.image_folder) != bool(config.image_cache)
-    require(has_one_place, "the config must name one of image_folder and image_cache")
+    has_place = bool(config.image_folder) != bool(config.image_cache)
+    require(has_place, "the config must name one of image_folder and image_cache")
     require(config.validation or not config.validate_every, "validate_every is set, but validation names no records")
 
     # 3) what is reported; the metrics are loaded here, because most of this file does not need them
@@ -157,12 +156,13 @@ def run(config: TrainConfig, resume: bool, world: World):
     if checkpoint_files(out) and not resume:
         raise ValueError(f"{out} holds a run already: continue it with --resume, or give another out_dir")
 
-    # 2) load the model, what changes it, and the data
+    # 2) load the model, its optimizer and the data; rank 0 alone writes fresh weights
     device = world.local_device(find_device(config.device))
     if config.new_decoder and world.rank == 0:
         new_parts(config)
     world.barrier()
-    libra = build(replace(config, device=str(device)), progress("loading", "GiB", 2**30))
+    show = progress("loading", "GiB", 2**30)
+    libra = build(replace(config, device=str(device)), show)
     if config.fsdp and world.size > 1:
         shard(libra.decoder, libra.decoder.layers, world)
     weights = list(trainable_parameters(libra).values())
@@ -180,13 +180,15 @@ def run(config: TrainConfig, resume: bool, world: World):
     if resume:
         first, best = checkpoints.load()
 
+    # per position, a parameter takes 2 FLOP forward and 2 backward; one that learns 2 more for its own gradient
     learning = sum(parameter.numel() for parameter in weights)
     frozen = sum(parameter.numel() for parameter in libra.parameters()) - learning
-    # 2 FLOP per parameter forward and 2 backward; a parameter that learns takes 2 more for its own gradient
-    log = Log(config, world, first_step=first, num_steps=steps, flops_per_position=4 * frozen + 6 * learning)
+    flops = 4 * frozen + 6 * learning
+    log = Log(config, world, first_step=first, num_steps=steps, flops_per_position=flops)
     if world.rank == 0:
         describe(config, loader, learning, frozen)
     stop = StopRequest()
+    # frozen weights have 16 bits on a GPU, weights that learn 32: autocast computes with 16
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
     for step, batches in loader.batches(first):
@@ -220,7 +222,7 @@ def run(config: TrainConfig, resume: bool, world: World):
         optimizer.zero_grad(set_to_none=True)
 
         # 8) log
-        positions = sum(int((batch.segments >= 0).sum()) for batch in batches)
+        positions = sum(map(count_positions, batches))
         values = dict(loss=loss, lr=optimizer.param_groups[0]["lr"], norm=norm)
         log.step(done, values, positions, loader.seconds_waited)
 
@@ -266,7 +268,9 @@ class StopRequest:
 
 def step_seed(*key) -> int:
     """Makes a seed of a few numbers, such as (seed, step, rank)."""
-    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:7], "little")
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    # torch takes 63 bits
+    return int.from_bytes(digest[:7], "little")
 
 
 def lr_at(step: int, steps: int, warmup: float) -> float:
@@ -274,28 +278,37 @@ def lr_at(step: int, steps: int, warmup: float) -> float:
     rising = math.ceil(steps * warmup)
     if step < rising:
         return step / rising
-    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+    angle = math.pi * (step - rising) / (steps - rising)
+    return 0.5 * (1 + math.cos(angle))
 
 
 def count_labels(batch: Batch) -> int:
     return int((batch.labels != IGNORED).sum())
 
 
-def name_records(training_set: TrainingSet, batches: list[Batch], losses: list[float]) -> str:
+def count_positions(batch: Batch) -> int:
+    # padding has segment -1
+    return int((batch.segments >= 0).sum())
+
+
+def name_records(training_set: TrainingSet, batches: list, losses: list) -> str:
     """The ids of the records whose loss is not finite."""
     names = []
     for batch, loss in zip(batches, losses, strict=True):
-        if not math.isfinite(loss):
-            names += [str(training_set.records[number]["id"]) for row in batch.numbers for number in row]
+        if math.isfinite(loss):
+            continue
+        for number in itertools.chain.from_iterable(batch.numbers):
+            names.append(str(training_set.records[number]["id"]))
     return ", ".join(names) or "of another process, or none"
 
 
 def describe(config: TrainConfig, loader: StepLoader, learning: int, frozen: int):
     """Prints the settings that differ from the defaults, how many parameters learn, and from how many records."""
-    print(*(f"{name}={value!r}" for name, value in asdict(config).items() if value != DEFAULTS[name]))
+    changed = {name: value for name, value in asdict(config).items() if value != DEFAULTS[name]}
+    print(*(f"{name}={value!r}" for name, value in changed.items()))
     parts, records = "+".join(config.train), loader.training_set
     print(f"{parts} learns: {learning / 1e6:.2f} M parameters, {frozen / 1e6:.2f} M are frozen")
-    print(f"{len(records):,} records in {len(loader.rows):,} rows; {records.duplicates:,} have the id of an earlier one")
+    print(f"{len(records):,} records ({records.duplicates:,} with an earlier one's id) in {len(loader.rows):,} rows")
 
 
 # ------------------------------------------------------------------------------------------ the model and its data
@@ -316,7 +329,8 @@ def build(config: TrainConfig, show=lambda done, total: None) -> Libra:
     # 2) the parts that learn, in training mode
     for part in config.train:
         if part == "lora":
-            targets = tuple(sorted(config.lora_targets or lora_targets(names_of(libra.config.json))))
+            targets = config.lora_targets or lora_targets(names_of(libra.config.json))
+            targets = tuple(sorted(targets))
             libra.add_lora(LoRAConfig(config.lora_r, config.lora_alpha, targets, config.lora_dropout))
             libra.decoder.train()
         else:
@@ -341,6 +355,7 @@ def load_model(config: TrainConfig, show) -> Libra:
 
     if config.model:
         return Libra.from_pretrained(config.model, base=config.base or None, **options)
+    # a fresh connector between two parts, which are stock ones or fresh too
     decoder, encoder = config.decoder, config.encoder
     if config.new_decoder:
         decoder, encoder = new_parts(config)
@@ -387,9 +402,11 @@ def make_optimizer(libra: Libra, config: TrainConfig) -> torch.optim.AdamW:
             decay = 0.0
         # sharded parameters and others cannot be updated in one call
         key = (rate, decay, is_sharded(parameter))
-        group = groups.setdefault(key, dict(params=[], lr=rate, peak=rate, weight_decay=decay))
-        group["params"].append(parameter)
-    return torch.optim.AdamW(list(groups.values()), betas=(0.9, config.beta2), eps=1e-8)
+        if key not in groups:
+            groups[key] = dict(params=[], lr=rate, peak=rate, weight_decay=decay)
+        groups[key]["params"].append(parameter)
+    betas = (0.9, config.beta2)
+    return torch.optim.AdamW(list(groups.values()), betas=betas, eps=1e-8)
 
 
 def export(libra: Libra, config: TrainConfig, folder: Path, world: World):
@@ -403,9 +420,17 @@ def export(libra: Libra, config: TrainConfig, folder: Path, world: World):
         if world.rank == 0:
             decoder.load_state_dict(tensors, assign=True)
         libra = Libra(
-            libra.config, libra.encoder, libra.connector, decoder, libra.tokenizer, libra.pixels, libra.eos_token_ids,
-            libra.weights, libra.encoder_files, libra.base,
-        )  # fmt: skip
+            config=libra.config,
+            encoder=libra.encoder,
+            connector=libra.connector,
+            decoder=decoder,
+            tokenizer=libra.tokenizer,
+            pixels=libra.pixels,
+            eos_token_ids=libra.eos_token_ids,
+            weights=libra.weights,
+            encoder_files=libra.encoder_files,
+            base=libra.base,
+        )
     if world.rank != 0:
         return
 
@@ -426,9 +451,15 @@ def open_training_set(config: TrainConfig, files: tuple[str, ...], libra: Libra)
         images = ImageFolder(config.image_folder, libra.pixels)
     else:
         images = ImageCache(config.image_cache, libra.pixels)
-    text = dict(tokenizer=libra.tokenizer, template=find_template(libra.template), max_length=config.max_length)
-    positions, show = libra.image_positions, progress("checking records")
-    return TrainingSet(files, images, image_positions=positions, progress=show, **text)
+    return TrainingSet(
+        files,
+        images,
+        tokenizer=libra.tokenizer,
+        template=find_template(libra.template),
+        image_positions=libra.image_positions,
+        max_length=config.max_length,
+        progress=progress("checking records"),
+    )
 
 
 def open_loader(config: TrainConfig, training_set: TrainingSet, world: World) -> StepLoader:
@@ -436,6 +467,7 @@ def open_loader(config: TrainConfig, training_set: TrainingSet, world: World) ->
     names = ("batch_size", "micro_batch", "epochs", "max_steps", "seed", "workers")
     settings = {name: getattr(config, name) for name in names}
     max_shared = config.max_shared if config.share_prefix else 1
+    # sharded layers are gathered by all ranks together, so all need as many forward passes
     return StepLoader(training_set, world, max_shared=max_shared, even=config.fsdp, **settings)
 
 
@@ -453,7 +485,8 @@ def validate(libra: Libra, config: TrainConfig, dataset: TrainingSet, world: Wor
     # 1) the mean loss of all labels, without sharing prefixes
     total = labels = 0.0
     for first in range(0, len(mine), config.micro_batch):
-        batch = dataset.batch([[number] for number in mine[first : first + config.micro_batch]])
+        numbers = mine[first : first + config.micro_batch]
+        batch = dataset.batch([[number] for number in numbers])
         total += float(libra.loss(batch))
         labels += count_labels(batch)
     total, labels = world.all_reduce(total, labels)
@@ -466,12 +499,13 @@ def validate(libra: Libra, config: TrainConfig, dataset: TrainingSet, world: Wor
         predictions = list(itertools.chain(*world.all_gather(predictions)))
         scores |= score_answers(config.metrics, references, predictions)
 
+    # back to training
     for module in learning:
         module.training = True
     return scores
 
 
-def write_answers(libra: Libra, config: TrainConfig, dataset: TrainingSet, numbers: list[int]):
+def write_answers(libra: Libra, config: TrainConfig, dataset: TrainingSet, numbers: list):
     """Answers the first question of the records that start with an image. Returns (references, predictions)."""
     studies, references = [], []
     for number in numbers:
@@ -483,7 +517,8 @@ def write_answers(libra: Libra, config: TrainConfig, dataset: TrainingSet, numbe
             else:
                 # a cached frame has the model's size already, and preprocessing leaves it as it is
                 images = map(Image.fromarray, map(dataset.images.frame, record.images))
-            studies.append(Study(*images, query=question.removeprefix(IMAGE_TEXT).strip()))
+            query = question.removeprefix(IMAGE_TEXT).strip()
+            studies.append(Study(*images, query=query))
             references.append(answer)
 
     predictions = []
@@ -494,7 +529,7 @@ def write_answers(libra: Libra, config: TrainConfig, dataset: TrainingSet, numbe
     return references, predictions
 
 
-def score_answers(metrics: tuple[str, ...], references: list[str], predictions: list[str]) -> dict[str, float]:
+def score_answers(metrics, references: list[str], predictions: list[str]) -> dict[str, float]:
     """Scores answers by eval.py's metrics, and by functions (references, predictions) named as module:function."""
     from evaluation.metrics import score_of, statistics
 
@@ -505,9 +540,11 @@ def score_answers(metrics: tuple[str, ...], references: list[str], predictions: 
     for name in metrics:
         if ":" in name:
             module, function = name.split(":")
-            scores[name] = float(getattr(importlib.import_module(module), function)(references, predictions))
+            metric = getattr(importlib.import_module(module), function)
+            scores[name] = float(metric(references, predictions))
         elif name in table:
-            scores[name] = float(score_of(table[name].sum(0), len(predictions)))
+            sums = table[name].sum(0)
+            scores[name] = float(score_of(sums, len(predictions)))
         else:
             raise ValueError(f"metrics names {name}, which needs more packages: see eval.py score --help")
     return scores
@@ -516,77 +553,21 @@ def score_answers(metrics: tuple[str, ...], references: list[str], predictions: 
 # ------------------------------------------------------------------------------------------ command line
 
 
-def read_config(path: str, overrides: dict[str, str]) -> TrainConfig:
-    """Reads settings: the defaults, then the assignments of a Python file, then the texts of a command line.
-
-    Raises ValueError with the place, and the expected type or the nearest known name.
-    """
-    namespace: dict = {}
-    try:
-        exec(compile(Path(path).read_text(encoding="utf-8"), path, "exec"), namespace)
-    except Exception as error:  # the file is a program, and may fail in any way
-        raise ValueError(f"{path}: {type(error).__name__}: {error}") from None
-    settings = {}
-    for name, value in namespace.items():
-        if not name.startswith("__"):
-            settings[name] = check_setting(name, value, path)
-    for name, text in overrides.items():
-        settings[name] = check_setting(name, parse_text(text, type(DEFAULTS[name])), "the command line")
-    return TrainConfig(**settings)
-
-
-def parse_text(text: str, kind: type):
-    """A setting's text on the command line -> its value, such as "connector,lora" -> ("connector", "lora")."""
-    if kind is str:
-        return text
-    if kind is tuple:
-        return tuple(part for part in text.split(",") if part)
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        # it stays text, which `check_setting` refuses
-        return text
-
-
-def check_setting(name: str, value, place: str):
-    """Returns the value in the type of its default: one text may stand for a tuple, a list for a tuple, 1 for 1.0."""
-    if name not in DEFAULTS:
-        nearest = difflib.get_close_matches(name, DEFAULTS, 1)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else "see --help"
-        raise ValueError(f"{place}: there is no setting {name!r}; {hint}")
-
-    kind, result = type(DEFAULTS[name]), value
-    if kind is tuple and isinstance(value, str):
-        result = (value,)
-    elif kind is tuple and isinstance(value, list):
-        result = tuple(value)
-    elif kind is float and type(value) is int:
-        result = float(value)
-    fits = type(result) is kind
-    if fits and kind is tuple:
-        fits = all(isinstance(part, str) for part in result)
-    if not fits:
-        expected = "tuple of texts" if kind is tuple else kind.__name__
-        raise ValueError(f"{place}: {name} is {value!r}, not of type {expected}")
-    return result
-
-
 def parse(arguments: list[str] | None) -> tuple[TrainConfig, bool]:
     """Reads a command line. Returns (config, resume); prints help or a mistake and exits."""
-    usage = "train.py configs/NAME.py [--key=value …] [--resume]"
-    parser = Parser(prog="train.py", usage=usage, description="Align a connector, learn LoRA, or fine-tune everything.")
+    parser = Parser(prog="train.py", usage="train.py configs/NAME.py [--key=value …] [--resume]")
     parser.add_argument("config", help="a file of assignments to the keys below, such as configs/align.py")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in out_dir")
     # a flag for each setting; its help is the comment behind it in this file
-    comments = re.findall(r"^    (\w+): .* = .+?  # (.+)$", Path(__file__).read_text(encoding="utf-8"), re.MULTILINE)
-    for name, comment in comments:
+    source = Path(__file__).read_text(encoding="utf-8")
+    for name, comment in re.findall(r"^    (\w+): .* = .+?  # (.+)$", source, re.MULTILINE):
         text = f"{comment} (default: {DEFAULTS[name]!r})"
         parser.add_argument(f"--{name}", metavar="", default=argparse.SUPPRESS, help=text)
 
     settings = vars(parser.parse_args(arguments))
     path, resume = settings.pop("config"), settings.pop("resume")
     try:
-        return read_config(path, settings), resume
+        return TrainConfig(**read_settings(DEFAULTS, path, settings)), resume
     except ValueError as error:
         parser.error(error)
 

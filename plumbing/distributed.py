@@ -1,7 +1,4 @@
-"""The processes that torchrun started, or one process alone: what they exchange, and how they share a large model.
-
-Numbers and objects go through gloo, which does not wait for a GPU; tensors on a GPU go through NCCL.
-"""
+"""The processes that torchrun started, or one process alone: what they exchange, and how they share a large model."""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -66,7 +63,6 @@ class World:
         grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
         shards = [grad.to_local() for grad in grads if is_sharded(grad)]
         copies = [grad for grad in grads if not is_sharded(grad)]
-
         # each rank has its own shards, and the same copies as the others
         (squared,) = self.all_reduce(float(nn.utils.get_total_norm(shards)) ** 2)
         norm = (squared + float(nn.utils.get_total_norm(copies)) ** 2) ** 0.5
@@ -82,6 +78,7 @@ def init_distributed() -> Iterator[World]:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield World()
         return
+    # numbers and objects go through gloo, which does not wait for a GPU; tensors on a GPU go through NCCL
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     # the first rank to finish waits for the last, however long that takes
     dist.init_process_group(backend, timeout=timedelta(days=30))
@@ -89,9 +86,6 @@ def init_distributed() -> Iterator[World]:
         yield World(dist.get_rank(), dist.get_world_size())
     finally:
         dist.destroy_process_group()
-
-
-# ------------------------------------------------------------------------------------------ sharded modules
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
@@ -105,6 +99,7 @@ def shard(module: nn.Module, blocks: Iterable[nn.Module], world: World):
     A block is gathered while it is computed, on a GPU in bfloat16. Whatever is outside the blocks stays a copy on each
     rank. Gradients are summed, not averaged. All ranks must compute a block equally often, except inside `unsharded`.
     """
+    # slow to import, and needed by few runs
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -117,7 +112,7 @@ def shard(module: nn.Module, blocks: Iterable[nn.Module], world: World):
         fully_shard(block, mesh=mesh, mp_policy=policy)
         block.set_gradient_divide_factor(1.0)
         block.set_force_sum_reduction_for_comms(True)
-    # the module itself shards nothing, but gathers the next block while one is computed
+    # the module shards nothing itself: it gathers the next block while one is computed
     fully_shard(module, mesh=mesh, ignored_params=set(module.parameters()))
 
 
