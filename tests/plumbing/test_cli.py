@@ -1,12 +1,6 @@
-"""How every command line behaves, compared with a few examples: mistakes, progress, worker processes, tables."""
-
-import os
-import signal
-import subprocess
-import sys
+"""How every command line behaves, by example: mistakes, progress, worker processes, tables."""
 
 import pytest
-from conftest import ROOT
 
 from plumbing import cli
 
@@ -48,55 +42,19 @@ def test_ctrl_c_is_status_130():
     assert cli.guard("tool.py", raising(KeyboardInterrupt()), None) == 130
 
 
-def test_progress_off_a_terminal_is_a_line_every_thirty_seconds(monkeypatch, capsys):
+def test_progress_off_a_terminal_is_a_line_every_thirty_seconds_at_most(monkeypatch, capsys):
     clock = [0]
     monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
     show = cli.progress("cache", "images")
-    for seconds in (1, 31, 40, 100):
+    for seconds in (1, 31, 40, 50):
         clock[0] = seconds
-        show(2 * seconds, 200)
-    first, last = capsys.readouterr().err.splitlines()
-    assert "cache" in first and "62/200" in first and "images" in first
-    assert "100%" in last
-
-
-def test_short_work_off_a_terminal_prints_nothing(capsys):
-    show = cli.progress("loading", "GiB", 2**30)
-    show(2**30, 2**31)
-    show(2**31, 2**31)
-    assert capsys.readouterr() == ("", "")
+        show(2 * seconds, 100)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "cache" in line and "62/100" in line and "images" in line
 
 
 def test_parallel_keeps_the_order():
     assert list(cli.parallel(abs, range(-300, 0), workers=2)) == list(range(300, 0, -1))
-
-
-def kill(_):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_a_killed_worker_is_an_error():
-    with pytest.raises(ChildProcessError, match="--workers"):
-        list(cli.parallel(kill, [0], workers=1))
-
-
-ENDLESS = """
-import time
-from plumbing import cli
-
-def work(number):
-    print("started", flush=True)
-    time.sleep(10**6)
-
-list(cli.parallel(work, [0], workers=1))
-"""
-
-
-def test_the_workers_end_with_a_killed_parent():
-    parent = subprocess.Popen([sys.executable, "-c", ENDLESS], cwd=ROOT, stdout=subprocess.PIPE)
-    assert parent.stdout.readline() == b"started\n"
-    parent.kill()
-    parent.communicate()  # returns when the worker, which has the same stdout, has ended
 
 
 def test_a_table_is_aligned_and_has_commas(capsys):
