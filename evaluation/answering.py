@@ -306,7 +306,7 @@ def settings_of(arguments, questions: QuestionSet) -> dict:
         "template": arguments.template,
         "questions": f"{len(seen)} questions ({digest[:16]})",
         "prior": questions.condition,
-        "image_folder": questions.folder.root,
+        "image_folder": str(questions.folder.root),
         "batch_size": arguments.batch_size,
         **asdict(sample.options_of(arguments)),
     }

@@ -224,7 +224,7 @@ def write_hospital(folder: Path):
     hospital.write(folder / "images", patients=3, size=64, workers=1)
     shutil.copy(folder / "images" / "truth.jsonl", folder / "truth.jsonl")
     states = {state.study_id: state for patient in range(3) for state in hospital.history(0, patient)}
-    images = {id: f"files/p{str(state.subject_id)[:2]}/p{state.subject_id}/s{id}/{state.dicom_id}.jpg"
+    images = {id: f"files/p{str(state.subject_id)[:2]}/p{state.subject_id}/s{id}/{state.images[state.view]}.jpg"
               for id, state in states.items()}  # fmt: skip
     lines = []
     for id, state in states.items():
