@@ -59,9 +59,8 @@ class DecoderConfig:
     @property
     def rope_switch(self) -> int | None:
         """Row length above which longrope uses its second set of frequencies; None for other rope types."""
-        if self.rope_scaling["rope_type"] != "longrope":
-            return None
-        return self.original_max_position_embeddings
+        is_longrope = self.rope_scaling["rope_type"] == "longrope"
+        return self.original_max_position_embeddings if is_longrope else None
 
 
 NAMES = NameMap(dropped=r"rotary_emb\.inv_freq$|position_ids$")
@@ -94,17 +93,16 @@ FAMILIES = {
     # Llama 2 and 3, Vicuna, Meditron
     "llama": _LLAMA,
     # grouped-query attention and a sliding window in every layer
-    "mistral": replace(
-        _LLAMA,
-        defaults=_LLAMA.defaults | dict(
-            intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096
-        ),
-    ),
+    "mistral": replace(_LLAMA, defaults=_LLAMA.defaults | dict(
+        intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096,
+    )),
     # biases on q, k and v
     "qwen2": DecoderFamily(_QWEN, switches=dict(qkv_bias=True)),
     # a norm on each head's q and k instead
     "qwen3": DecoderFamily(
-        _QWEN | dict(head_dim=128), switches=dict(qk_norm=True), supported=dict(attention_bias=(False,))
+        _QWEN | dict(head_dim=128),
+        switches=dict(qk_norm=True),
+        supported=dict(attention_bias=(False,)),
     ),
     # Phi-3, Phi-4 and Phi-4-mini: projections fused on disk, partial rotary embeddings, longrope
     "phi3": DecoderFamily(
@@ -113,10 +111,10 @@ FAMILIES = {
             original_max_position_embeddings=4096, rms_norm_eps=1e-5,
         ),
         supported=dict(attention_bias=(False,)),
-        names=replace(
-            NAMES,
-            fused={"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")},
-        ),
+        names=replace(NAMES, fused={
+            "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+            "gate_up_proj": ("gate_proj", "up_proj"),
+        }),
     ),
     # Gemma 1: tied and scaled embeddings, norm weights stored minus one
     "gemma": DecoderFamily(
@@ -261,10 +259,10 @@ def rotate(x, rotation: Rotation):
 
 
 def recomputed(function, *tensors):
-    """Calls function(*tensors); its intermediate results are computed again in the backward pass, not kept.
+    """Calls function(*tensors); intermediate results are computed again in the backward pass instead of kept.
 
-    For what is cheap to compute and large to keep. On the random model of middle size a training step of LoRA (rank
-    128, two rows) takes 3.3 GiB with it and 4.6 without, a step of the connector (four rows) 4.9 and 5.4.
+    On the random model of middle size a training step of LoRA (rank 128, two rows) takes 3.3 GiB with it and 4.6
+    without, a step of the connector (four rows) 4.9 and 5.4.
     """
     if not torch.is_grad_enabled():
         return function(*tensors)
@@ -298,16 +296,18 @@ class SelfAttention(nn.Module):
             self.k_norm = RMSNorm(D, config)
 
     def forward(self, x, rotation: Rotation, attend):
-        # split into heads
-        q = self.q_proj(x).unflatten(-1, (-1, self.D)).transpose(1, 2)  # [B, H, T, D]
-        k = self.k_proj(x).unflatten(-1, (-1, self.D)).transpose(1, 2)  # [B, H_kv, T, D]
-        v = self.v_proj(x).unflatten(-1, (-1, self.D)).transpose(1, 2)  # [B, H_kv, T, D]
+        q = self.split_heads(self.q_proj(x))  # [B, H, T, D]
+        k = self.split_heads(self.k_proj(x))  # [B, H_kv, T, D]
+        v = self.split_heads(self.v_proj(x))  # [B, H_kv, T, D]
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         # attention, as the caller chose it
         out = attend(rotate(q, rotation), rotate(k, rotation), v)  # [B, H, T, D]
         # join the heads
         return self.o_proj(out.transpose(1, 2).flatten(2))  # [B, T, C]
+
+    def split_heads(self, x):
+        return x.unflatten(-1, (-1, self.D)).transpose(1, 2)  # [B, T, H * D] -> [B, H, T, D]
 
 
 class MLP(nn.Module):
@@ -359,8 +359,7 @@ class Decoder(nn.Module):
         lengths [B]: length of each row's prefix, which selects longrope's frequencies; without it, of the row.
         """
         config = self.config
-        if attend is None:
-            attend = WholeRows(config)
+        attend = attend or WholeRows(config)
         if lengths is None:
             lengths = positions.amax(1) + 1
         # the same rotation for every layer
@@ -413,9 +412,8 @@ class Cache:
         """Makes room for prefixes of this many positions. Only a chat, whose prompt grows, needs it."""
         missing = positions - self.prefix[0][0].shape[2]
         if missing > 0:
-            self.prefix = [
-                (F.pad(keys, (0, 0, 0, missing)), F.pad(values, (0, 0, 0, missing))) for keys, values in self.prefix
-            ]
+            padding = (0, 0, 0, missing)
+            self.prefix = [(F.pad(keys, padding), F.pad(values, padding)) for keys, values in self.prefix]
 
     def advance(self, positions: int, study: int | None = None):
         """Counts positions that every layer has stored: of one study's prefix, or of every continuation."""
@@ -433,10 +431,6 @@ class Cache:
         self.steps = 0
         B, H, _, D = self.prefix[0][0].shape
         self.suffix = [keys.new_empty(2, B, continuations, H, 0, D) for keys, _ in self.prefix]
-
-    def next_positions(self) -> torch.Tensor:
-        """The position [B, 1] of the next token of each study's continuations."""
-        return self.lengths[:, None] + self.steps
 
     def reorder(self, parents: list[list[int]]):
         """Continuation k of study b becomes a copy of parents[b][k]. The suffixes move, the prefixes stay."""

@@ -13,6 +13,7 @@ This file has what the model consists of, what it computes, and its training los
 import argparse
 import sys
 from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -71,8 +72,7 @@ class Libra(nn.Module):
         self.weights = weights
         self.encoder_files = encoder_files
         self.base = base
-        # of an adapter that is not merged
-        self.lora: LoRAConfig | None = None
+        self.lora: LoRAConfig | None = None  # of an adapter that is not merged
 
         # the name of the conversation template, and what stands for the image in a question
         self.template = template_of(config.json, tokenizer)
@@ -99,24 +99,21 @@ class Libra(nn.Module):
     ) -> "Libra":
         """Reads a model in the published layout, for inference: nothing requires gradients.
 
-        source: folder or hub id of a whole checkpoint, of an adapter in PEFT's layout or of a connector, or a
-        connector's file.
+        source: folder or hub id of a checkpoint, a PEFT adapter or a connector; or a connector's file.
         base: the model under an adapter or a connector, instead of the one that it records.
         encoder: folder or hub id, instead of the checkpoint's `mm_vision_tower`.
         device: auto (cuda, else mps, else cpu), cpu, cuda, mps.
-        dtype: auto (float32 on the CPU, else the checkpoint's 16-bit type), stored (the checkpoint's), float32,
-        bfloat16, float16.
+        dtype: auto (float32 on the CPU, else the checkpoint's 16-bit type), stored, float32, bfloat16, float16.
         merge: add an adapter's update into the weights.
-        changes: fields of config.json to set, which what is saved then records.
+        changes: fields of config.json to set; what is saved records them.
         progress(bytes done, bytes in all) is called while weights are read.
 
-        ValueError, OSError or MemoryError with one line where the checkpoint, its encoder or its size do not fit.
+        ValueError, OSError or MemoryError with one line where something is missing or does not fit.
         """
         # the model itself; an adapter's connector and encoder are read here, too
         files = layout.find_model_files(source, base)
-        libra = cls(
-            **layout.read_model(files, encoder=encoder, device=device, dtype=dtype, changes=changes, progress=progress)
-        )
+        options = dict(encoder=encoder, device=device, dtype=dtype, changes=changes, progress=progress)
+        libra = cls(**layout.read_model(files, **options))
         # adapters on top of it; only the last one can stay unmerged
         for number, adapter in enumerate(files.adapters, start=1):
             layout.load_adapter(libra, adapter)
@@ -144,11 +141,9 @@ class Libra(nn.Module):
         """Makes a new model from a stock language model, a stock encoder and a fresh connector: where stage 1 starts.
 
         decoder, encoder: folders or hub ids.
-        connector: TAC (reads every encoder layer), or linear, mlp2x_gelu, … (read select_layer; LLaVA's choice is the
-        last but one).
+        connector: TAC (reads every encoder layer), or linear, mlp2x_gelu, … (read select_layer, as LLaVA's).
         connector_weights: an `mm_*projector*` file, instead of torch's random initial values.
-        template: conversation template, instead of the family's.
-        pad: how images become square, in training and after.
+        template: conversation template, instead of the family's. pad: how images become square.
         device, dtype, changes, progress: as for `from_pretrained`.
         """
         # describe the new model as a config.json would
@@ -159,13 +154,14 @@ class Libra(nn.Module):
         # read the parts; a connector without weights keeps torch's random state
         overlays = (Path(connector_weights),) if connector_weights else ()
         files = layout.ModelFiles(source, json, source, overlays)
-        libra = cls(
-            **layout.read_model(
-                files, device=device, dtype=dtype, fresh_connector=not overlays, changes=changes or {},
-                progress=progress,
-            )
-        )  # fmt: skip
+        options = dict(device=device, dtype=dtype, changes=changes or {}, progress=progress)
+        libra = cls(**layout.read_model(files, fresh_connector=not overlays, **options))
         return libra.eval().requires_grad_(False)
+
+    def with_decoder(self, decoder: Decoder) -> "Libra":
+        """This model with another decoder; everything else is shared."""
+        names = list(signature(Libra).parameters)
+        return Libra(**{name: getattr(self, name) for name in names} | {"decoder": decoder})
 
     def add_lora(self, config: LoRAConfig):
         """Puts a fresh LoRA beside the decoder's layers. It alone learns."""
@@ -185,8 +181,7 @@ class Libra(nn.Module):
         """Writes the whole model in the published layout, LoRA merged. dtype None keeps each tensor's type.
 
         The encoder is written if it was trained (`unfreeze_mm_vision_tower`), else only named; with_encoder puts a
-        copy into folder/encoder and names that. The folder appears, or changes, when all of it is on the disk.
-        OSError where that fails; the old folder is then as it was.
+        copy into folder/encoder. The folder changes when all of it is on the disk; OSError leaves the old one.
         """
         layout.write_model(self, folder, dtype, shard_size, with_encoder)
 
@@ -309,7 +304,7 @@ class Libra(nn.Module):
         """Adds the newest token of K continuations of B studies, tokens [B][K]; returns the next logits [B, K, V]."""
         # the K continuations of a study take the place of positions in a row
         embeddings = self.decoder.embed_tokens(torch.tensor(tokens, device=self.device))  # [B, K, hidden]
-        positions = cache.next_positions().expand(-1, embeddings.shape[1])  # [B, K]
+        positions = (cache.lengths[:, None] + cache.steps).expand(-1, embeddings.shape[1])  # [B, K]
         hidden = self.decoder(embeddings, positions, DecodingStep(cache), cache.lengths)
         cache.advance(1)
         return self.logits(hidden)
@@ -368,13 +363,8 @@ def parse(arguments=None):
 
 
 def convert(arguments):
-    libra = Libra.from_pretrained(
-        arguments.model,
-        base=arguments.base,
-        device="cpu",
-        dtype=arguments.dtype,
-        progress=progress(f"loading {arguments.model}", "GiB", 2**30),
-    )
+    options = dict(base=arguments.base, device="cpu", dtype=arguments.dtype)
+    libra = Libra.from_pretrained(arguments.model, progress=progress("loading", "GiB", 2**30), **options)
     libra.save_pretrained(arguments.out, with_encoder=arguments.with_encoder)
     count = sum(parameter.numel() for parameter in libra.parameters())
     print(f"{arguments.out}: {count / 1e6:.1f} M parameters")

@@ -7,6 +7,7 @@ its keys and values are stored once, and each continuation has a short suffix of
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import logging
@@ -20,7 +21,7 @@ from dataclasses import asdict, dataclass, field, fields
 
 import torch
 
-from data import Study
+from data import FINDINGS_PROMPT, Study
 from decoder import Cache
 from model import Libra
 from plumbing.cli import Parser, add_decoding_flags, add_model_flags, fail, guard, progress
@@ -93,9 +94,6 @@ class Prefix:
     cache: Cache
     logits: torch.Tensor
     stop: str  # generation also ends at this string
-
-
-# ------------------------------------------------------------------------------------------ generate
 
 
 def generate(
@@ -178,10 +176,8 @@ def check_length(libra: Libra, prompt: Prompt, options: Options) -> int:
     limit = config.max_position_embeddings
     length = len(prompt.ids) - 1 + libra.image_positions  # the image is one id
     if length > limit:
-        raise ValueError(
-            f"the prompt needs {length} positions, {length - limit} tokens more than the model's {limit}: "
-            "shorten the query"
-        )
+        more = f"{length - limit} tokens more than the model's {limit}"
+        raise ValueError(f"the prompt needs {length} positions, {more}: shorten the query")
     # behind this length longrope uses other frequencies than the cached prefix has
     if config.rope_switch and length <= config.rope_switch:
         limit = config.rope_switch
@@ -211,8 +207,8 @@ def decode(
         outputs.append([])
         for ids, score in row:
             # the stop string is not part of the report
-            text = libra.tokenizer.decode(ids).strip().removesuffix(prefix.stop).strip()
-            outputs[-1].append(Output(text, ids, score))
+            text = libra.tokenizer.decode(ids).strip()
+            outputs[-1].append(Output(text.removesuffix(prefix.stop).strip(), ids, score))
     if stream:
         stream.show(outputs[0][0].text)
     return outputs
@@ -262,8 +258,7 @@ def sample(libra: Libra, prefix: Prefix, options: Options, stream, should_stop) 
 
         # 3) is that all?
         all_done = all(sequence.is_done for row in rows for sequence in row)
-        is_last = step + 1 == options.max_new_tokens
-        if all_done or is_last or should_stop():
+        if all_done or step + 1 == options.max_new_tokens or should_stop():
             break
         logits = libra.decode_step(prefix.cache, tokens)
 
@@ -302,14 +297,9 @@ def sample_tokens(logits, draws, options: Options):
 
 @dataclass(frozen=True)
 class Beam:
-    """score: sum of log-probabilities; of a finished beam, divided by length^length_penalty.
-
-    parent: the running beam that it extends, by number.
-    """
-
-    score: float
+    score: float  # sum of log-probabilities; of a finished beam, divided by length^length_penalty
     ids: list[int]
-    parent: int = 0
+    parent: int = 0  # number of the running beam that it extends
 
 
 def beam_search(libra: Libra, prefix: Prefix, options: Options, should_stop) -> list[list[tuple]]:
@@ -500,7 +490,9 @@ class Chat:
             self.cache = Cache(libra.decoder.config, 1, length, libra.device, libra.dtype)
 
         # 2) keep the cache as far as the ids agree. The last id is computed in any case: its logits are needed
-        same = min(common_length(self.ids, prompt.ids), len(prompt.ids) - 1)
+        same, limit = 0, min(len(self.ids), len(prompt.ids) - 1)
+        while same < limit and self.ids[same] == prompt.ids[same]:
+            same += 1
         start = same
         if IMAGE in prompt.ids[:same]:
             start += len(self.image_embeddings) - 1  # one id, N positions
@@ -524,14 +516,6 @@ class Chat:
         return output
 
 
-def common_length(a: list[int], b: list[int]) -> int:
-    """How many ids two lists have in common at their beginning."""
-    for i, (one, other) in enumerate(zip(a, b, strict=False)):
-        if one != other:
-            return i
-    return min(len(a), len(b))
-
-
 # ------------------------------------------------------------------------------------------ command line
 
 
@@ -542,10 +526,8 @@ def parse(arguments=None):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add(
-        "--images", nargs="+", required=True, metavar="IMAGE",
-        help="the current image, then the prior, if any: JPEG, PNG, TIFF, DICOM; a file or http(s) URL",
-    )  # fmt: skip
+    help = "the current image, then the prior, if any: JPEG, PNG, TIFF, DICOM; a file or http(s) URL"
+    add("--images", nargs="+", required=True, metavar="IMAGE", help=help)
     add("--model", default=DEFAULT_MODEL, metavar="ID_OR_DIR", help="checkpoint: a folder or a hub id")
     add_model_flags(add)
     add("--query", metavar="TEXT", help="the question, instead of the published prompt for findings")
@@ -584,9 +566,7 @@ def run(arguments):
         logging.getLogger("attention").setLevel(logging.INFO)
     options = options_of(arguments)
     images = [load_image(image) for image in arguments.images]
-    study = Study(*images)
-    if arguments.query:
-        study = Study(*images, query=arguments.query)
+    study = Study(*images, query=arguments.query or FINDINGS_PROMPT)
 
     # 2) load
     begin = time.monotonic()
@@ -601,8 +581,6 @@ def run(arguments):
         return converse(Chat(libra, study, arguments.template), arguments.query, asdict(options))
 
     # 3) prefill and decode
-    if sys.stderr.isatty():
-        print(f"reading {' and '.join(arguments.images)} …", file=sys.stderr)
     prefix = prefill(libra, [study], arguments.template, options)
     prefilled = time.monotonic()
     streams = not arguments.json and options.num_return_sequences == 1
@@ -612,8 +590,8 @@ def run(arguments):
     # 4) print
     if arguments.json:
         prompt = prefix.prompts[0]
-        seconds = {"load": loaded - begin, "prefill": prefilled - loaded, "decode": decoded - prefilled}
-        seconds = {name: round(value, 3) for name, value in seconds.items()}
+        times = {"load": loaded - begin, "prefill": prefilled - loaded, "decode": decoded - prefilled}
+        seconds = {name: round(value, 3) for name, value in times.items()}
         result = {"prompt": prompt.text, "input_ids": prompt.ids, "outputs": [asdict(output) for output in outputs]}
         print(json.dumps(result | {"seconds": seconds}))
     elif streams:
@@ -624,8 +602,7 @@ def run(arguments):
             print(f"[{number}{score}] {output.text}")
 
 
-def write(text: str):
-    print(text, end="", flush=True)
+write = functools.partial(print, end="", flush=True)
 
 
 def converse(chat: Chat, question: str | None, options: dict):

@@ -269,8 +269,7 @@ class StopRequest:
 def step_seed(*key) -> int:
     """Makes a seed of a few numbers, such as (seed, step, rank)."""
     digest = hashlib.sha256(repr(key).encode()).digest()
-    # torch takes 63 bits
-    return int.from_bytes(digest[:7], "little")
+    return int.from_bytes(digest[:7], "little")  # torch takes 63 bits
 
 
 def lr_at(step: int, steps: int, warmup: float) -> float:
@@ -287,8 +286,7 @@ def count_labels(batch: Batch) -> int:
 
 
 def count_positions(batch: Batch) -> int:
-    # padding has segment -1
-    return int((batch.segments >= 0).sum())
+    return int((batch.segments >= 0).sum())  # padding has segment -1
 
 
 def name_records(training_set: TrainingSet, batches: list, losses: list) -> str:
@@ -405,8 +403,7 @@ def make_optimizer(libra: Libra, config: TrainConfig) -> torch.optim.AdamW:
         if key not in groups:
             groups[key] = dict(params=[], lr=rate, peak=rate, weight_decay=decay)
         groups[key]["params"].append(parameter)
-    betas = (0.9, config.beta2)
-    return torch.optim.AdamW(list(groups.values()), betas=betas, eps=1e-8)
+    return torch.optim.AdamW(list(groups.values()), betas=(0.9, config.beta2), eps=1e-8)
 
 
 def export(libra: Libra, config: TrainConfig, folder: Path, world: World):
@@ -419,18 +416,7 @@ def export(libra: Libra, config: TrainConfig, folder: Path, world: World):
             decoder = Decoder(libra.decoder.config)
         if world.rank == 0:
             decoder.load_state_dict(tensors, assign=True)
-        libra = Libra(
-            config=libra.config,
-            encoder=libra.encoder,
-            connector=libra.connector,
-            decoder=decoder,
-            tokenizer=libra.tokenizer,
-            pixels=libra.pixels,
-            eos_token_ids=libra.eos_token_ids,
-            weights=libra.weights,
-            encoder_files=libra.encoder_files,
-            base=libra.base,
-        )
+        libra = libra.with_decoder(decoder)
     if world.rank != 0:
         return
 
