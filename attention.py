@@ -43,7 +43,7 @@ def visible(segments, T, S, window=None, positions=None, device=None):
     segments and positions are [B, S] or None. Without segments the mask is causal. The window counts positions, or
     places in the row where positions is None.
     """
-    # 1) nothing behind the query: the T queries are the last of the S positions
+    # 1) no later keys: the T queries are the last of the S positions
     j = torch.arange(S, device=device)
     i = j[-T:, None]  # [T, 1]
     seen = j <= i  # [T, S]
@@ -74,8 +74,8 @@ def plain_attention(q, k, v, causal, segments, window, positions):
     # plain causal attention is a flag in PyTorch. A single query is the newest position: it sees every key and needs
     # neither flag nor mask. Everything else needs a dense mask.
     mask = None
-    behind_keys = causal and 1 < T < S
-    if segments is not None or window or behind_keys:
+    has_cached_keys = causal and 1 < T < S
+    if segments is not None or window or has_cached_keys:
         mask = visible(segments, T, S, window, positions, q.device)
     is_causal = causal and mask is None and T > 1
 
@@ -98,7 +98,7 @@ def attention(q, k, v, *, causal=False, segments=None, window=None, positions=No
                it the window counts places in the row
     impl       "triton" or "torch" overrides the choice between the fused kernel and PyTorch
 
-    Under a mask the queries are the last T of the S positions, so that a prefill can continue behind cached keys.
+    Under a mask the queries are the last T of the S positions, so that a prefill can continue after cached keys.
     Returns [B, H, T, D]. A query that sees nothing gets zeros. Raises ValueError if impl="triton" cannot run.
     """
     # 1) a window and segments are causal; a window that is as wide as the row hides nothing
@@ -125,11 +125,11 @@ def attention(q, k, v, *, causal=False, segments=None, window=None, positions=No
 def _choose(q, S, causal, segments, window) -> str:
     """PyTorch's own kernels are faster without a mask and for plain causal attention; the fused kernel for the rest.
 
-    For segments, windows and queries behind cached keys PyTorch needs a number for every pair, and skips nothing.
+    For segments, windows and queries after cached keys PyTorch needs a dense mask and cannot skip hidden blocks.
     """
     T, D = q.shape[2:]
-    behind_keys = causal and T < S
-    needs_mask = segments is not None or window is not None or behind_keys
+    has_cached_keys = causal and T < S
+    needs_mask = segments is not None or window is not None or has_cached_keys
 
     # the kernel's registers hold heads of up to 256 columns; and a single query leaves it nothing to skip
     suits_kernel = needs_mask and T > 1 and D <= 256

@@ -1,4 +1,4 @@
-"""From a study and its files to batches (`TrainingSet`), and which records each training step takes (`StepLoader`).
+"""What a user asks about (`Study`), record files -> batches (`TrainingSet`), and the plan of steps (`StepLoader`).
 
     record file --Records--> dict --Record.parse--> Record --encode, share_prefix--> Row --collate--> Batch
 """
@@ -328,19 +328,19 @@ IGNORED = -100  # the label of a position that is not learnt
 
 
 class Row(NamedTuple):
-    """A row of a batch: one record, or several records with the same images behind one prefix."""
+    """A row of a batch: one record, or several records with the same images after one prefix."""
 
     ids: list[int]  # the image is one IMAGE; [] if max_length leaves nothing to learn
     # labels[i] is ids[i] if that id is learnt, else IGNORED; the loss compares it with the prediction at i - 1
     labels: list[int]
-    segments: list[int]  # as in attention.py: 0 for a shared prefix, then 1, 2, … for the records behind it
+    segments: list[int]  # as in attention.py: 0 for a shared prefix, then 1, 2, … for the records after it
     pixels: torch.Tensor | None = None  # [2, 3, S, S] (current, prior), or [1, 3, S, S]; None for text alone
 
 
 def encode(record: Record, template: Template, tokenizer: Tokenizer, max_length: int) -> Row:
     """Tokenize a record: a row of its own, still without pixels."""
     prompt = render(record.turns, template, tokenizer)
-    labels = [id if learnt else IGNORED for id, learnt in zip(prompt.ids, prompt.labels, strict=True)]
+    labels = [id if learnt else IGNORED for id, learnt in zip(prompt.ids, prompt.mask, strict=True)]
     length = len(labels)
     # the image counts as one id, as published (libra/train/train.py, DataCollatorForSupervisedDataset)
     if length > max_length:
@@ -424,7 +424,7 @@ def positions_of(segments: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class TrainingSet:
-    """The records of several files, numbered through, and the rows and batches that are made of them."""
+    """The records of several files, numbered consecutively, and the rows and batches that are made of them."""
 
     files: Sequence[str]
     images: ImageFolder | ImageCache
@@ -517,19 +517,19 @@ class StepLoader:
     world: World
     batch_size: int  # records in a step, over all ranks
     micro_batch: int  # rows in a forward pass of one rank
-    max_shared: int  # records behind one prefix
+    max_shared: int  # records that share one prefix
     epochs: float
     max_steps: int  # 0: no limit
     seed: int
     workers: int = 0
-    even: bool = False  # all ranks run as many forward passes, as sharded weights need it
+    even: bool = False  # all ranks run the same number of forward passes, which FSDP requires
 
     def __post_init__(self):
         records = len(self.training_set)
         if max(self.batch_size, self.world.size) > records:
             sizes = f"batches of {self.batch_size} and {self.world.size} processes"
             raise ValueError(f"{records} records are too few for {sizes}")
-        # a template without questions learns the id right behind the image, and that id differs between records
+        # a template without questions learns the id right after the image, and that id differs between records
         if self.training_set.template.drops_question:
             self.max_shared = 1
         self.rows = shared_rows(self.training_set.prefixes, self.max_shared)

@@ -247,7 +247,7 @@ def rope(config: DecoderConfig, positions, lengths, dtype) -> Rotation:
 def rotate(x, rotation: Rotation):
     """Rotates the first R of D channels; x [B, H, T, D]. Channel i is paired with channel i + R / 2."""
     R = rotation.cos.shape[-1]
-    # partial rotary embeddings: the channels behind R stay as they are
+    # partial rotary embeddings: the channels after R stay as they are
     if x.shape[-1] > R:
         return torch.cat((rotate(x[..., :R], rotation), x[..., R:]), -1)
     # (left, right) · cos + (-right, left) · sin
@@ -258,11 +258,11 @@ def rotate(x, rotation: Rotation):
 # ------------------------------------------------------------------------------------------ layers
 
 
-def recomputed(function, *tensors):
+def recompute_in_backward(function, *tensors):
     """Calls function(*tensors); intermediate results are computed again in the backward pass instead of kept.
 
-    On the random model of middle size a training step of LoRA (rank 128, two rows) takes 3.3 GiB with it and 4.6
-    without, a step of the connector (four rows) 4.9 and 5.4.
+    On the model of `python -m bench --size mid` a training step of LoRA (rank 128, two rows) takes 3.3 GiB with it and
+    4.6 without, a step of the connector (four rows) 4.9 and 5.4.
     """
     if not torch.is_grad_enabled():
         return function(*tensors)
@@ -324,7 +324,7 @@ class MLP(nn.Module):
         def gated(gate, up):
             return self.activation(gate) * up
 
-        return self.down_proj(recomputed(gated, self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(recompute_in_backward(gated, self.gate_proj(x), self.up_proj(x)))
 
 
 class DecoderLayer(nn.Module):
@@ -385,24 +385,25 @@ class Decoder(nn.Module):
 
 
 class Cache:
-    """Keys and values of B studies: one prefix per study, stored once, and K short continuations behind each.
+    """Keys and values of B studies: one prefix per study, stored once, and K short continuations of each.
 
     prefix[layer]: keys and values, each [B, H_kv, P, D]; study b has filled its first lengths[b] positions.
     suffix[layer]: [2, B, K, H_kv, S, D], keys then values; every continuation has filled `steps` positions.
 
-    The model computes all layers of some positions, which write behind the filled ones; then it calls `advance`.
+    Each layer writes the keys and values of new positions after the filled ones; then the model calls `advance`.
     """
 
     # suffixes grow by this many positions at a time: one copy of the suffixes every 64 steps, never of a prefix
     BLOCK = 64
 
-    def __init__(self, config: DecoderConfig, studies: int, positions: int, device, dtype):
+    def __init__(self, config: DecoderConfig, num_studies: int, capacity: int, device, dtype):
+        """capacity: positions that the longest prefix can take."""
         self.config = config
         # the two counters, which only advance, rewind and start change
-        self.lengths = torch.zeros(studies, dtype=torch.long, device=device)  # [B], of each prefix
+        self.lengths = torch.zeros(num_studies, dtype=torch.long, device=device)  # [B], of each prefix
         self.steps = 0  # of every suffix
-        shape = (studies, config.num_key_value_heads, positions, config.head_dim)
-        # zeros, not empty: positions behind a shorter prompt get weight 0, and 0 * NaN would be NaN
+        shape = (num_studies, config.num_key_value_heads, capacity, config.head_dim)
+        # zeros, not empty: positions after a shorter prompt get weight 0, and 0 * NaN would be NaN
         self.prefix = []
         for _ in range(config.num_hidden_layers):
             keys = torch.zeros(shape, device=device, dtype=dtype)
@@ -466,7 +467,7 @@ class WholeRows:
 
 @dataclass(frozen=True)
 class Prefill:
-    """Stores the next T positions of one study behind its prefix, and attends to all of it."""
+    """Appends the next T positions of one study to its prefix, and attends to all of it."""
 
     cache: Cache
     study: int
@@ -496,7 +497,7 @@ class DecodingStep:
         suffix = cache.suffix[layer]
         if steps == suffix.shape[4]:
             suffix = cache.suffix[layer] = F.pad(suffix, (0, 0, 0, cache.BLOCK))
-        # store the new position behind each suffix
+        # append the new position to each suffix
         suffix[..., steps, :] = torch.stack((k, v)).transpose(2, 3)  # [2, B, K, H_kv, D]
         # attend to the prefix and the filled part of each suffix
         suffix_k, suffix_v = suffix[..., : steps + 1, :]  # each [B, K, H_kv, steps + 1, D]

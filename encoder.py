@@ -37,7 +37,7 @@ class EncoderConfig:
     class_token: bool
     patch_bias: bool  # whether the patch embedding has a bias
     norm_before: bool  # a norm between the embeddings and the first block
-    layer_scale: bool  # a learned factor per channel behind each half of a block
+    layer_scale: bool  # a learned factor per channel after each half of a block
     final_norm: bool = False  # MAIRA-2 reads normed features, every other model reads them as the blocks return them
 
 
@@ -211,7 +211,7 @@ class Encoder(nn.Module):
         self.config = config
         C, P = config.hidden_size, config.patch_size
 
-        # embeddings: one per patch, behind the class token where the family has one
+        # embeddings: the class token where the family has one, then one per patch
         if config.class_token:
             self.class_token = nn.Parameter(torch.zeros(1, 1, C))
         positions = (config.image_size // P) ** 2 + config.class_token
@@ -226,9 +226,9 @@ class Encoder(nn.Module):
     def forward(self, pixels, select_layer: str | int = "all", select_feature: str = "patch"):
         """pixels [B, 3, S, S] -> features [B, L, N, C].
 
-        select_layer: "all" returns the output of every block. A number returns one layer (L = 1), as published: of L
-        blocks 0 is the embeddings, 1 … L are the blocks, and -2 is the last block but one.
-        select_feature: "patch" drops the class token, "cls_patch" keeps it.
+        select_layer: "all" returns the output of every block. A number returns one layer (L = 1), counted as published:
+        0 is the embeddings, 1, 2, … are the blocks, and -2 is the last block but one.
+        select_feature: "patch" drops the class token, "cls_patch" keeps it: N is one more then.
         """
         # 1) cut the image into patches: each becomes one position
         x = self.patch_embed(pixels)  # [B, C, S / P, S / P]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from decoder import Decoder, DecoderLayer, recomputed
+from decoder import Decoder, DecoderLayer, recompute_in_backward
 from plumbing.checkpoint import NameMap
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -50,7 +50,7 @@ class LoRALinear(nn.Module):
             return self.lora_A(self.dropout(x))
 
         # scale the narrow result [..., r], which is cheaper than the wide one
-        low = recomputed(narrow, x)
+        low = recompute_in_backward(narrow, x)
         return self.base_layer(x) + self.lora_B(low * self.scale)
 
     def merged(self) -> torch.Tensor:
@@ -67,7 +67,7 @@ def lora_targets(names: NameMap) -> list[str]:
 
 
 def add_lora(decoder: Decoder, names: NameMap, config: LoRAConfig):
-    """Puts LoRA beside the target modules of every layer and freezes everything else.
+    """Puts LoRA beside the target modules of every layer and freezes the rest of the decoder.
 
     ValueError where a target is no module of this family.
     """
@@ -83,7 +83,7 @@ def add_lora(decoder: Decoder, names: NameMap, config: LoRAConfig):
         for group in groups:
             _wrap(layer, group, config)
 
-    # LoRA alone learns
+    # of the decoder, LoRA alone learns
     decoder.requires_grad_(False)
     for parameter in lora_parameters(decoder).values():
         parameter.requires_grad_(True)

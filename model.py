@@ -6,8 +6,9 @@
       -> spliced into the prompt        tokenizer.py makes its ids
       -> logits [T, V]                  decoder.py
 
-This file has what the model consists of, what it computes, and its training loss. `sample.py` writes reports with it,
-`train.py` trains it, `plumbing/layout.py` knows which published file holds which part.
+This file defines the model, its forward passes and its training loss. `sample.py` writes reports with it, `train.py`
+trains it, `plumbing/layout.py` knows which published file holds which part. "Published", here and everywhere, means the
+paper's code at https://github.com/X-iZhang/Libra.
 """
 
 import argparse
@@ -55,8 +56,8 @@ class Libra(nn.Module):
     ):
         """pixels: how an image becomes pixels. eos_token_ids: the ids that end a report.
 
-        weights, encoder_files: where the model was read from. base: the model that its adapter or its connector,
-        saved alone, would name as the model below.
+        weights, encoder_files: where the model was read from. base: the model that a saved adapter or connector of
+        this one records as its base.
         """
         super().__init__()
         # what computes
@@ -105,7 +106,7 @@ class Libra(nn.Module):
         device: auto (cuda, else mps, else cpu), cpu, cuda, mps.
         dtype: auto (float32 on the CPU, else the checkpoint's 16-bit type), stored, float32, bfloat16, float16.
         merge: add an adapter's update into the weights.
-        changes: fields of config.json to set; what is saved records them.
+        changes: fields of config.json to override; they are saved with the model.
         progress(bytes done, bytes in all) is called while weights are read.
 
         ValueError, OSError or MemoryError with one line where something is missing or does not fit.
@@ -164,7 +165,7 @@ class Libra(nn.Module):
         return Libra(**{name: getattr(self, name) for name in names} | {"decoder": decoder})
 
     def add_lora(self, config: LoRAConfig):
-        """Puts a fresh LoRA beside the decoder's layers. It alone learns."""
+        """Puts a fresh LoRA beside the decoder's layers and freezes the rest of the decoder."""
         add_lora(self.decoder, names_of(self.config.json), config)
         self.lora = config
 
@@ -195,7 +196,8 @@ class Libra(nn.Module):
         layout.write_connector(self, folder)
 
     def save_adapter(self, folder):
-        """Writes LoRA in PEFT's layout, and beside it, as published, `non_lora_trainables.bin` with the connector."""
+        """Writes LoRA in PEFT's layout, and beside it, as published, `non_lora_trainables.bin` with the connector
+        and a trained encoder."""
         layout.write_adapter(self, folder)
 
     # ---------------------------------------------------------------------------------------- images
@@ -288,7 +290,7 @@ class Libra(nn.Module):
     def prefill(self, cache: Cache, study: int, embeddings) -> torch.Tensor:
         """Adds the next positions of one study's prompt, embeddings [T, hidden], to the cache.
 
-        Returns the logits [V] of the token behind them.
+        Returns the logits [V] of the next token.
         """
         # the new positions follow the stored ones
         T, start = len(embeddings), int(cache.lengths[study])
@@ -302,7 +304,7 @@ class Libra(nn.Module):
 
     def decode_step(self, cache: Cache, tokens: list[list[int]]) -> torch.Tensor:
         """Adds the newest token of K continuations of B studies, tokens [B][K]; returns the next logits [B, K, V]."""
-        # the K continuations of a study take the place of positions in a row
+        # the dimension of positions holds the K continuations of a study
         embeddings = self.decoder.embed_tokens(torch.tensor(tokens, device=self.device))  # [B, K, hidden]
         positions = (cache.lengths[:, None] + cache.steps).expand(-1, embeddings.shape[1])  # [B, K]
         hidden = self.decoder(embeddings, positions, DecodingStep(cache), cache.lengths)
@@ -317,6 +319,7 @@ class Libra(nn.Module):
         segments, positions = batch.segments.to(self.device), batch.positions.to(self.device)  # [B, T]
 
         # 1) embed ids and images; every row with an image has N places for it, in the batch's order
+        # IMAGE (-200) becomes id 0 for a moment; the image embeddings replace it
         embeddings = self.decoder.embed_tokens(ids.clamp(0))  # [B, T, hidden]
         pixels = [pixels for pixels in batch.pixels if pixels is not None]
         if pixels:
@@ -348,11 +351,8 @@ class Libra(nn.Module):
 
 
 def parse(arguments=None):
-    parser = Parser(
-        prog="model.py",
-        description="Merge an adapter or a connector into its base; convert; save.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    about = "Merge an adapter or a connector into its base; convert; save."
+    parser = Parser(prog="model.py", description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--model", required=True, metavar="ID_OR_DIR", help="checkpoint, adapter or connector")
     add("--base", metavar="ID_OR_DIR", help="model under it, instead of the one that it records")

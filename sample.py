@@ -3,7 +3,7 @@
     python sample.py --images current.jpg prior.jpg
 
 A study's images and prompt are computed once (`prefill`). Every beam, sample or chat turn continues that one prefix:
-its keys and values are stored once, and each continuation has a short suffix of its own behind them (`decoder.Cache`).
+its keys and values are stored once, and each continuation has a short suffix of its own (`decoder.Cache`).
 """
 
 import argparse
@@ -107,7 +107,8 @@ def generate(
 ) -> list[Output] | list[list[Output]]:
     """Writes reports. One study gives a list of outputs, best first; a list of studies gives a list of such lists.
 
-    Studies in a list decode as one batch, and each gives what it gives alone. Options, with their defaults:
+    Studies in a list decode as one batch, and each gives what it gives alone (sampling: if it has the same id; without
+    one, its place in the list counts). Options, with their defaults:
     max_new_tokens=512; temperature=0 is greedy, above 0 it samples, with top_k=50, top_p=1 and seed=0;
     num_beams=1, length_penalty=1: a beam's score is divided by its length^length_penalty;
     no_repeat_ngram="auto": no n tokens in a row occur twice; 3 with beams, else off; 0 is off;
@@ -178,7 +179,7 @@ def check_length(libra: Libra, prompt: Prompt, options: Options) -> int:
     if length > limit:
         more = f"{length - limit} tokens more than the model's {limit}"
         raise ValueError(f"the prompt needs {length} positions, {more}: shorten the query")
-    # behind this length longrope uses other frequencies than the cached prefix has
+    # beyond this length longrope uses other frequencies than the cached prefix has
     if config.rope_switch and length <= config.rope_switch:
         limit = config.rope_switch
     if length + options.max_new_tokens > limit:
@@ -256,7 +257,7 @@ def sample(libra: Libra, prefix: Prefix, options: Options, stream, should_stop) 
         if stream:
             stream(rows[0][0].ids)
 
-        # 3) is that all?
+        # 3) stop if all sequences have ended
         all_done = all(sequence.is_done for row in rows for sequence in row)
         if all_done or step + 1 == options.max_new_tokens or should_stop():
             break
@@ -266,7 +267,7 @@ def sample(libra: Libra, prefix: Prefix, options: Options, stream, should_stop) 
 
 
 def seeded_generator(seed: int, study, sequence: int) -> torch.Generator:
-    """Random numbers for one sequence of one study. Neither batching nor sharding changes them."""
+    """Random numbers for one sequence of one study, by its id. Neither batching nor sharding changes them."""
     digest = hashlib.sha256(f"{seed}/{study}/{sequence}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
@@ -520,11 +521,8 @@ class Chat:
 
 
 def parse(arguments=None):
-    parser = Parser(
-        prog="sample.py",
-        description="Write the findings of a chest X-ray, read beside the patient's previous one.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    about = "Write the findings of a chest X-ray, read beside the patient's previous one."
+    parser = Parser(prog="sample.py", description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     help = "the current image, then the prior, if any: JPEG, PNG, TIFF, DICOM; a file or http(s) URL"
     add("--images", nargs="+", required=True, metavar="IMAGE", help=help)

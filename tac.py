@@ -7,12 +7,12 @@ into one, then relates the current image c to the prior p. With L layers of N pa
                                                             x = x · sigmoid(fc2(gelu(fc1(mean of x over N and C))))
                                                             x = 1×1 convolution over layers, no bias
     p    +=  ((cos(c, p) + 1) / 2)^8 · LFE_prior_bias   cosine of the flattened images; a scalar, 0 at first
-    c1    =  norm1(c + self_attention_current(c))
-    p1    =  norm2(p + self_attention_prior(p))
-    x     =  norm3(c1 + cross_attention(c1, p1))        query c1; key and value p1
+    c1    =  norm1(c + cur_self_attention(c))
+    p1    =  norm2(p + prior_self_attention(p))
+    x     =  norm3(c1 + cros_attention(c1, p1))        query c1; key and value p1
     out   =  mlp_final(norm4(c + mlp_attn(x)))          the residual is c, not c1
 
-LLaVA's connectors (linear, mlp2x_gelu) read the current image only. An MLP with `_pair` behind its name reads each
+LLaVA's connectors (linear, mlp2x_gelu) read the current image only. An MLP whose name ends in `_pair` reads each
 patch of both images side by side: the plainest connector that sees the prior.
 """
 
@@ -43,10 +43,10 @@ class TAC(nn.Module):
             stages.append(nn.Conv2d(layers, fewer, 1, bias=False))
         self.LFE = nn.Sequential(*stages)
 
-        # temporal fusion module
-        self.cur_self_attention = BiasedAttention(width, heads)
-        self.prior_self_attention = BiasedAttention(width, heads)
-        self.cros_attention = BiasedAttention(width, heads)
+        # temporal fusion module; `cros` is the published spelling
+        self.cur_self_attention = BiasKVAttention(width, heads)
+        self.prior_self_attention = BiasKVAttention(width, heads)
+        self.cros_attention = BiasKVAttention(width, heads)
         self.norm1 = nn.LayerNorm(width)
         self.norm2 = nn.LayerNorm(width)
         self.norm3 = nn.LayerNorm(width)
@@ -58,14 +58,14 @@ class TAC(nn.Module):
         self.mlp_final = mlp(4, width, hidden_size)
 
     def forward(self, features):
-        current, prior = self.extract(features).unbind(1)
+        current, prior = self.extract(features).unbind(1)  # each [B, N, C]
         return self.fuse(current, prior)
 
     def extract(self, features):
         """Layerwise feature extractor: features [..., L, N, C] -> [..., N, C].
 
         A gate scales whole layers and a 1×1 convolution mixes whole layers, so the result is one weighted sum of the L
-        layers, and the gates need only their means: two passes over the features instead of nine.
+        layers, and the gates need only their means: two passes over the features, not three per stage.
         """
         # 1) follow the layers' means through the three stages; each stage is a matrix
         means = features.mean((-2, -1))  # [..., L]
@@ -78,8 +78,8 @@ class TAC(nn.Module):
 
         # 2) multiply the stages, and sum the layers with the weights that result
         weights = stages[2] @ (stages[1] @ stages[0])  # [..., 1, L]
-        image = weights @ features.flatten(-2)  # [..., 1, N * C]
-        return image.squeeze(-2).unflatten(-1, features.shape[-2:])  # [..., N, C]
+        fused = weights @ features.flatten(-2)  # [..., 1, N * C]
+        return fused.squeeze(-2).unflatten(-1, features.shape[-2:])  # [..., N, C]
 
     def fuse(self, c, p):
         """Temporal fusion module: current and prior [B, N, C] -> image embeddings [B, N, hidden]."""
@@ -114,7 +114,7 @@ class SqueezeExcite(nn.Module):
         return torch.sigmoid(h)
 
 
-class BiasedAttention(nn.MultiheadAttention):
+class BiasKVAttention(nn.MultiheadAttention):
     """Attention with one learned key and value beside those of the source image, then dropout.
 
     Torch's module provides the parameters, their names and initial values; `attention` computes.

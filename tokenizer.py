@@ -276,11 +276,11 @@ class Template:
     """
 
     start: str  # before the first question; holds the system prompt
-    open: str  # behind a question that the model is to answer
+    open: str  # after a question that the model is to answer
     answer: str  # between a question and its answer
     end: str  # closes an answer, and is learnt with it
     next: str  # before every later question
-    after: str = ""  # behind `end`, and not learnt
+    after: str = ""  # after `end`, and not learnt
     stop: str = ""  # generation ends at this string; "" means `end` without its white space
     drops_question: bool = False  # an answered question shrinks to its image
 
@@ -420,11 +420,11 @@ def template_of(config: dict, tokenizer: Tokenizer) -> str:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A rendered conversation. labels[i] tells whether ids[i] is learnt: part of an answer, or of what closes it."""
+    """A rendered conversation. mask[i] tells whether ids[i] is learnt: part of an answer, or of what closes it."""
 
     text: str
     ids: list[int]
-    labels: list[bool]
+    mask: list[bool]
 
 
 def render(turns: list[tuple[str, str | None]], template: Template, tokenizer: Tokenizer) -> Prompt:
@@ -432,10 +432,10 @@ def render(turns: list[tuple[str, str | None]], template: Template, tokenizer: T
 
         text    SYSTEM USER: <image>\\nIs it clear? ASSISTANT: Yes.</s>
         tokens  ...  :  IMAGE  ...  ▁clear  ?  ▁A  SS  IST  ANT  :  ▁Yes  .  </s>
-        labels       0    0           0     0   0   0   0    0   0   1    1   1
+        mask         0    0           0     0   0   0   0    0   0   1    1   1
 
     A token is learnt if one of its characters is part of an answer or of the `end` that closes it. An answer None, in
-    the last turn only, leaves the prompt open for generation. Two images are a ValueError.
+    the last turn only, leaves the prompt open. ValueError if "<image>", which stands for both images, occurs twice.
     """
     # 1) join the turns; remember which characters are learnt, by their positions in the text
     text, learnt = "", set()
@@ -452,24 +452,24 @@ def render(turns: list[tuple[str, str | None]], template: Template, tokenizer: T
         learnt.update(range(begin, len(text)))
         text += template.after
 
-    # 2) tokenize what is before and behind the image, each alone: tokenizer_image_token in libra/mm_utils.py
+    # 2) tokenize what is before and after the image, each alone: tokenizer_image_token in libra/mm_utils.py
     chunks = text.split(IMAGE_TEXT)
     if len(chunks) > 2:
         raise ValueError(f"{IMAGE_TEXT} occurs {len(chunks) - 1} times in a conversation, which can show one image")
-    ids, labels, start = [], [], 0
+    ids, mask, start = [], [], 0
     for number, chunk in enumerate(chunks):
         chunk_ids, offsets = tokenizer.encode_with_offsets(chunk)
         if number > 0:
             ids.append(IMAGE)
-            labels.append(False)
+            mask.append(False)
             # only the first chunk keeps the bos that the tokenizer adds (Llama 3's then has two, one of the template)
             if ids[0] == tokenizer.bos_token_id:
                 del chunk_ids[0], offsets[0]
 
         # 3) a token is learnt if one of its characters is
         ids += chunk_ids
-        for first, behind in offsets:
-            characters = range(start + first, start + behind)
-            labels.append(not learnt.isdisjoint(characters))
+        for first, end in offsets:
+            characters = range(start + first, start + end)
+            mask.append(not learnt.isdisjoint(characters))
         start += len(chunk) + len(IMAGE_TEXT)
-    return Prompt(text, ids, labels)
+    return Prompt(text, ids, mask)

@@ -3,8 +3,9 @@
     python train.py configs/align.py --records=train.jsonl --image_folder=mimic-cxr-jpg
     torchrun --nproc-per-node 8 train.py configs/finetune_lora.py --key=value …
 
-What happens in a step depends on the config and the step's number alone. So a checkpoint holds only the trained
-weights, the optimizer's state and the number of steps, and a resumed run equals one that was never interrupted.
+What happens in a step depends on the config and the step's number alone. So a checkpoint holds the trained
+weights, the optimizer's state, the number of steps, the best score and the config, and a resumed run equals one that
+was never interrupted.
 """
 
 import argparse
@@ -43,7 +44,7 @@ from tokenizer import IMAGE_TEXT, find_template
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The settings of a run. The comment behind a field is its line in --help."""
+    """The settings of a run. The comment after a field is its line in --help."""
 
     # the model to start from
     model: str = ""  # what to start from: a checkpoint, adapter or connector, as a folder, file or hub id
@@ -51,7 +52,7 @@ class TrainConfig:
     decoder: str = ""  # instead of model, stock parts: the language model, a folder or hub id
     encoder: str = ""  # … and the image encoder
     new_decoder: dict = field(default_factory=dict)  # … or both with fresh weights: the fields of a Llama's config.json
-    new_encoder: dict = field(default_factory=dict)  # … and of a DINOv2's
+    new_encoder: dict = field(default_factory=dict)  # the fields of a DINOv2's config.json, with new_decoder
     connector: str = "TAC"  # … and a fresh connector: TAC, linear, mlp2x_gelu, …
     connector_weights: str = ""  # … or the weights it starts with: an mm_*projector* file
     select_layer: int = -2  # … and the encoder layer that an MLP connector reads
@@ -71,8 +72,8 @@ class TrainConfig:
     image_folder: str = ""  # the folder of the images that the records name
     image_cache: str = ""  # … or what prepare.py cache made of it
     max_length: int = 2048  # longest record in ids, an image counting as one; longer records are cut
-    share_prefix: bool = True  # put records with the same images behind one prefix
-    max_shared: int = 8  # most records behind one prefix
+    share_prefix: bool = True  # records with the same images share one prefix
+    max_shared: int = 8  # most records that share one prefix
 
     # how
     epochs: float = 1.0  # passes over the records
@@ -138,7 +139,7 @@ def check_config(config: TrainConfig):
     from evaluation.metrics import METRICS
 
     for name in config.metrics:
-        is_known = name in METRICS or ":" in name
+        is_known = (name in METRICS and name != "Bert_score") or ":" in name
         require(is_known, f"metrics names {name!r}, neither module:function nor one of {', '.join(METRICS)}")
     require(config.best in ("loss", *config.metrics), f"best is {config.best!r}, neither loss nor one of the metrics")
     for name in config.report_to:
@@ -544,7 +545,7 @@ def parse(arguments: list[str] | None) -> tuple[TrainConfig, bool]:
     parser = Parser(prog="train.py", usage="train.py configs/NAME.py [--key=value …] [--resume]")
     parser.add_argument("config", help="a file of assignments to the keys below, such as configs/align.py")
     parser.add_argument("--resume", action="store_true", help="continue from the newest checkpoint in out_dir")
-    # a flag for each setting; its help is the comment behind it in this file
+    # a flag for each setting; its help is the comment after it in this file
     source = Path(__file__).read_text(encoding="utf-8")
     for name, comment in re.findall(r"^    (\w+): .* = .+?  # (.+)$", source, re.MULTILINE):
         text = f"{comment} (default: {DEFAULTS[name]!r})"

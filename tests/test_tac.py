@@ -7,7 +7,7 @@ from conftest import cases, load, read, relative
 from safetensors.torch import load_file
 from torch import nn
 
-from tac import TAC, BiasedAttention, make_connector
+from tac import TAC, BiasKVAttention, make_connector
 
 
 class PlainSqueezeExcite(nn.Module):
@@ -113,7 +113,7 @@ def test_the_extractor_as_one_weighted_sum_equals_the_extractor_as_written(L):
 
 @pytest.mark.parametrize(("width", "heads"), [(24, 2), (36, 3), (20, 1)])
 def test_attention_with_a_learned_key_equals_that_of_torch(width, heads):
-    ours, theirs = randomised(BiasedAttention(width, heads), plain_attention(width, heads))
+    ours, theirs = randomised(BiasKVAttention(width, heads), plain_attention(width, heads))
     query, source = random_features(1, 2, 3, 9, width)[0]  # [3, 9, width] each
     assert_same(ours, theirs, ours, lambda q, s: attend(theirs, q, s), query[:, :7], source)
 

@@ -245,7 +245,7 @@ def test_golden_prompts(file):
     assert template_of(config, tokenizer) == case["template"]
     prompt = render([(f"<image>\n{case['query']}", None)], find_template(case["template"]), tokenizer)
     assert (prompt.text, prompt.ids) == (case["prompt"], case["input_ids"])
-    assert prompt.labels == [False] * len(prompt.ids)
+    assert prompt.mask == [False] * len(prompt.ids)
 
 
 def turns_of(number):
@@ -266,7 +266,7 @@ def test_golden_labels(family, template, number):
     real = golden["attention_mask"][number].bool()
     prompt = render(turns_of(number), find_template(template), Tokenizer(GOLDEN / family / "model"))
     assert prompt.ids == golden["input_ids"][number][real].tolist()
-    learnt = [id if label else -100 for id, label in zip(prompt.ids, prompt.labels, strict=True)]
+    learnt = [id if label else -100 for id, label in zip(prompt.ids, prompt.mask, strict=True)]
     assert learnt == golden["labels"][number][real].tolist()
 
 
@@ -274,7 +274,7 @@ def test_golden_labels(family, template, number):
 def test_both_answers_of_two_turns_are_learnt_with_what_closes_them(folder, template, end):
     tokenizer, turns = Tokenizer(folder), turns_of(1)
     prompt = render(turns, find_template(template), tokenizer)
-    pairs = itertools.groupby(zip(prompt.ids, prompt.labels, strict=True), key=lambda pair: pair[1])
+    pairs = itertools.groupby(zip(prompt.ids, prompt.mask, strict=True), key=lambda pair: pair[1])
     runs = [[id for id, _ in run] for is_learnt, run in pairs if is_learnt]
     assert [tokenizer.decode(run[:-1]) for run in runs] == [answer for _, answer in turns]
     assert [tokenizer.backend.id_to_token(run[-1]) for run in runs] == [end, end]
@@ -285,7 +285,7 @@ def test_the_plain_template_learns_answer_and_line_break_without_the_question():
     prompt = render(turns, find_template("plain"), Tokenizer(SEVEN))
     learnt = sentencepiece_of(SEVEN).encode("The lungs are clear.\n")
     assert prompt.ids == [1, IMAGE, *learnt]
-    assert prompt.labels == [False, False] + [True] * len(learnt)
+    assert prompt.mask == [False, False] + [True] * len(learnt)
 
 
 def test_a_conversation_without_an_image_is_one_chunk():
