@@ -131,7 +131,7 @@ def loss_and_gradients(libra, batch):
     return {"loss": loss.detach()} | {name: p.grad.clone() for name, p in learning if p.grad is not None}
 
 
-# ------------------------------------------------------------------------------------------ one step, and whole runs
+# -------------------------------------------------------------------------------- one step, and whole runs
 
 
 @pytest.mark.parametrize(("family", "numbers"), [("libra-7b", [0, 1, 2]), ("libra-3b", [0, 2])])
@@ -289,8 +289,7 @@ def test_two_processes_train_and_validate_as_one_does(tmp_path, records):
     scores, others = ([line for line in log(tmp_path / out) if "validation loss" in line] for out in ("one", "two"))
     assert [line["step"] for line in scores] == [2, 4, 6]
     assert all(line[f"validation {count}"] == 5 for line in scores)
-    for line, other in zip(scores, others, strict=True):
-        assert other == pytest.approx(line, rel=1e-4)
+    assert others == [pytest.approx(line, rel=1e-4) for line in scores]
     assert Libra.from_pretrained(tmp_path / "two" / "best", device="cpu")
     picture = (tmp_path / "two" / "loss.svg").read_text()
     assert picture.startswith("<svg") and picture.count("<polyline") == 2
@@ -326,7 +325,7 @@ def test_sharded_processes_do_what_one_does_and_any_number_resumes_their_checkpo
         assert_like_one(out)
 
 
-# ------------------------------------------------------------------------------------------ interruptions, and what a run leaves
+# -------------------------------------------------------------------------------- interruptions, and what a run leaves
 
 
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(tmp_path, records):
@@ -393,10 +392,8 @@ def test_the_trained_parts_and_no_others_are_read_from_last(tmp_path, records, p
     run(tmp_path / "run", records, f"--train={parts}", batch_size=23)
     libra, stock = Libra.from_pretrained(tmp_path / "run" / "last", device="cpu"), build(GOLDEN_RUN)
     assert (libra.pixels.pad, libra.template) == ("black", "libra_v1")
-    changed = set()
-    for (name, parameter), other in zip(libra.named_parameters(), stock.parameters(), strict=True):
-        if not torch.equal(parameter, other):
-            changed.add(name.split(".")[0])
+    pairs = zip(libra.named_parameters(), stock.parameters(), strict=True)
+    changed = {name.split(".")[0] for (name, parameter), other in pairs if not torch.equal(parameter, other)}
     assert changed == set(parts.replace("lora", "decoder").split(","))
     # whatever is not a whole model has a layout of its own
     files = {"connector": "mm_projector.safetensors", "decoder": "model.safetensors", "encoder": "model.safetensors"}
@@ -424,7 +421,7 @@ def test_fresh_parts_learn_and_become_stock_parts(tmp_path, records):
     assert config["model_type"] == "llama" and not [name for name in config if "mm" in name or "image" in name]
 
 
-# ------------------------------------------------------------------------------------------ mistakes, settings
+# -------------------------------------------------------------------------------- mistakes, settings
 
 
 def assert_mistake(capsys, arguments, culprit):
@@ -438,27 +435,22 @@ def assert_mistake(capsys, arguments, culprit):
     assert status == 2 and errors.count("\n") == 1 and culprit in errors, errors
 
 
-@pytest.mark.parametrize(
-    ("flags", "culprit"),
-    [
-        ("--model=", "model"), ("--records=", "records"), ("--image_folder=", "image_folder"),
-        ("--image_folder=nowhere", "nowhere"), ("--train=tac", "tac"), ("--train=", "train"),
-        ("--train=lora,decoder", "lora"), ("--train=lora --fsdp=True", "fsdp"), ("--batch_size=24", "24"),
-        ("--template=libra_v9", "libra_v9"), ("--validate_every=2", "validation"), ("--metrics=BLEU5", "BLEU5"),
-        ("--best=BLEU4", "BLEU4"), ("--report_to=wandbs", "wandbs"), ("--resume", "checkpoint"),
-        ("--train=lora --lora_targets=qkv_proj", "qkv_proj"),
-        ("--lr=much", "lr"), ("--keep=1.5", "keep"), ("--epoch=1", "--epochs"), ("lr=1", "lr=1"), ("--lr", "--lr"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("flags", "culprit"), [
+    ("--model=", "model"), ("--records=", "records"), ("--image_folder=", "image_folder"), ("--train=", "train"),
+    ("--image_folder=nowhere", "nowhere"), ("--train=tac", "tac"), ("--train=lora,decoder", "lora"),
+    ("--train=lora --fsdp=True", "fsdp"), ("--batch_size=24", "24"), ("--template=libra_v9", "libra_v9"),
+    ("--validate_every=2", "validation"), ("--metrics=BLEU5", "BLEU5"), ("--best=BLEU4", "BLEU4"),
+    ("--report_to=wandbs", "wandbs"), ("--resume", "checkpoint"), ("--train=lora --lora_targets=qkv_proj", "qkv_proj"),
+    ("--lr=much", "lr"), ("--keep=1.5", "keep"), ("--epoch=1", "--epochs"), ("lr=1", "lr=1"), ("--lr", "--lr"),
+])  # fmt: skip
 def test_mistakes_on_the_command_line(tmp_path, records, capsys, flags, culprit):
     assert_mistake(capsys, [write_config(tmp_path / "run", records), *flags.split()], culprit)
 
 
-@pytest.mark.parametrize(
-    ("text", "culprit"),
-    [("batchsize = 4", "'batch_size'"), ("lr = 'much'", "lr"), ("lr = ", "config.py"), ("lr = 1 / 0", "ZeroDivision"),
-     ("train = 5", "train"), ("train = [5]", "train")],
-)  # fmt: skip
+@pytest.mark.parametrize(("text", "culprit"), [
+    ("batchsize = 4", "'batch_size'"), ("lr = 'much'", "lr"), ("lr = ", "config.py"), ("lr = 1 / 0", "ZeroDivision"),
+    ("train = 5", "train"), ("train = [5]", "train"),
+])  # fmt: skip
 def test_mistakes_in_a_config(tmp_path, capsys, text, culprit):
     (tmp_path / "config.py").write_text(text)
     assert_mistake(capsys, [tmp_path / "config.py"], culprit)
