@@ -240,7 +240,7 @@ class ImageFolder:
         self.root = Path(os.path.realpath(folder))
         self.config = config
 
-    def find(self, name: str) -> Path:
+    def find(self, name: str) -> str:
         """The path of an image. Raises ValueError if it is outside the folder, FileNotFoundError if it is missing."""
         # resolve "..", links and absolute names
         path = Path(os.path.realpath(self.root / name))
@@ -248,7 +248,7 @@ class ImageFolder:
             raise ValueError(f"image {name} leads out of the image folder {self.root}: refused")
         if not path.is_file():
             raise FileNotFoundError(f"no image {name} in {self.root}: check the image folder")
-        return path
+        return str(path)
 
     def frame(self, name: str) -> np.ndarray:
         """The image as the encoder sees it, but not normalised: padded, resized and cropped, uint8 [S, S, 3]."""
