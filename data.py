@@ -475,7 +475,7 @@ class TrainingSet:
             try:
                 frames = [self.images.frame(name) for name in record.images]
             except (ValueError, OSError) as error:
-                raise ValueError(f"{self.place(number)}: {error}") from None
+                raise ValueError(f"{self.place(numbers[0])}: {error}") from None
             pixels = [normalise(frame, self.images.config) for frame in frames]
             row = row._replace(pixels=torch.stack(pixels))  # [1 or 2, 3, S, S]
         return row
