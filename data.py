@@ -1,8 +1,6 @@
-"""From a study and its files to the batches of a training step.
+"""From a study and its files to batches (`TrainingSet`), and which records each training step takes (`StepLoader`).
 
     record file --Records--> dict --Record.parse--> Record --encode, share_prefix--> Row --collate--> Batch
-
-`TrainingSet` does this for the records you name, and `StepLoader` decides which records each training step takes.
 """
 
 import itertools
@@ -100,7 +98,6 @@ class Records:
         return record
 
     def place(self, index: int) -> str:
-        """Where a user finds the record, such as "records.jsonl line 7"."""
         return f"{self.path} {self.unit} {self.numbers[index]}"
 
     def _parse(self, text, place):
@@ -119,12 +116,6 @@ def image_names(raw: dict) -> list[str]:
     if not isinstance(names, list) or len(names) > 2 or not all(isinstance(name, str) and name for name in names):
         raise ValueError(f"image {names!r} is neither a file name nor a list of one or two (current, prior)")
     return list(dict.fromkeys(names))
-
-
-def parse_id(raw: dict, key: str):
-    if not isinstance(raw.get(key), str | int):
-        raise ValueError(f"{key} is missing or neither text nor a whole number")
-    return raw[key]
 
 
 class Record(NamedTuple):
@@ -162,10 +153,12 @@ class Record(NamedTuple):
             if IMAGE_TEXT in question:
                 text = question.replace(IMAGE_TEXT, "").strip()
                 questions[number] = f"{IMAGE_TEXT}\n{text}".strip()
-        return cls(parse_id(raw, "id"), images, list(zip(questions, answers, strict=True)))
+        if not isinstance(raw.get("id"), str | int):
+            raise ValueError("id is missing or neither text nor a whole number")
+        return cls(raw["id"], images, list(zip(questions, answers, strict=True)))
 
     @property
-    def starts_with_image(self) -> bool:
+    def starts_with_image(self):
         return self.turns[0][0].startswith(IMAGE_TEXT)
 
 
@@ -197,7 +190,9 @@ class Question(NamedTuple):
                 break
         if not isinstance(reference, str | None):
             raise ValueError(f"{field} is not text")
-        return cls(parse_id(raw, "question_id"), images, text, reference)
+        if not isinstance(raw.get("question_id"), str | int):
+            raise ValueError("question_id is missing or neither text nor a whole number")
+        return cls(raw["question_id"], images, text, reference)
 
 
 def check(records: Records, kind: type, find=ignore, progress=ignore, visit=ignore) -> SimpleNamespace:
@@ -242,18 +237,18 @@ class ImageFolder:
     def __init__(self, folder, config: PixelConfig | None):
         if not os.path.isdir(folder):
             raise NotADirectoryError(f"no image folder {folder}: check the path")
-        self.root = Path(os.path.realpath(folder))
+        self.root = os.path.realpath(folder)
         self.config = config
 
-    def find(self, name: str) -> Path:
+    def find(self, name: str) -> str:
         """The path of an image. Raises ValueError if it is outside the folder, FileNotFoundError if it is missing."""
         # resolve "..", links and absolute names
-        path = Path(os.path.realpath(self.root / name))
+        path = Path(os.path.realpath(Path(self.root, name)))
         if not path.is_relative_to(self.root):
             raise ValueError(f"image {name} leads out of the image folder {self.root}: refused")
         if not path.is_file():
             raise FileNotFoundError(f"no image {name} in {self.root}: check the image folder")
-        return path
+        return str(path)
 
     def frame(self, name: str) -> np.ndarray:
         """The image as the encoder sees it, but not normalised: padded, resized and cropped, uint8 [S, S, 3]."""
@@ -300,8 +295,7 @@ class ImageCache:
         data = self.frames[start:end]
         if zlib.crc32(data) != checksum:
             raise ValueError(f"{self.folder / FRAMES} is damaged at {name}: delete the cache and make it again")
-        side = self.config.crop
-        image = data.reshape(side, side, -1)  # [S, S, 1 or 3]
+        image = data.reshape(self.config.crop, self.config.crop, -1)  # [S, S, 1 or 3]
         return image.repeat(3 // image.shape[2], axis=2)  # [S, S, 3]
 
 
@@ -365,7 +359,7 @@ def share_prefix(rows: list[Row]) -> Row:
         ids         A chat. IMAGE  Edema? No.  Nodule? A small one.
         segments    0  0      0      1     1      2    2   2    2
     """
-    # a row by itself, with nothing to learn or not, stays as it is
+    # a row alone stays as it is, even an empty one
     rows = [row for row in rows if row.ids] or rows[:1]
     if len(rows) == 1:
         return rows[0]
@@ -426,7 +420,7 @@ def positions_of(segments: torch.Tensor) -> torch.Tensor:
     return positions
 
 
-# ------------------------------------------------------------------------------------------ training: rows, batches, and the plan of steps
+# ------------------------------------------------------------------------------------------ the plan of steps
 
 @dataclass
 class TrainingSet:
@@ -462,8 +456,15 @@ class TrainingSet:
     def __len__(self):
         return len(self.records)
 
+    def place(self, number: int) -> str:
+        """Where a user finds a record, such as "records.jsonl line 7"."""
+        for file in self.records.datasets:
+            if number < len(file):
+                return file.place(number)
+            number -= len(file)
+
     def row(self, numbers: Sequence[int]) -> Row:
-        """The row of these records, such as [0, 2, 3]. Several must start with the same images."""
+        """The row of these records, such as [0, 2, 3], which start with the same images. Raises ValueError."""
         rows = []
         for number in numbers:
             record = Record.parse(self.records[number])
@@ -471,13 +472,16 @@ class TrainingSet:
         row = share_prefix(rows)
         # open the images, once for all these records, unless max_length cut them off
         if IMAGE in row.ids:
-            frames = [self.images.frame(name) for name in record.images]
+            try:
+                frames = [self.images.frame(name) for name in record.images]
+            except (ValueError, OSError) as error:
+                raise ValueError(f"{self.place(numbers[0])}: {error}") from None
             pixels = [normalise(frame, self.images.config) for frame in frames]
             row = row._replace(pixels=torch.stack(pixels))  # [1 or 2, 3, S, S]
         return row
 
     def batch(self, numbers: Sequence) -> Batch:
-        """The batch of rows of records, such as [[4], [0, 2, 3]]. Raises ValueError or OSError for a bad image."""
+        """The batch of rows of records, such as [[4], [0, 2, 3]]. Raises ValueError that names a record."""
         rows = [self.row(row) for row in numbers]
         return collate(rows, self.image_positions)._replace(numbers=numbers)
 
@@ -501,8 +505,7 @@ def shared_rows(prefixes: Sequence[int], max_shared: int) -> list:
         groups.setdefault(prefix, []).append(number)
     rows = []
     for numbers in groups.values():
-        for start in range(0, len(numbers), max_shared):
-            rows.append(numbers[start : start + max_shared])
+        rows += [numbers[start : start + max_shared] for start in range(0, len(numbers), max_shared)]
     return rows
 
 
@@ -523,9 +526,9 @@ class StepLoader:
 
     def __post_init__(self):
         records = len(self.training_set)
-        size = self.world.size
-        if max(self.batch_size, size) > records:
-            raise ValueError(f"{records} records are too few for batches of {self.batch_size} and {size} processes")
+        if max(self.batch_size, self.world.size) > records:
+            sizes = f"batches of {self.batch_size} and {self.world.size} processes"
+            raise ValueError(f"{records} records are too few for {sizes}")
         # a template without questions learns the id right behind the image, and that id differs between records
         if self.training_set.template.drops_question:
             self.max_shared = 1
@@ -534,7 +537,6 @@ class StepLoader:
         for row, numbers in enumerate(self.rows):
             for number in numbers:
                 self.row_of[number] = row
-
         self.steps_per_epoch = math.ceil(records / self.batch_size)
         self.num_steps = math.ceil(self.epochs * self.steps_per_epoch)
         if self.max_steps:
@@ -549,13 +551,11 @@ class StepLoader:
             ranks 0 and 1          [[[4], [1]]] and [[[6], [0, 2, 3]]]
         """
         # 1) the records of a row are neighbours; the first and the last row of a step may be cut
-        rows = []
-        for _, row in itertools.groupby(numbers, self.row_of.__getitem__):
-            rows.append(list(row))
+        rows = [list(row) for _, row in itertools.groupby(numbers, self.row_of.__getitem__)]
         # 2) rows of similar length go together: of reports mixed with short answers 9 % is padding, otherwise 30 %
         lengths = self.training_set.lengths
         rows.sort(key=lambda row: sum(lengths[number] for number in row))
-        # 3) ranks take turns; no rank has more rows than rank 0, whose number of passes is everyone's if it must be even
+        # 3) ranks take turns, so rank 0 has the most rows; if the ranks must be even, all run as many passes as it does
         mine = rows[self.world.rank :: self.world.size]
         most = rows[:: self.world.size] if self.even else mine
         size = self.micro_batch
@@ -568,9 +568,8 @@ class StepLoader:
             # each epoch shuffles the rows; the records of a row stay together
             if step == first or index == 0:
                 # RandomState promises the same numbers in every version of numpy; the newer generators do not
-                shuffled = np.random.RandomState([self.seed, epoch]).permutation(len(self.rows))
                 order = []
-                for row in shuffled:
+                for row in np.random.RandomState([self.seed, epoch]).permutation(len(self.rows)):
                     order += self.rows[row]
             start = index * self.batch_size
             yield self.micro_batches(order[start : start + self.batch_size])
@@ -579,10 +578,9 @@ class StepLoader:
         """Yield (step, its batches), from step `first` on. Raises the ValueError or OSError of a record."""
         # the DataLoader works ahead of the steps: the plan is made once, and both read it at their own pace
         plan, ahead = itertools.tee(self.plan(first))
-        sampler = itertools.chain.from_iterable(ahead)
         # batch_size=None: what the training set returns is a batch already
         settings = dict(batch_size=None, num_workers=self.workers, worker_init_fn=ignore_signals)
-        loader = iter(DataLoader(self.training_set, sampler=sampler, **settings))
+        loader = iter(DataLoader(self.training_set, sampler=itertools.chain.from_iterable(ahead), **settings))
         for step, passes in enumerate(plan, first):
             begin = time.monotonic()
             batches = [next(loader) for _ in passes]

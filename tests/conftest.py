@@ -57,6 +57,16 @@ def read(*path: str):
     return json.loads(GOLDEN.joinpath(*path).read_text())
 
 
+def training_record(question="Has it grown?", answer="It has.", image="0.png", id="1", **changes) -> dict:
+    messages = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+    return {"id": id, "image": image, "conversations": messages} | changes
+
+
+def write_jsonl(path: Path, records) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
 @pytest.fixture
 def seven():
     return load("libra-7b")
