@@ -1,7 +1,4 @@
-"""Oracles: golden losses and gradients, `peft` with AdamW, `transformers`' schedule, and one process for several.
-
-A resumed run is compared with one that was never interrupted: to the byte with as many processes, closely with others.
-"""
+"""Oracles: golden losses and gradients, `peft` with AdamW, `transformers`' schedule, and one unbroken process."""
 
 import atexit
 import hashlib
@@ -102,7 +99,7 @@ def losses(out):
 
 
 def checkpoints(out):
-    return sorted((out / "checkpoints").iterdir())
+    return sorted((out / "checkpoints").glob("*"))
 
 
 def weights(out):
@@ -127,8 +124,7 @@ def loss_and_gradients(libra, batch):
     libra.zero_grad()
     loss = libra.loss(batch)
     loss.backward()
-    learning = trainable_parameters(libra).items()
-    return {"loss": loss.detach()} | {name: p.grad.clone() for name, p in learning if p.grad is not None}
+    return {"loss": loss.detach()} | {n: p.grad for n, p in trainable_parameters(libra).items() if p.grad is not None}
 
 
 # -------------------------------------------------------------------------------- one step, and whole runs
@@ -265,9 +261,9 @@ def test_micro_batches_and_shared_prefixes_change_nothing(tmp_path, records):
 
 
 def count_answers(references, predictions):
-    """A metric of one's own. Under torchrun it also prints the threads that are left when the process ends."""
+    """A metric of one's own. It also prints the threads that are left when its process ends."""
+    threads = lambda: [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")]
     if "RANK" in os.environ:
-        threads = lambda: [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")]
         atexit.register(lambda: print("threads at the end:", *threads(), flush=True))
     assert all(isinstance(text, str) for text in references + predictions)
     return len(predictions)
@@ -287,8 +283,7 @@ def test_two_processes_train_and_validate_as_one_does(tmp_path, records):
     assert "threads at the end:" in output and "gloo" not in output
 
     scores, others = ([line for line in log(tmp_path / out) if "validation loss" in line] for out in ("one", "two"))
-    assert [line["step"] for line in scores] == [2, 4, 6]
-    assert all(line[f"validation {count}"] == 5 for line in scores)
+    assert [(line["step"], line[f"validation {count}"]) for line in scores] == [(2, 5), (4, 5), (6, 5)]
     assert others == [pytest.approx(line, rel=1e-4) for line in scores]
     assert Libra.from_pretrained(tmp_path / "two" / "best", device="cpu")
     picture = (tmp_path / "two" / "loss.svg").read_text()
@@ -335,8 +330,8 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(tmp_path,
     finish(start(whole, records, **settings))
     generator, kills = random.Random(1), int(os.environ.get("KILLS", 2))
     while True:
-        started = list((broken / "checkpoints").glob("step-*.pt"))
-        process = start(broken, records, *(["--resume"] if started else []), **settings)
+        flags = ["--resume"] if checkpoints(broken) else []
+        process = start(broken, records, *flags, **settings)
         # kill it a moment after one of its first lines, of which the logged steps are most
         if kills:
             for _ in range(generator.randrange(1, 7)):
@@ -380,8 +375,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, reco
     whole, before = run(out, records), digests(out / "last")
     newest = checkpoints(out)[-1]
     newest.write_bytes(newest.read_bytes()[:-1000])
-    with open(out / "log.jsonl", "a") as file:
-        file.write('{"step": 6, "lo')  # as a full disk leaves it
+    # as a full disk leaves the log
+    (out / "log.jsonl").write_text((out / "log.jsonl").read_text() + '{"step": 6, "lo')
     assert run(out, records, "--resume") == whole
     assert str(newest) in capsys.readouterr().err
     assert digests(out / "last") == before
@@ -454,12 +449,11 @@ def test_mistakes_on_the_command_line(tmp_path, records, capsys, flags, culprit)
 def test_mistakes_in_a_config(tmp_path, capsys, text, culprit):
     (tmp_path / "config.py").write_text(text)
     assert_mistake(capsys, [tmp_path / "config.py"], culprit)
-    assert_mistake(capsys, [tmp_path / "nowhere.py"], "nowhere.py")
 
 
 def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(tmp_path, records, capsys):
-    run(tmp_path / "run", records)
     config = write_config(tmp_path / "run", records)
+    assert train.main([config]) == 0
     assert_mistake(capsys, [config], "--resume")
     assert_mistake(capsys, [config, "--resume", "--lr=1e-4"], "lr=")
 
@@ -494,8 +488,7 @@ def test_the_command_line_overrides_the_config_and_the_config_the_defaults(tmp_p
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
 def test_every_config_can_be_read(path):
-    config, _ = train.parse([str(path)])
-    assert config.out_dir == f"runs/{path.stem}"
+    assert train.parse([str(path)])[0].out_dir == f"runs/{path.stem}"
 
 
 def test_help_explains_every_setting(capsys):
