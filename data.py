@@ -237,13 +237,13 @@ class ImageFolder:
     def __init__(self, folder, config: PixelConfig | None):
         if not os.path.isdir(folder):
             raise NotADirectoryError(f"no image folder {folder}: check the path")
-        self.root = Path(os.path.realpath(folder))
+        self.root = os.path.realpath(folder)
         self.config = config
 
     def find(self, name: str) -> str:
         """The path of an image. Raises ValueError if it is outside the folder, FileNotFoundError if it is missing."""
         # resolve "..", links and absolute names
-        path = Path(os.path.realpath(self.root / name))
+        path = Path(os.path.realpath(Path(self.root, name)))
         if not path.is_relative_to(self.root):
             raise ValueError(f"image {name} leads out of the image folder {self.root}: refused")
         if not path.is_file():
@@ -475,7 +475,7 @@ class TrainingSet:
             try:
                 frames = [self.images.frame(name) for name in record.images]
             except (ValueError, OSError) as error:
-                raise ValueError(f"{self.place(number)}: {error}") from None
+                raise ValueError(f"{self.place(numbers[0])}: {error}") from None
             pixels = [normalise(frame, self.images.config) for frame in frames]
             row = row._replace(pixels=torch.stack(pixels))  # [1 or 2, 3, S, S]
         return row

@@ -303,10 +303,12 @@ def name_records(training_set: TrainingSet, batches: list, losses: list) -> str:
 
 def describe(config: TrainConfig, loader: StepLoader, learning: int, frozen: int):
     """Prints the settings that differ from the defaults, how many parameters learn, and from how many records."""
-    changed = {name: value for name, value in asdict(config).items() if value != DEFAULTS[name]}
-    print(*(f"{name}={value!r}" for name, value in changed.items()))
+    for name, value in asdict(config).items():
+        if value != DEFAULTS[name]:
+            print(f"{name}={value!r}", end=" ")
+    print()
     parts, records = "+".join(config.train), loader.training_set
-    print(f"{parts} learns: {learning / 1e6:.2f} M parameters, {frozen / 1e6:.2f} M are frozen")
+    print(f"{parts} learns: {learning:,} parameters, {frozen:,} are frozen")
     print(f"{len(records):,} records ({records.duplicates:,} with an earlier one's id) in {len(loader.rows):,} rows")
 
 

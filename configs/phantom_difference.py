@@ -1,7 +1,9 @@
 """The phantom model, between the stages: TAC and LoRA learn to say what has changed, and nothing else.
 
-Of a report one word in thirty tells a change, and TAC alone finds a way to write reports from the current image that it
-does not leave again. python train.py configs/phantom_difference.py, after configs/phantom_align.py
+Only one word in thirty of a report is about change. So TAC alone learns to write reports from the current image, and
+never leaves that solution again.
+
+Run this after configs/phantom_align.py: python train.py configs/phantom_difference.py
 """
 
 model = "runs/phantom_align/last"

@@ -1,6 +1,7 @@
-"""The phantom model, stage 2: LoRA on findings, and still on what has changed; TAC learns on beside it.
+"""The phantom model, stage 2: LoRA learns to write findings and still to say what has changed; TAC keeps learning.
 
-python train.py configs/phantom_lora.py, after configs/phantom_difference.py was merged as `make phantom` does
+Run this after configs/phantom_difference.py, whose result `make phantom` merges first:
+python train.py configs/phantom_lora.py
 """
 
 model = "runs/phantom_difference/merged"

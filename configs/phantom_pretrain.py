@@ -1,9 +1,10 @@
-"""The phantom model, stage 0: encoder, tokenizer and language model from nothing.
+"""The phantom model, stage 0: encoder, tokenizer and language model learn from fresh weights.
 
-They learn whole findings from the current image alone, words of change included, as guesses: so a frozen language model
-can say them later. Short answers about the same studies teach the encoder several times faster than reports alone.
+They learn whole findings from the current image alone. Words of change can only be guessed then, but a language model
+that has learnt them can use them when it is frozen. Short answers about the same studies teach the encoder several
+times faster than reports alone.
 
-python train.py configs/phantom_pretrain.py, after the hospital was drawn as `make phantom` does
+Run this after the hospital is drawn, as `make phantom` does: python train.py configs/phantom_pretrain.py
 """
 
 new_encoder = dict(
@@ -13,7 +14,7 @@ new_decoder = dict(
     vocab_size=1024, hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=True,
 )
-connector, select_layer = "mlp2x_gelu", -1  # looks at the current image alone
+connector, select_layer = "mlp2x_gelu", -1  # reads the current image alone
 template = "libra_v1"
 train = ("connector", "decoder", "encoder")
 records = ("runs/hospital/data/findings_train.jsonl", "runs/hospital/data/diff_vqa_train.jsonl")

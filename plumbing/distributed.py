@@ -22,8 +22,7 @@ class World:
         """The GPU of this rank, if there are several ranks and `device` is cuda without a number."""
         if self.size > 1 and device == torch.device("cuda"):
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-            # NCCL and FSDP use the current device
-            torch.cuda.set_device(device)
+            torch.cuda.set_device(device)  # NCCL and FSDP use the current one
         return device
 
     def all_gather(self, value) -> list:
@@ -47,16 +46,19 @@ class World:
         """Sums the gradients of all ranks. FSDP has summed those of sharded parameters in the backward pass."""
         if self.size == 1:
             return
-        sums = []
-        for parameter in parameters:
-            if is_sharded(parameter):
-                continue
+        # in buckets of some 16 million numbers: a message per tensor would take ten times as long
+        buckets = [[]]
+        for parameter in [parameter for parameter in parameters if not is_sharded(parameter)]:
             # a parameter that took no part on this rank counts as 0
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            sums.append(dist.all_reduce(parameter.grad, async_op=True))
-        for work in sums:
-            work.wait()
+            if sum(grad.numel() for grad in buckets[-1]) > 2**24:
+                buckets.append([])
+            buckets[-1].append(parameter.grad)
+        for grads in buckets:
+            flat = nn.utils.parameters_to_vector(grads)
+            dist.all_reduce(flat)
+            nn.utils.vector_to_parameters(flat, grads)
 
     def clip_grad_norm(self, parameters: Iterable[nn.Parameter], limit: float) -> float:
         """Scales all gradients so that their norm is at most `limit`. Returns the norm they had."""
@@ -96,11 +98,10 @@ def is_sharded(tensor: torch.Tensor) -> bool:
 def shard(module: nn.Module, blocks: Iterable[nn.Module], world: World):
     """Splits the blocks of a module over all ranks: parameters, gradients and optimizer state (FSDP2).
 
-    A block is gathered while it is computed, on a GPU in bfloat16. Whatever is outside the blocks stays a copy on each
-    rank. Gradients are summed, not averaged. All ranks must compute a block equally often, except inside `unsharded`.
+    A block is gathered while it is computed, on a GPU in bfloat16; what is outside the blocks stays a copy. Gradients
+    are summed, not averaged. All ranks must compute a block equally often, except inside `unsharded`.
     """
-    # slow to import, and needed by few runs
-    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.device_mesh import init_device_mesh  # slow to import, and needed by few runs
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     device = next(module.parameters()).device.type
@@ -112,7 +113,7 @@ def shard(module: nn.Module, blocks: Iterable[nn.Module], world: World):
         fully_shard(block, mesh=mesh, mp_policy=policy)
         block.set_gradient_divide_factor(1.0)
         block.set_force_sum_reduction_for_comms(True)
-    # the module shards nothing itself: it gathers the next block while one is computed
+    # shards nothing, but gathers the next block while one is computed
     fully_shard(module, mesh=mesh, ignored_params=set(module.parameters()))
 
 

@@ -53,7 +53,7 @@ class Log:
             json.dump(asdict(self.config), file, indent=1)
         self.trackers = [open_tracker(name, self.config) for name in self.config.report_to]
 
-    def step(self, step: int, values: dict[str, float], positions: int, waited: float):
+    def step(self, step: int, values: dict, positions: int, waited: float):
         """Call this after a step: its loss, lr and norm, the rank's positions, and its seconds of waiting so far."""
         self.positions += positions
         if step % self.config.log_every != 0 and step != self.num_steps:
@@ -78,13 +78,13 @@ class Log:
         print(f"{line} {minutes:.0f} min left", flush=True)
         self._write(step, values)
 
-    def scores(self, step: int, scores: dict[str, float]):
+    def scores(self, step: int, scores: dict):
         """Call this after a validation."""
         if self.world.rank == 0:
             print(f"step {step} validation:", ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
             self._write(step, {f"validation {name}": value for name, value in scores.items()})
 
-    def _write(self, step: int, values: dict[str, float]):
+    def _write(self, step: int, values: dict):
         with open(self.file, "a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step} | values) + "\n")
         for track in self.trackers:
