@@ -16,7 +16,7 @@ test: .venv/installed
 test-long: .venv/installed
 	KILLS=30 .venv/bin/python -m pytest tests/test_train.py -k killed
 	KILLS=20 .venv/bin/python -m pytest tests/sources/test_cache.py -k killed
-	.venv/bin/python tests/evaluation/test_answering.py 10
+	KILLS=10 .venv/bin/python -m pytest tests/evaluation/test_answering.py -k killed
 
 # the fused kernel compiled for every target, head size and type, without a GPU
 test-kernel: .venv/installed
@@ -32,7 +32,7 @@ phantom-pair: runs/hospital/data/.ready
 	$(call STAGES,pair,--connector=mlp2x_gelu_pair --select_layer=-1)
 
 # stage, prefix of the runs, settings; what was stopped goes on
-TRAIN = OMP_NUM_THREADS=1 .venv/bin/torchrun --nproc-per-node 2 train.py configs/phantom_$(1).py \
+TRAIN = OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=16777216 .venv/bin/torchrun --nproc-per-node 2 train.py configs/phantom_$(1).py \
 	--out_dir=runs/$(2)_$(1) $(3) $(if $(wildcard runs/$(2)_$(1)/checkpoints/*.pt),--resume)
 
 # prefix of the runs, settings of the connector

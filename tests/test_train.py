@@ -458,7 +458,7 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(tmp_path, 
     assert_mistake(capsys, [config, "--resume", "--lr=1e-4"], "lr=")
 
 
-def test_an_image_that_goes_missing_is_named(tmp_path, records, capsys, monkeypatch):
+def test_an_image_that_goes_missing_names_its_record(tmp_path, records, capsys, monkeypatch):
     read, calls = train.ImageFolder.frame, iter(range(100))
 
     def frame(self, name):
@@ -467,7 +467,7 @@ def test_an_image_that_goes_missing_is_named(tmp_path, records, capsys, monkeypa
         return read(self, name)
 
     monkeypatch.setattr(train.ImageFolder, "frame", frame)
-    assert_mistake(capsys, [write_config(tmp_path / "run", records)], "no image")
+    assert_mistake(capsys, [write_config(tmp_path / "run", records)], ".jsonl line")
     assert checkpoints(tmp_path / "run")
 
 
