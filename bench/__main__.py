@@ -4,13 +4,8 @@
     python -m bench attention                         the fused kernel beside PyTorch's attention, on a GPU
     python -m bench plan --gpu H100 --model 7b        memory and hours, estimated without running anything
 
-    encoder     features of a pair of images
-    prefill     image pair and prompt, until the logits of the first token
-    greedy      a report of 64 tokens, from images to text; beams: the same with 10 beams
-    step        a training step of the connector: 4 pairs, a question about each
-    questions   the same: 1 pair, 4 questions, in one row of ours and four rows of the peer
-    lora        a training step of LoRA: 2 pairs, a question about each
-
+decode measures the encoder on a pair of images, the prefill, and reports of 64 tokens by greedy and beam search (10).
+train measures steps of the connector on 4 pairs (step) and on 4 questions about 1 pair (questions), and of LoRA.
 Both sides run in separate processes, alternating; a comparison is shown only if both computed the same result.
 With one thread on a CPU, the default, seconds are CPU seconds: waiting for a busy core does not count.
 """
@@ -18,7 +13,6 @@ With one thread on a CPU, the default, seconds are CPU seconds: waiting for a bu
 import argparse
 import json
 import random
-import statistics
 import string
 import sys
 import tempfile
@@ -26,16 +20,17 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch.utils.benchmark import Timer
 
 from attention import attention
 from bench import costs, sides
-from bench.measure import measure, run
+from bench.measure import measure
 from data import Study
 from decoder import decoder_config
 from encoder import encoder_config
 from model import Libra
 from plumbing import fresh
-from plumbing.cli import Parser, guard, progress
+from plumbing.cli import Parser, guard, print_table, progress
 from plumbing.files import read_json
 from tokenizer import find_template
 
@@ -67,9 +62,10 @@ def write_random_model(folder: Path, encoder: dict, decoder: dict) -> str:
 
 
 def compare(options):
-    """Measures each piece of work with both sides, and prints a row for it."""
-    works = {"decode": sides.DECODING, "train": sides.TRAINING, "all": [*sides.DECODING, *sides.TRAINING]}[options.what]
-    facts = dict(torch=torch.__version__, model=options.model or options.size, runs=options.runs)
+    """Prints a row for each piece of work."""
+    works = {"decode": sides.DECODING, "train": tuple(sides.TRAINING)}
+    works["all"] = works["decode"] + works["train"]
+    works = works[options.what]
     show, rows = progress("measuring", "comparisons"), []
     with tempfile.TemporaryDirectory() as folder:
         model = options.model or write_random_model(Path(folder), *SIZES[options.size])
@@ -78,48 +74,54 @@ def compare(options):
             pair = [partial(sides.prepare, side, work, model, options.device) for side in (sides.Ours, sides.Peer)]
             try:
                 ours, peer = measure(pair, options.device, options.threads, options.runs)
-                row |= dict(seconds=ours.seconds, memory=ours.memory)
-                row |= dict(other_seconds=peer.seconds, ratio=peer.seconds / ours.seconds, other_memory=peer.memory)
-            except (ValueError, ImportError, RuntimeError) as error:
-                row["note"] = f"no comparison: {error}"
+                row |= dict(seconds=ours.seconds, other_seconds=peer.seconds, ratio=peer.seconds / ours.seconds)
+                row |= dict(memory=ours.memory, other_memory=peer.memory)
+            except (ImportError, RuntimeError) as error:
+                # the peer is not installed, ran out of memory or differs: the other rows are still worth having
+                row["note"] = str(error)
             rows.append(row)
             show(len(rows), len(works))
-    report(facts, rows, options)
+    unit = "CPU seconds" if options.device == "cpu" and options.threads == 1 else "seconds"
+    model = options.model or options.size
+    report(rows, dict(torch=torch.__version__, model=model, unit=unit, runs=options.runs), options)
 
 
 def compare_attention(options):
     """Forward and backward passes of the fused kernel and of PyTorch's attention: 32 heads of 128, bfloat16."""
     if options.device == "cpu":
         raise ValueError("attention needs a GPU: the fused kernel does not run on a CPU")
-    # four questions of 150 positions behind a pair of images and a prompt
+    # four questions of 150 positions behind a pair of images and its prompt
     segments = torch.tensor([1431 * [0] + 150 * [1] + 150 * [2] + 150 * [3] + 150 * [4]], device=options.device)
-    masks = {
-        "causal, 2,048 positions": dict(causal=True),
-        "4 × 150 behind 1,431": dict(segments=segments),
-        "causal, 4,096 positions, window 1,024": dict(causal=True, window=1024),
-    }
     rows = []
-    for (label, mask), positions in zip(masks.items(), (2048, 2031, 4096), strict=True):
-        shape = (3, 1, 32, positions, 128)
-        q, k, v = torch.randn(shape, device=options.device, dtype=torch.bfloat16, requires_grad=True)
-        seconds = {}
+    for label, positions, mask in (
+        ("causal, 2,048 positions", 2048, dict(causal=True)),
+        ("4 × 150 behind 1,431", 2031, dict(segments=segments)),
+        ("causal, 4,096 positions, window 1,024", 4096, dict(causal=True, window=1024)),
+    ):
+        inputs = torch.randn(3, 1, 32, positions, 128, device=options.device, dtype=torch.bfloat16)
+        inputs = [x.requires_grad_(True) for x in inputs]
+        seconds = []
         for impl in ("triton", "torch"):
-            step = lambda: torch.autograd.grad(attention(q, k, v, impl=impl, **mask).sum(), (q, k, v))
-            step()  # compiles the kernel
-            seconds[impl] = statistics.median(run(step, options.device).seconds for _ in range(options.runs))
-        ratio = seconds["torch"] / seconds["triton"]
-        rows.append(dict(mask=label, seconds=seconds["triton"], other_seconds=seconds["torch"], ratio=ratio))
-    report(dict(machine=torch.cuda.get_device_name()), rows, options)
+            output = partial(attention, *inputs, impl=impl, **mask)
+            timer = Timer("torch.autograd.grad(output().sum(), inputs)", globals=dict(output=output, inputs=inputs))
+            # the timer waits for the GPU, and warms up, which compiles the kernel
+            seconds.append(timer.timeit(options.runs).median)
+        row = dict(mask=label, other="PyTorch", seconds=seconds[0], other_seconds=seconds[1])
+        rows.append(row | dict(ratio=seconds[1] / seconds[0]))
+    report(rows, dict(machine=torch.cuda.get_device_name()), options)
 
 
-def report(facts: dict, rows: list[dict], options):
-    """Prints what was measured, as JSON or as a table."""
+def report(rows: list[dict], facts: dict, options):
+    """Prints rows as JSON or as a table."""
     if options.json:
         return print(json.dumps(facts | {"rows": rows}))
-    print(*facts.values(), sep=", ")
+    table = [["", "ours s", "its s", "ratio", "ours GiB", "its GiB", "against"]]
     for row in rows:
-        row.update({name: f"{row[name] / 2**30:.2f} GiB" for name in ("memory", "other_memory") if name in row})
-        print(*(f"{value:.4g}" if isinstance(value, float) else value for value in row.values()), sep="  ")
+        cells = [f"{row[name]:.4f}" if name in row else "-" for name in ("seconds", "other_seconds", "ratio")]
+        cells += [f"{row[name] / 2**30:.2f}" if name in row else "-" for name in ("memory", "other_memory")]
+        table.append([row.get("work") or row["mask"], *cells, row.get("note", row["other"])])
+    print(*facts.values(), sep=", ")
+    print_table(table)
 
 
 def plan(options):
@@ -129,19 +131,20 @@ def plan(options):
     model = costs.Costs(encoder_config(RAD_DINO, "RAD-DINO", {}), decoder_config(fields, name))
     parts = costs.plan(model, options)
     if options.json:
-        return print(json.dumps({part: [term._asdict() for term in terms] for part, terms in parts.items()}))
+        return print(json.dumps(parts))
     for part, terms in parts.items():
         print(f"\n{part}")
         for term in terms:
-            print(f"  {term.term:<24} {term.value:>10,.2f} {term.unit:<6} {term.how}".rstrip())
+            print("  {term:<24} {value:>10,.2f} {unit:<6} {how}".format(**term).rstrip())
 
 
 def parse(arguments=None):
     parser = Parser(prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("what", nargs="?", default="all", choices=("all", "decode", "train", "attention", "plan"), help="all: decode and train")
+    commands = ("all", "decode", "train", "attention", "plan")
+    add("what", nargs="?", default="all", choices=commands, help="all: decode and train")
     add("--size", default="small", choices=SIZES, help="random model: small (some minutes), mid (some 40 minutes)")
-    add("--model", metavar="DIR", help="a checkpoint instead; plan: 7b, 3b, 8b, mistral-7b, or a folder with a config.json")
+    add("--model", metavar="DIR", help="a checkpoint instead; plan: 7b, 3b, 8b, mistral-7b or a folder")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: cuda if there is one")
     add("--threads", type=int, default=1, metavar="N", help="CPU threads; above 1, seconds are wall seconds")
     add("--runs", type=int, default=3, metavar="N", help="runs of each side; their median counts")

@@ -106,19 +106,12 @@ class Costs:
         return size
 
 
-class Term(NamedTuple):
-    term: str
-    value: float
-    unit: str
-    how: str = ""
+def term(name: str, amount: float, unit: str, how: str = "") -> dict:
+    """A line of a plan; amount: bytes, FLOP or seconds."""
+    return dict(term=name, value=amount / {"GB": 1e9, "TFLOP": 1e12, "h": 3600}[unit], unit=unit, how=how)
 
 
-def term(name: str, amount: float, unit: str, how: str = "") -> Term:
-    """amount: bytes, FLOP or seconds; how: where it comes from."""
-    return Term(name, amount / {"GB": 1e9, "TFLOP": 1e12, "h": 3600}[unit], unit, how)
-
-
-def plan(costs: Costs, options) -> dict[str, list[Term]]:
+def plan(costs: Costs, options) -> dict[str, list[dict]]:
     """Memory and time of both training stages and of the test set; options: gpu, gpus, rows, questions, records."""
     # we assume that 40 % of the FLOP/s and 60 % of the bytes/s are reached
     gpu, peak = GPUS[options.gpu], PEAK_FLOPS[options.gpu.removesuffix("-40")]
@@ -127,7 +120,7 @@ def plan(costs: Costs, options) -> dict[str, list[Term]]:
     config, parts = costs.decoder_config, {}
     layers, weights = config.num_hidden_layers, costs.decoder + costs.encoder
 
-    def memory(name: str, size: float) -> Term:
+    def memory(name: str, size: float) -> dict:
         # the allocator leaves gaps
         verdict = "fits" if size < 0.92 * gpu.memory else "does not fit"
         return term(name, size, "GB", f"{verdict} {gpu.memory / 1e9:.0f} GB")

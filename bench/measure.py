@@ -3,9 +3,9 @@
 import multiprocessing
 import os
 import resource
-import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
+from statistics import median
 from typing import NamedTuple
 
 import numpy as np
@@ -25,8 +25,16 @@ class Run(NamedTuple):
     result: list
 
 
-def run(function, device: str, threads: int = 1) -> Run:
-    """Calls function(). With one thread on a CPU, seconds are CPU seconds: other programs may interrupt."""
+def prepare(side):
+    """In a side's process: makes the function that `run` calls."""
+    global function
+    torch.set_grad_enabled(False)
+    function = side()
+
+
+def run(device: str, threads: int) -> Run:
+    torch.set_num_threads(threads)
+    # other programs may interrupt a single thread: its CPU seconds do not count that
     clock = time.process_time if threads == 1 else time.perf_counter
     memory = lambda: 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if device != "cpu":
@@ -37,31 +45,20 @@ def run(function, device: str, threads: int = 1) -> Run:
     return Run(clock() - begin, memory(), result)
 
 
-def prepare_process(prepare, threads: int):
-    """In a side's process: makes the function that `run_prepared` calls."""
-    global function
-    torch.set_num_threads(threads)
-    torch.set_grad_enabled(False)
-    function = prepare()
+def measure(sides: list, device: str, threads: int, runs: int) -> list[Run]:
+    """Returns one run of each side, with the median of all its seconds.
 
-
-def run_prepared(device: str, threads: int) -> Run:
-    return run(function, device, threads)
-
-
-def measure(sides, device: str, threads: int, runs: int) -> list[Run]:
-    """Returns the last run of each side, with the median of its seconds.
-
-    A side is a function that returns the function to measure. ValueError, ImportError or RuntimeError if a side
-    fails or is killed, or if the sides compute different results.
+    A side is a function that returns the function to measure. An error of a side is raised here. RuntimeError if a
+    side is killed, or if they compute different results.
     """
+    # one process for each side, which keeps its model between the runs
     pools = [ProcessPoolExecutor(1, context, follow_parent) for _ in sides]
     rounds = []
     try:
         for pool, side in zip(pools, sides, strict=True):
-            pool.submit(prepare_process, side, threads).result()
+            pool.submit(prepare, side).result()
         for _ in range(runs):
-            rounds.append([pool.submit(run_prepared, device, threads).result() for pool in pools])
+            rounds.append([pool.submit(run, device, threads).result() for pool in pools])
     finally:
         # after Ctrl-C, a run could take minutes to end by itself
         for process in multiprocessing.active_children():
@@ -69,12 +66,8 @@ def measure(sides, device: str, threads: int, runs: int) -> list[Run]:
 
     for ours, peer in rounds:
         if not agree(ours.result, peer.result, device):
-            raise ValueError("it computed something else")
-    medians = []
-    for its_runs in zip(*rounds, strict=True):
-        seconds = statistics.median(run.seconds for run in its_runs)
-        medians.append(its_runs[-1]._replace(seconds=seconds))
-    return medians
+            raise RuntimeError("it computed something else")
+    return [its[0]._replace(seconds=median(run.seconds for run in its)) for its in zip(*rounds, strict=True)]
 
 
 def agree(ours: list, others: list, device: str) -> bool:

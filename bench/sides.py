@@ -42,7 +42,7 @@ class Ours:
 
 
 class Peer:
-    """No peer has our connector: a Libra gets the encoder and the decoder of `transformers`."""
+    """Dinov2Model and LlamaForCausalLM in the places of a Libra's encoder and decoder: no peer has our connector."""
 
     def __init__(self, libra: Libra, work: str):
         import transformers
@@ -50,25 +50,32 @@ class Peer:
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
         warnings.simplefilter("ignore")  # deprecated names within the peers
-        options = dict(dtype=libra.dtype, device_map=libra.device)
-        libra.encoder = libra.decoder = None  # frees their memory
-        encoder = transformers.Dinov2Model.from_pretrained(libra.encoder_files.source.folder, **options)
-        decoder = transformers.LlamaForCausalLM.from_pretrained(libra.weights.folder, **options)
-        decoder.generation_config.eos_token_id = None
 
-        def encode(pixels):
-            """As Libra.encode: pixels [B, 3, S, S] -> features [B, L, N, C]."""
-            hidden = encoder(pixels, output_hidden_states=True).hidden_states[1:]
-            return torch.stack([layer[:, 1:] for layer in hidden], 1)
+        # 1) the same weights in the peer's classes; our own give their memory back first
+        dtype, device = libra.dtype, libra.device
+        libra.encoder = libra.decoder = None
+        self.encoder = transformers.Dinov2Model.from_pretrained(libra.encoder_files.source.folder, dtype=dtype)
+        self.decoder = transformers.LlamaForCausalLM.from_pretrained(libra.weights.folder, dtype=dtype)
+        for model in (self.encoder, self.decoder):
+            model.to(device).requires_grad_(False)
+        self.decoder.generation_config.eos_token_id = None
 
-        encoder.patch_embed = encoder.embeddings.patch_embeddings.projection
-        libra.encoder, libra.encode, libra.decoder = encoder.requires_grad_(False), encode, decoder.model
-        self.libra, self.decoder, self.learning = libra, decoder.requires_grad_(False), libra.connector
+        # 2) what a Libra reads of its parts
+        self.encoder.patch_embed = self.encoder.embeddings.patch_embeddings.projection
+        libra.encoder, libra.encode, libra.decoder = self.encoder, self.encode, self.decoder.model
+        self.libra, self.learning = libra, libra.connector
         if work == "lora":
             import peft
 
-            sizes = dict(r=costs.RANK, lora_alpha=2 * costs.RANK, lora_dropout=TrainConfig().lora_dropout)
-            self.learning = peft.get_peft_model(decoder, peft.LoraConfig(**sizes, target_modules=list(PROJECTIONS)))
+            # alpha and dropout as published
+            config = peft.LoraConfig(r=costs.RANK, lora_alpha=2 * costs.RANK, lora_dropout=TrainConfig().lora_dropout)
+            config.target_modules = list(PROJECTIONS)
+            self.learning = peft.get_peft_model(self.decoder, config)
+
+    def encode(self, pixels):
+        """pixels [B, 3, S, S] -> features [B, L, N, C] without the class token."""
+        hidden = self.encoder(pixels, output_hidden_states=True).hidden_states[1:]
+        return torch.stack([layer[:, 1:] for layer in hidden], 1)
 
     def prefill(self, embeddings):
         output = self.decoder(inputs_embeds=embeddings[None], use_cache=True, logits_to_keep=1)
