@@ -81,7 +81,7 @@ def draw_blocks(x=545, size=13.5):
 
 def draw() -> str:
     shapes = "\n".join([*draw_rule(), *draw_blocks()])
-    return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 960 540" font-family="Helvetica" font-size="12" fill="#222222">
+    return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 960 540" font-family="Helvetica" font-size="12">
 <title>The mask of a row whose questions share a prefix</title>
 <rect width="960" height="540" rx="8" fill="#ffffff"/>
 {shapes}

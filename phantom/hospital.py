@@ -17,10 +17,7 @@ from phantom.reports import image_questions, pair_questions, report
 from plumbing.cli import parallel
 from plumbing.files import atomic, atomic_folder, resumable
 
-METADATA = """dicom_id subject_id study_id PerformedProcedureStepDescription ViewPosition Rows Columns StudyDate StudyTime
-    ProcedureCodeSequence_CodeMeaning ViewCodeSequence_CodeMeaning PatientOrientationCodeSequence_CodeMeaning""".split()
-SPLIT = "dicom_id study_id subject_id split".split()
-PAIRS = "study_id subject_id ref_id question_type question answer split".split()
+COLUMNS = VOCABULARY["columns"]  # of the three tables
 VIEW_CODES = {"AP": "antero-posterior", "PA": "postero-anterior", "LATERAL": "lateral"}
 
 
@@ -40,9 +37,9 @@ def write(out, patients: int, seed: int = 0, size: int = 128, workers: int = 1, 
     out, settings = Path(out), json.dumps({"seed": seed, "size": size, "dicom": dicom})
     mark = out / "phantom.json"
     if out.exists() and any(out.iterdir()):
-        before = mark.read_text().strip() if mark.exists() else "of no drawn hospital"
+        before = mark.read_text().strip() if mark.exists() else "nothing"
         if before != settings:
-            raise ValueError(f"{out} holds files {before}, not {settings}: give another folder")
+            raise ValueError(f"{out} has files, and phantom.json says {before}, not {settings}: give another folder")
     out.mkdir(parents=True, exist_ok=True)
     _write(mark, settings + "\n")
 
@@ -64,7 +61,7 @@ def _write_patient(out: Path, patient: int, *, seed: int, size: int, dicom: bool
     if folder.exists():
         return
     # the folder appears when it is complete, so an interrupted run never leaves half a patient
-    with atomic_folder(folder) as partial_folder:
+    with resumable(folder), atomic_folder(folder) as partial_folder:
         for state in states:
             # the report is beside the study's folder, the images are in it
             study = partial_folder / f"s{state.study_id}"
@@ -106,7 +103,8 @@ def _dicom(pixels: np.ndarray, state: State, view: str) -> bytes:
 
 def _write_tables(out: Path, patients: int, seed: int, size: int) -> dict[str, int]:
     """Write what covers all patients. Returns counts."""
-    metadata, split, pairs, truth = [METADATA], [SPLIT], [PAIRS], []
+    metadata, split, pairs = ([COLUMNS[name]] for name in ("metadata", "split", "pairs"))
+    truth = []
     images = {name: [] for name in SPLITS}  # the records about images
     for state in (state for patient in range(patients) for state in history(seed, patient)):
         study = {"subject_id": state.subject_id, "study_id": state.study_id}
@@ -150,29 +148,30 @@ def _csv(rows: list) -> str:
     return file.getvalue()
 
 
-def _write(path: Path, content: str | bytes):
-    data = content.encode() if isinstance(content, str) else content
-    if path.suffix == ".gz":
-        data = gzip.compress(data, mtime=0)  # no time inside: the bytes depend on the rows only
+def _write(path: Path, text: str):
     with atomic(path, "wb") as file:
-        file.write(data)
+        if path.suffix == ".gz":
+            # neither a name nor a time inside, so that the bytes depend on the text only
+            with gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed:
+                packed.write(text.encode())
+                packed.flush()
+        else:
+            file.write(text.encode())
 
 
 def truth_of(state: State) -> dict:
     """A study's line of truth.jsonl."""
+    ids = {"subject_id": state.subject_id, "study_id": state.study_id, "dicom_id": state.images[state.view]}
+    ids["prior_study_id"] = state.prior.study_id if state.prior else None
     findings, devices = {}, {}
     for name, finding in state.present.items():
-        where = {"side": finding.side, "place": finding.place}
-        if name in FINDINGS:
-            findings[name] = where | {"severity": finding.severity}
-        else:
-            devices[name] = where
-    prior_id = state.prior.study_id if state.prior else None
-    return {
-        "subject_id": state.subject_id, "study_id": state.study_id, "dicom_id": state.images[state.view],
-        "prior_study_id": prior_id, "view": state.view, "split": state.split,
-        "findings": findings, "devices": devices, "changes": state.changes,
-    }  # fmt: skip
+        kind = findings if name in FINDINGS else devices
+        kind[name] = finding._asdict()
+    # the severity of a device has no meaning
+    for device in devices.values():
+        del device["severity"]
+    present = {"findings": findings, "devices": devices, "changes": state.changes}
+    return ids | {"view": state.view, "split": state.split} | present
 
 
 def preview(seed: int = 0) -> Image.Image:
