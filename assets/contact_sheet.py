@@ -27,6 +27,7 @@ def choose(seed: int) -> list[list[State]]:
     histories = [history(seed, patient) for patient in range(100 * PATIENTS)]
     pool = [states[:STUDIES] for states in histories if len(states) >= STUDIES]
     shown, rows = set(), []
+    # each row is the patient who adds most to the rows above
     for _ in range(PATIENTS):
         rows.append(max(pool, key=lambda states: len(kinds(states) - shown)))
         shown |= kinds(rows[-1])
@@ -40,6 +41,7 @@ def write(pen: ImageDraw.ImageDraw, corner: tuple[int, int], text: str, width: i
     for word in text.split():
         if x + TEXT.getlength(word) > left + width:
             x, y = left, y + LINE
+        # "Worsened." is a word of change, too
         change = VOCABULARY["changes"].get(word.rstrip(".").lower())
         pen.text((x, y), word, COLOURS.get(change, INK), TEXT)
         x += TEXT.getlength(word + " ")

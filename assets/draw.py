@@ -36,13 +36,14 @@ def draw_demo():
 
 def draw_reports(runs: Path):
     """reports.png: the first three studies of `eval.py prior` in which a severity has changed, right or not."""
+    # 1) what was asked, what is true, and what the model wrote
     questions = read_lines(runs / "hospital/data/findings_test_questions.jsonl", "question_id")
     truths = read_lines(runs / "hospital/truth.jsonl", "dicom_id")  # which is also the question's id
     answers = read_lines(runs / "phantom_priors/true.jsonl", "question_id")
     swapped = read_lines(runs / "phantom_priors/reversed.jsonl", "question_id")
     changed = [name for name in answers if {"worse", "improved"} & set(truths[name]["changes"].values())]
 
-    # a row: prior and current image, then the model's report, the true one, and the swapped one
+    # 2) a row: prior and current image, then the model's report, the true one, and the swapped one
     height = SIDE + GAP + LINE
     sheet = Image.new("RGB", (4 * GAP + 2 * SIDE + WIDTH, 3 * height + GAP), PAPER)
     pen = ImageDraw.Draw(sheet)
@@ -53,8 +54,12 @@ def draw_reports(runs: Path):
             image = Image.open(runs / "hospital" / questions[name]["image"][column]).convert("RGB")
             pen.text((x, y), title, FAINT, SMALL)
             sheet.paste(image.resize((SIDE, SIDE), Image.BICUBIC), (x, y + LINE))
-        texts = {"the model's report": answers[name]["text"], "the hospital's report": questions[name]["reference"]}
-        texts["the model's, with the two images exchanged"] = swapped[name]["text"]
+        # the reports are one below the other, on the right
+        texts = {
+            "the model's report": answers[name]["text"],
+            "the hospital's report": questions[name]["reference"],
+            "the model's, with the two images exchanged": swapped[name]["text"],
+        }
         for title, text in texts.items():
             x = 3 * GAP + 2 * SIDE
             pen.text((x, y), title, FAINT, SMALL)
@@ -66,6 +71,7 @@ def draw_losses(runs: Path):
     """phantom_loss.svg: the validation loss of the stages."""
     points = {}
     for stage, name in STAGES.items():
+        # a line has the losses either of training or of validation
         log = (runs / f"phantom_{name}/log.jsonl").read_text()
         lines = [json.loads(line) for line in log.splitlines() if '"validation loss"' in line]
         points[stage] = [(line["step"], line["validation loss"]) for line in lines]

@@ -47,13 +47,6 @@ WIDE_LOADS = r"ld\.global[\w.:]*\.v4\.b32|cp\.async\.cg|load_dwordx4"
 ACCEPTED = {(torch.float32, 256): 1000, (torch.bfloat16, 256): 8, (torch.float16, 256): 8}
 
 
-class Facts(NamedTuple):
-    spilled: int  # bytes per thread
-    shared: int  # bytes per program
-    instructions: set[str]  # for tensor cores
-    wide: bool  # loads 16 bytes at a time
-
-
 def nvidia_spills(ptx: str) -> int:
     """Assemble a kernel once more with the assembler that comes with Triton, which reports what it spills."""
     arch = re.search(r"\.target (\w+)", ptx).group(1)
@@ -64,16 +57,12 @@ def nvidia_spills(ptx: str) -> int:
     return sum(map(int, re.findall(r"(\d+) bytes spill", done.stderr)))
 
 
-def facts_of(compiled) -> Facts:
-    if "amdgcn" in compiled.asm:
-        text = compiled.asm["amdgcn"]
-        # scalar registers are spilled to vector registers, which touches no memory: only the latter count
-        spilled = 4 * int(re.search(r"\.vgpr_spill_count:\s+(\d+)", text).group(1))
-    else:
-        text = compiled.asm["ptx"]
-        spilled = nvidia_spills(text)
-    instructions, wide = set(re.findall(TENSOR_CORES, text)), re.search(WIDE_LOADS, text)
-    return Facts(spilled, compiled.metadata.shared, instructions, wide=wide is not None)
+def spilled_bytes(compiled) -> int:
+    """Bytes per thread."""
+    if "ptx" in compiled.asm:
+        return nvidia_spills(compiled.asm["ptx"])
+    # scalar registers are spilled to vector registers, which touches no memory: only the latter count
+    return 4 * int(re.search(r"\.vgpr_spill_count:\s+(\d+)", compiled.asm["amdgcn"]).group(1))
 
 
 class AbsentGPU:
@@ -117,16 +106,17 @@ def prove(targets, sizes, types) -> list[str]:
     for name, dtype, D in itertools.product(targets, types, sizes):
         target = TARGETS[name]
         for kernel_name, compiled in compile_kernels(target, D, dtype):
-            facts = facts_of(compiled)
+            code = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
+            instructions = set(re.findall(TENSOR_CORES, code))
             label = f"{name} {str(dtype)[6:]} {D} {kernel_name}"
-            print(f"{label:30}", *sorted(facts.instructions), flush=True)
+            print(f"{label:30}", *sorted(instructions), flush=True)
             # the kernel that lists visits computes no products and loads few numbers
             multiplies = kernel_name != "visits"
             faults = {
-                f"spills {facts.spilled} bytes": facts.spilled > ACCEPTED.get((dtype, D), 0),
-                f"needs {facts.shared} bytes of shared memory": facts.shared > target.shared,
-                "no tensor cores": multiplies and not facts.instructions,
-                "narrow loads": multiplies and not facts.wide,
+                "spills": spilled_bytes(compiled) > ACCEPTED.get((dtype, D), 0),
+                "too much shared memory": compiled.metadata.shared > target.shared,
+                "no tensor cores": multiplies and not instructions,
+                "narrow loads": multiplies and not re.search(WIDE_LOADS, code),
             }
             problems += [f"{label}: {fault}" for fault, is_true in faults.items() if is_true]
     return problems
