@@ -48,6 +48,11 @@ def write(pen: ImageDraw.ImageDraw, corner: tuple[int, int], text: str, width: i
     return y + LINE
 
 
+def few_greys(image: Image.Image) -> Image.Image:
+    """Reduce an image to 37 greys, so that a palette of 256 has room for the colours of the words."""
+    return image.point(lambda grey: (grey + 3) // 7 * 7)
+
+
 def draw(seed: int = 0) -> Image.Image:
     """A row for each patient, a column for each study; 256 colours."""
     # the texts set the height of a row: begin with a sheet that is high enough, and cut it at the end
@@ -60,9 +65,8 @@ def draw(seed: int = 0) -> Image.Image:
             x = GAP + column * (SIDE + GAP)
             day = (state.date - states[0].date).days
             pen.text((x, top + 34), f"{state.view}, day {day}", FAINT, SMALL)
-            # 37 greys leave room in the palette for the colours of the words
             image = Image.fromarray(picture(state, state.view, SIDE))
-            sheet.paste(image.point(lambda grey: (grey + 3) // 7 * 7), (x, top + 57))
+            sheet.paste(few_greys(image), (x, top + 57))
             findings = report(state).split(" FINDINGS:")[1].split(" IMPRESSION:")[0]
             bottoms.append(write(pen, (x, top + 65 + SIDE), findings, SIDE))
         top = max(bottoms) + 27

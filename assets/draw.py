@@ -12,11 +12,11 @@ from PIL import Image, ImageDraw
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from assets.contact_sheet import FAINT, LINE, PAPER, SMALL, write  # noqa: E402
+from assets.contact_sheet import FAINT, LINE, PAPER, SMALL, few_greys, write  # noqa: E402
 from phantom.history import history, picture  # noqa: E402
 from plumbing.log import curves  # noqa: E402
 
-SIDE, GAP, WIDTH = 280, 24, 620  # pixels: an image, the space around it, the lines of a report
+SIDE, GAP, WIDTH = 300, 24, 620  # pixels: an image, the space around it, the lines of a report
 STAGES = {"0: everything": "pretrain", "1: TAC alone": "align", "2: LoRA and TAC": "lora"}
 
 
@@ -51,9 +51,10 @@ def draw_reports(runs: Path):
         y = GAP + row * height
         for column, title in enumerate(("current", "prior")):
             x = GAP + (1 - column) * (SIDE + GAP)
-            image = Image.open(runs / "hospital" / questions[name]["image"][column]).convert("RGB")
+            image = Image.open(runs / "hospital" / questions[name]["image"][column])
             pen.text((x, y), title, FAINT, SMALL)
-            sheet.paste(image.resize((SIDE, SIDE), Image.BICUBIC), (x, y + LINE))
+            image = few_greys(image.resize((SIDE, SIDE), Image.BICUBIC))
+            sheet.paste(image, (x, y + LINE))
         # the reports are one below the other, on the right
         texts = {
             "the model's report": answers[name]["text"],
