@@ -32,7 +32,7 @@ def draw_hospital(out, patients: int, seed: int, size: int, workers: int, dicom:
     counts = phantom.write(out, patients, seed=seed, size=size, workers=workers, dicom=dicom, progress=show)
     if preview:
         with atomic(Path(out) / "preview.png", "wb") as file:
-            phantom.few_colours(phantom.preview(seed)).save(file, "PNG", optimize=True)
+            phantom.preview(seed).save(file, "PNG", optimize=True)
     print_table(counts.items())
 
 

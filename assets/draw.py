@@ -1,75 +1,87 @@
-"""Draws the README's pictures of the phantom model.
+"""Draws the pictures of the trained phantom, from what `make phantom` leaves in a folder.
 
-python assets/draw.py demo PATIENT STUDY                          writes assets/current.png and assets/prior.png
-python assets/draw.py reports runs/phantom_priors runs/hospital   writes assets/reports.png
-python assets/draw.py curves runs                                 writes assets/phantom_loss.svg
+    python assets/draw.py runs
 """
 
 import json
 import sys
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 
-from assets.contact_sheet import FAINT, PAPER, few_colours, paragraph, write_lines  # noqa: E402
+from assets.contact_sheet import FAINT, LINE, PAPER, SMALL, few_greys, write  # noqa: E402
 from phantom.history import history, picture  # noqa: E402
 from plumbing.log import curves  # noqa: E402
 
+SIDE, GAP, WIDTH = 300, 24, 620  # pixels: an image, the space around it, the lines of a report
+STAGES = {"0: everything": "pretrain", "1: TAC alone": "align", "2: LoRA and TAC": "lora"}
 
-def demo(patient: str, number: str):
-    """One study of the README's hospital, which no training has seen, and the study before it."""
-    state = history(0, int(patient))[int(number)]
-    assert state.split == "test"
+
+def read_lines(path: Path, key: str) -> dict[str, dict]:
+    """The lines of a .jsonl file, by the value of a key."""
+    lines = map(json.loads, path.read_text().splitlines())
+    return {line[key]: line for line in lines}
+
+
+def draw_demo():
+    """current.png and prior.png: one study that no training has seen, and the study before it."""
+    state = history(0, 1379)[3]
     for name, study in (("current", state), ("prior", state.prior)):
-        Image.fromarray(picture(study, study.view, 320)).save(HERE / f"{name}.png", optimize=True)
+        image = Image.fromarray(picture(study, study.view, 320))
+        image.save(HERE / f"{name}.png", optimize=True)
 
 
-def reports(priors: str, hospital: str):
-    """The first three studies of `eval.py prior` in which a severity has changed, whether the model is right or not."""
-    swapped = {line["question_id"]: line["text"] for line in _lines(priors, "reversed.jsonl")}
-    questions = {line["question_id"]: line for line in _lines(hospital, "data/findings_test_questions.jsonl")}
-    changes = {line["dicom_id"]: set(line["changes"].values()) for line in _lines(hospital, "truth.jsonl")}
-    answers = [line for line in _lines(priors, "true.jsonl") if changes[line["question_id"]] & {"worse", "improved"}]
+def draw_reports(runs: Path):
+    """reports.png: the first three studies of `eval.py prior` in which a severity has changed, right or not."""
+    # 1) what was asked, what is true, and what the model wrote
+    questions = read_lines(runs / "hospital/data/findings_test_questions.jsonl", "question_id")
+    truths = read_lines(runs / "hospital/truth.jsonl", "dicom_id")  # which is also the question's id
+    answers = read_lines(runs / "phantom_priors/true.jsonl", "question_id")
+    swapped = read_lines(runs / "phantom_priors/reversed.jsonl", "question_id")
+    changed = [name for name in answers if {"worse", "improved"} & set(truths[name]["changes"].values())]
 
-    # a row: prior and current image, `side` pixels wide, then the model's report, the true one, and the swapped one
-    side, gap, width, line = 280, 24, 620, 20
-    height, font, small = side + gap + line, ImageFont.load_default(15), ImageFont.load_default(13)
-    sheet = Image.new("RGB", (4 * gap + 2 * side + width, 3 * height + gap), PAPER)
+    # 2) a row: prior and current image, then the model's report, the true one, and the swapped one
+    height = SIDE + GAP + LINE
+    sheet = Image.new("RGB", (4 * GAP + 2 * SIDE + WIDTH, 3 * height + GAP), PAPER)
     pen = ImageDraw.Draw(sheet)
-    for row, answer in enumerate(answers[:3]):
-        question = questions[answer["question_id"]]
-        x, y = gap, gap + row * height + line
-        for name, path in zip(("prior", "current"), reversed(question["image"]), strict=True):
-            image = Image.open(Path(hospital, path)).convert("RGB")
-            pen.text((x, y - line), name, FAINT, small)
-            sheet.paste(image.resize((side, side), Image.BICUBIC), (x, y))
-            x += side + gap
-        texts = {"the model's report": answer["text"], "the hospital's report": question["reference"]}
-        texts["the model's, with the two images exchanged"] = swapped[answer["question_id"]]
-        for name, text in texts.items():
-            pen.text((x, y - line), name, FAINT, small)
-            y = write_lines(pen, (x, y), paragraph(text, font, width), font, line) + 1.5 * line
-    few_colours(sheet).save(HERE / "reports.png", optimize=True)
+    for row, name in enumerate(changed[:3]):
+        y = GAP + row * height
+        for column, title in enumerate(("current", "prior")):
+            x = GAP + (1 - column) * (SIDE + GAP)
+            image = Image.open(runs / "hospital" / questions[name]["image"][column])
+            pen.text((x, y), title, FAINT, SMALL)
+            image = few_greys(image.resize((SIDE, SIDE), Image.BICUBIC))
+            sheet.paste(image, (x, y + LINE))
+        # the reports are one below the other, on the right
+        texts = {
+            "the model's report": answers[name]["text"],
+            "the hospital's report": questions[name]["reference"],
+            "the model's, with the two images exchanged": swapped[name]["text"],
+        }
+        for title, text in texts.items():
+            x = 3 * GAP + 2 * SIDE
+            pen.text((x, y), title, FAINT, SMALL)
+            y = write(pen, (x, y + LINE), text, WIDTH) + LINE // 2
+    sheet.quantize().save(HERE / "reports.png", optimize=True)
 
 
-def losses(runs: str):
-    points, stages = {}, {"0: everything": "phantom_pretrain", "1: TAC alone": "phantom_align"}
-    stages["2: LoRA and TAC"] = "phantom_lora"
-    for name, folder in stages.items():
-        log = _lines(runs, folder, "log.jsonl")
-        points[name] = [(line["step"], line["validation loss"]) for line in log if "validation loss" in line]
+def draw_losses(runs: Path):
+    """phantom_loss.svg: the validation loss of the stages."""
+    points = {}
+    for stage, name in STAGES.items():
+        # a line has the losses either of training or of validation
+        log = (runs / f"phantom_{name}/log.jsonl").read_text()
+        lines = [json.loads(line) for line in log.splitlines() if '"validation loss"' in line]
+        points[stage] = [(line["step"], line["validation loss"]) for line in lines]
     (HERE / "phantom_loss.svg").write_text(curves("validation loss", "step of its stage", points))
 
 
-def _lines(*path: str) -> list[dict]:
-    return [json.loads(line) for line in Path(*path).read_text().splitlines()]
-
-
 if __name__ == "__main__":
-    commands = {"demo": demo, "reports": reports, "curves": losses}
-    if not sys.argv[1:] or sys.argv[1] not in commands:
+    if len(sys.argv) != 2:
         sys.exit(__doc__)
-    commands[sys.argv[1]](*sys.argv[2:])
+    draw_demo()
+    draw_reports(Path(sys.argv[1]))
+    draw_losses(Path(sys.argv[1]))

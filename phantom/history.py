@@ -59,9 +59,12 @@ def history(seed: int, patient: int) -> list[State]:
     anatomy = Anatomy(generator(seed, patient, 0, "anatomy"))
     # 1) how many studies (2.96 on average), and which findings and devices may appear in them
     count = 1 + rng.choice(6, p=(0.20, 0.24, 0.22, 0.16, 0.10, 0.08))
-    findings = _some(rng, FINDINGS, (0.06, 0.40, 0.38, 0.16))
-    devices = _some(rng, DEVICES, (0.50, 0.36, 0.14))
-    courses = {name: _course(rng, name, count) for name in findings + devices}
+    names = []
+    for options, shares in ((FINDINGS, (0.06, 0.40, 0.38, 0.16)), (DEVICES, (0.50, 0.36, 0.14))):
+        # shares[n] is the probability of n names
+        shuffled = rng.permutation(list(options)).tolist()
+        names += shuffled[: rng.choice(len(shares), p=shares)]
+    courses = {name: _course(rng, name, count) for name in names}
     # air above fluid would have a level, which is not drawn: keep the two on different sides
     if {"pneumothorax", "pleural effusion"} <= courses.keys():
         side = "left" if courses["pneumothorax"][0].side == "right" else "right"
@@ -88,12 +91,10 @@ def history(seed: int, patient: int) -> list[State]:
         # both factors are coprime to 10^7: no two of a million patients share an id, and no two of their studies
         subject_id = 10_000_000 + (32 + 7919 * seed + 6_180_339 * patient) % 10_000_000
         study_id = 50_000_000 + (414_267 + 7919 * seed + 3_819_661 * (8 * patient + number)) % 10_000_000
-        state = State(
-            seed, patient, number, anatomy, subject_id=subject_id, study_id=study_id, prior=prior,
-            split=SPLITS[patient % 10], date=day, time=time, view=view, images=images,
-            present=present, gone=gone, changes=changes,
-        )  # fmt: skip
-        states.append(state)
+        ids = {"subject_id": subject_id, "study_id": study_id, "split": SPLITS[patient % 10]}
+        findings = {"present": present, "gone": gone, "changes": changes}
+        film = {"date": day, "time": time, "view": view, "images": images}
+        states.append(State(seed, patient, number, anatomy, prior=prior, **ids, **film, **findings))
         # the next study is soon or much later; patients in bed are seen often
         soon = rng.random() < (0.9 if view == "AP" else 0.35)
         days = rng.integers(1, 8) if soon else rng.integers(8, 400)
@@ -117,12 +118,6 @@ def _image_id(*key) -> str:
     return "-".join(digest[i : i + 8] for i in range(0, 40, 8))
 
 
-def _some(rng, names, shares: tuple[float, ...]) -> list[str]:
-    """Some of the names in random order; shares[n] is the probability of n names."""
-    shuffled = rng.permutation(list(names)).tolist()
-    return shuffled[: rng.choice(len(shares), p=shares)]
-
-
 def _course(rng, name: str, count: int) -> list[Finding]:
     """One finding or device in each of `count` studies; severity 0 means absent.
 
@@ -135,6 +130,7 @@ def _course(rng, name: str, count: int) -> list[Finding]:
     ends = {"pacemaker": 0.0, "endotracheal tube": 0.3, "central line": 0.3}.get(name, 0.18)  # probability per study
     severity, course = 0.0, []
     for _ in range(count):
+        # absent: it may appear; present: it may end, or get worse or better
         if not severity:
             severity = rng.uniform(LOWEST_SEVERITY, 1) if rng.random() < 0.5 else 0.0
         elif rng.random() < ends:

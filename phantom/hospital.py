@@ -15,13 +15,9 @@ from PIL import Image
 from phantom.history import FINDINGS, SPLITS, VOCABULARY, State, history, picture
 from phantom.reports import image_questions, pair_questions, report
 from plumbing.cli import parallel
-from plumbing.files import atomic, atomic_folder
+from plumbing.files import atomic, atomic_folder, resumable
 
-METADATA = ("dicom_id", "subject_id", "study_id", "PerformedProcedureStepDescription", "ViewPosition", "Rows",
-            "Columns", "StudyDate", "StudyTime", "ProcedureCodeSequence_CodeMeaning", "ViewCodeSequence_CodeMeaning",
-            "PatientOrientationCodeSequence_CodeMeaning")  # fmt: skip
-SPLIT = ("dicom_id", "study_id", "subject_id", "split")
-PAIRS = ("study_id", "subject_id", "ref_id", "question_type", "question", "answer", "split")
+COLUMNS = VOCABULARY["columns"]  # of the three tables
 VIEW_CODES = {"AP": "antero-posterior", "PA": "postero-anterior", "LATERAL": "lateral"}
 
 
@@ -40,15 +36,12 @@ def write(out, patients: int, seed: int = 0, size: int = 128, workers: int = 1, 
             raise ValueError(f"{name} {value} is out of range: give {least} to {most}")
     out, settings = Path(out), json.dumps({"seed": seed, "size": size, "dicom": dicom})
     mark = out / "phantom.json"
-    if mark.exists():
-        before = mark.read_text().strip()
+    if out.exists() and any(out.iterdir()):
+        before = mark.read_text().strip() if mark.exists() else "nothing"
         if before != settings:
-            raise ValueError(f"{mark} says {before}, not {settings}: give another folder")
-    elif out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty and holds no drawn hospital: give another folder")
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        _write_text(mark, settings + "\n")
+            raise ValueError(f"{out} has files, and phantom.json says {before}, not {settings}: give another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    _write(mark, settings + "\n")
 
     # 2) a folder for each patient, then what covers all patients
     write_one = partial(_write_patient, out, seed=seed, size=size, dicom=dicom)
@@ -68,46 +61,41 @@ def _write_patient(out: Path, patient: int, *, seed: int, size: int, dicom: bool
     if folder.exists():
         return
     # the folder appears when it is complete, so an interrupted run never leaves half a patient
-    with atomic_folder(folder) as partial_folder:
+    with resumable(folder), atomic_folder(folder) as partial_folder:
         for state in states:
             # the report is beside the study's folder, the images are in it
             study = partial_folder / f"s{state.study_id}"
             study.mkdir()
-            _write_text(study.with_suffix(".txt"), report(state))
+            study.with_suffix(".txt").write_text(report(state), encoding="utf-8")
             for view, image_id in state.images.items():
                 pixels = picture(state, view, size)
-                with atomic(study / f"{image_id}.jpg", "wb") as file:
-                    Image.fromarray(pixels).save(file, "JPEG", quality=95)
+                Image.fromarray(pixels).save(study / f"{image_id}.jpg", quality=95)
                 if dicom:
-                    with atomic(study / f"{image_id}.dcm", "wb") as file:
-                        file.write(_dicom(pixels, state, view))
+                    (study / f"{image_id}.dcm").write_bytes(_dicom(pixels, state, view))
 
 
 def _dicom(pixels: np.ndarray, state: State, view: str) -> bytes:
     """A digital X-ray image of 8 bits. Its uids follow from its ids."""
     try:
-        from pydicom.dataset import FileDataset, FileMetaDataset
+        from pydicom.dataset import Dataset, FileMetaDataset
         from pydicom.uid import DigitalXRayImageStorageForPresentation, ExplicitVRLittleEndian
     except ImportError:
         raise ValueError("DICOM output needs pydicom: pip install pydicom") from None
-    # 1) the header: "2.25." begins uids that are made from a random number of 128 bits
-    uid = f"2.25.{int(state.images[view].replace('-', '')[:32], 16)}"
-    meta = FileMetaDataset()
-    meta.MediaStorageSOPClassUID = DigitalXRayImageStorageForPresentation
-    meta.MediaStorageSOPInstanceUID = uid
-    meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    data = FileDataset(None, {}, file_meta=meta, preamble=b"\0" * 128)
-    data.SOPClassUID, data.SOPInstanceUID = DigitalXRayImageStorageForPresentation, uid
-    # 2) whose image it is, and what of
-    data.StudyInstanceUID, data.SeriesInstanceUID = f"2.25.{state.study_id}", f"2.25.{state.study_id}.1"
+    data = Dataset()
+    data.file_meta = FileMetaDataset()
+    data.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    data.SOPClassUID = DigitalXRayImageStorageForPresentation
+    # "2.25." begins uids that are made from a random number of 128 bits
+    data.SOPInstanceUID = f"2.25.{int(state.images[view].replace('-', '')[:32], 16)}"
+    data.StudyInstanceUID = f"2.25.{state.study_id}"
+    data.SeriesInstanceUID = f"2.25.{state.study_id}.1"
     data.PatientID, data.StudyID = str(state.subject_id), str(state.study_id)
     data.StudyDate, data.StudyTime = f"{state.date:%Y%m%d}", state.time
     data.Modality, data.ViewPosition = "DX", view
-    # 3) the pixels
-    data.Rows, data.Columns = pixels.shape
-    data.SamplesPerPixel, data.PhotometricInterpretation, data.PixelRepresentation = 1, "MONOCHROME2", 0
-    data.BitsAllocated, data.BitsStored, data.HighBit = 8, 8, 7
-    data.PixelData = pixels.tobytes() + b"\0" * (pixels.size % 2)  # an even number of bytes
+    data.set_pixel_data(pixels, "MONOCHROME2", bits_stored=8, generate_instance_uid=False)
+    data["PixelData"].VR = "OW"
+    data["PixelData"].VR = "OW"
+    data["PixelData"].VR = "OW"
     file = io.BytesIO()
     data.save_as(file, enforce_file_format=True)
     return file.getvalue()
@@ -115,36 +103,36 @@ def _dicom(pixels: np.ndarray, state: State, view: str) -> bytes:
 
 def _write_tables(out: Path, patients: int, seed: int, size: int) -> dict[str, int]:
     """Write what covers all patients. Returns counts."""
-    metadata, split, pairs, truth = [METADATA], [SPLIT], [PAIRS], []
+    metadata, split, pairs = ([COLUMNS[name]] for name in ("metadata", "split", "pairs"))
+    truth = []
     images = {name: [] for name in SPLITS}  # the records about images
     for state in (state for patient in range(patients) for state in history(seed, patient)):
+        study = {"subject_id": state.subject_id, "study_id": state.study_id}
         # 1) a row in both tables for each image
         examination, _ = VOCABULARY["examinations"][" ".join(state.images)]
-        day = f"{state.date:%Y%m%d}"
         for view, image_id in state.images.items():
-            ids = (image_id, state.subject_id, state.study_id)
+            when = (f"{state.date:%Y%m%d}", state.time)
             codes = (examination, VIEW_CODES[view], "Erect")
-            metadata.append((*ids, examination, view, size, size, day, state.time, *codes))
+            metadata.append((image_id, *study.values(), examination, view, size, size, *when, *codes))
             split.append((image_id, state.study_id, state.subject_id, state.split))
-        # 2) the questions and their answers
+        # 2) the questions and their answers; the published sets name a split "val" and "valid"
         for row in pair_questions(state):
             ids = (state.study_id, state.subject_id, state.prior.study_id)
             pairs.append((*ids, *row, state.split.replace("validate", "val")))
         image_id = state.images[state.view]
         path = _folder(state) / f"s{state.study_id}" / f"{image_id}.jpg"
-        ids = {"subject_id": state.subject_id, "study_id": state.study_id, "image_id": image_id}
-        for question in image_questions(state):
-            images[state.split].append(json.dumps(ids | {"image_path": path.as_posix()} | question))
+        record = study | {"image_id": image_id, "image_path": path.as_posix()}
+        images[state.split] += [json.dumps(record | question) for question in image_questions(state)]
         truth.append(json.dumps(truth_of(state)) + "\n")
 
-    # 3) the files; the published question sets name the splits "val" and "valid"
-    _write_csv(out / "mimic-cxr-2.0.0-metadata.csv.gz", metadata)
-    _write_csv(out / "mimic-cxr-2.0.0-split.csv.gz", split)
-    _write_csv(out / "mimic_pair_questions.csv", pairs)
-    _write_text(out / "truth.jsonl", "".join(truth))
+    # 3) the files
+    _write(out / "mimic-cxr-2.0.0-metadata.csv.gz", _csv(metadata))
+    _write(out / "mimic-cxr-2.0.0-split.csv.gz", _csv(split))
+    _write(out / "mimic_pair_questions.csv", _csv(pairs))
+    _write(out / "truth.jsonl", "".join(truth))
     for name, records in images.items():
         text = "[\n" + ",\n".join(records) + "\n]\n" if records else "[]\n"
-        _write_text(out / f"cxr_vqa_{name.replace('validate', 'valid')}.json", text)
+        _write(out / f"cxr_vqa_{name.replace('validate', 'valid')}.json", text)
     return {
         "studies": len(truth),
         "studies with a prior": len(truth) - patients,
@@ -154,43 +142,38 @@ def _write_tables(out: Path, patients: int, seed: int, size: int) -> dict[str, i
     }
 
 
-def _write_csv(path: Path, rows: list[tuple]):
-    if path.suffix == ".gz":
-        # neither a name nor a time inside, so that the bytes depend on the rows only
-        with atomic(path, "wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as packed:
-            file = io.TextIOWrapper(packed, encoding="utf-8", newline="")
-            csv.writer(file, lineterminator="\n").writerows(rows)
-            file.flush()
-    else:
-        with atomic(path) as file:
-            csv.writer(file, lineterminator="\n").writerows(rows)
+def _csv(rows: list) -> str:
+    file = io.StringIO()
+    csv.writer(file, lineterminator="\n").writerows(rows)
+    return file.getvalue()
 
 
-def _write_text(path: Path, text: str):
-    with atomic(path) as file:
-        file.write(text)
+def _write(path: Path, text: str):
+    with atomic(path, "wb") as file:
+        if path.suffix == ".gz":
+            # neither a name nor a time inside, so that the bytes depend on the text only
+            with gzip.GzipFile("", "wb", fileobj=file, mtime=0) as packed:
+                packed.write(text.encode())
+                packed.flush()
+        else:
+            file.write(text.encode())
 
 
 def truth_of(state: State) -> dict:
     """A study's line of truth.jsonl."""
+    ids = {"subject_id": state.subject_id, "study_id": state.study_id, "dicom_id": state.images[state.view]}
+    ids["prior_study_id"] = state.prior.study_id if state.prior else None
     findings, devices = {}, {}
     for name, finding in state.present.items():
-        where = {"side": finding.side, "place": finding.place}
-        if name in FINDINGS:
-            findings[name] = where | {"severity": finding.severity}
-        else:
-            devices[name] = where
-    prior_id = state.prior.study_id if state.prior else None
-    return {
-        "subject_id": state.subject_id, "study_id": state.study_id, "dicom_id": state.images[state.view],
-        "prior_study_id": prior_id, "view": state.view, "split": state.split,
-        "findings": findings, "devices": devices, "changes": state.changes,
-    }  # fmt: skip
+        kind = findings if name in FINDINGS else devices
+        kind[name] = finding._asdict()
+    # the severity of a device has no meaning
+    for device in devices.values():
+        del device["severity"]
+    present = {"findings": findings, "devices": devices, "changes": state.changes}
+    return ids | {"view": state.view, "split": state.split} | present
 
 
 def preview(seed: int = 0) -> Image.Image:
+    """Some patients over time: their images and reports on one sheet."""
     return import_module("assets.contact_sheet").draw(seed)
-
-
-def few_colours(sheet: Image.Image) -> Image.Image:
-    return import_module("assets.contact_sheet").few_colours(sheet)

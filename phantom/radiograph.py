@@ -7,12 +7,18 @@ All lengths are in body coordinates: x runs from -1 (image left, the patient's r
 Every array is [size, size]. The numbers were tuned by eye.
 """
 
+import cmath
 import math
 from typing import NamedTuple
 
 import numpy as np
 from numpy import clip, float32, hypot, sqrt
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+JUGULAR = ((0.19, -0.98), (0.17, -0.80), (0.13, -0.60))  # the vein, on the left
+CARINA = (-0.012, -0.22)  # where the trachea forks
+TUBE = ((-0.005, -1.1), (-0.01, -0.6), (-0.012, -0.33))  # in the trachea
+LEAD = ((-0.02, -0.50), (-0.11, -0.30), (-0.11, 0.10), (0.05, 0.34), (0.25, 0.42))  # a pacemaker's, in the heart
 
 
 class Finding(NamedTuple):
@@ -108,6 +114,11 @@ def bump(x, width):
     return np.exp(-((x / width) ** 2))
 
 
+def band(x, half, edge):
+    """1 where x is between -half and half, 0 elsewhere, with soft edges."""
+    return step(half - abs(x), edge)
+
+
 def unit(x):
     return clip(x, 0, 1)
 
@@ -122,32 +133,32 @@ class Sheet:
         grid = (np.arange(size, dtype=float32) + 0.5) * 2 / size - 1
         x = grid[None] - float32(shot.shift[0])
         y = grid[:, None] - float32(shot.shift[1])
-        cos = float32(math.cos(shot.angle) / shot.scale)
-        sin = float32(math.sin(shot.angle) / shot.scale)
+        cos, sin = (float32(f(shot.angle) / shot.scale) for f in (math.cos, math.sin))
         self.x, self.y = cos * x + sin * y, cos * y - sin * x
         self.a = abs(self.x)  # distance from the midline
 
     def strokes(self, strokes, blur=0.0, least=0.9):
         """Draw strokes, 0 to 1. Each is at least `least` pixels wide; `blur` is a length."""
         # draw larger and reduce: this makes lines smooth
-        shot, factor = self.shot, 4 if self.size < 300 else 2
+        factor = 4 if self.size < 300 else 2
         half = self.size * factor / 2
         canvas = Image.new("L", (self.size * factor,) * 2)
         draw = ImageDraw.Draw(canvas)
-        cos = math.cos(shot.angle) * shot.scale
-        sin = math.sin(shot.angle) * shot.scale
+        # as complex numbers, points are turned and scaled by one product
+        turn, shift = cmath.rect(self.shot.scale, self.shot.angle), complex(*self.shot.shift)
         # the brightest come last, on top of the others
         for stroke in sorted(strokes, key=lambda stroke: stroke.brightness):
-            pixels = []
-            for x, y in stroke.points:
-                across = cos * x - sin * y + shot.shift[0]
-                down = sin * x + cos * y + shot.shift[1]
-                pixels.append(((across + 1) * half, (down + 1) * half))
+            points = [turn * complex(x, y) + shift for x, y in stroke.points]
+            pixels = [((point.real + 1) * half, (point.imag + 1) * half) for point in points]
             grey = min(255, round(255 * stroke.brightness))
             width = round(max(stroke.width * half, least * factor))
             draw.line(pixels, fill=grey, width=width, joint="curve")
         canvas = canvas.reduce(factor).filter(ImageFilter.GaussianBlur(blur * self.size / 2))
         return np.asarray(canvas, dtype=float32) / 255
+
+    def wire(self, points, width):
+        """Draw one line of metal or plastic: even in a small image it can be seen."""
+        return self.strokes([Stroke(points, width)], least=1.1)
 
 
 def frontal(body: Anatomy, present: dict[str, Finding], shot: Acquisition, size: int):
@@ -216,12 +227,11 @@ def frontal(body: Anatomy, present: dict[str, Finding], shot: Acquisition, size:
     film += _bones(sheet, body, **chest)
 
     # trachea, the two main bronchi, gas in the stomach
-    trachea = step(0.036 - abs(m + 0.012), 0.03)
+    trachea = band(m + 0.012, 0.036, 0.03)
     film -= 0.17 * trunk * trachea * step(-0.20 - y, 0.05)
-    carina = (-0.012, -0.22)
-    bronchi = [Stroke([carina, (-0.13, -0.08)], 0.05)]
-    bronchi += [Stroke([carina, (0.14, -0.06)], 0.045)]
-    film -= 0.08 * sheet.strokes(bronchi, blur=0.015)
+    right_bronchus = Stroke([CARINA, (-0.13, -0.08)], 0.05)
+    left_bronchus = Stroke([CARINA, (0.14, -0.06)], 0.045)
+    film -= 0.08 * sheet.strokes([right_bronchus, left_bronchus], blur=0.015)
     dx, dy = (x - 0.42) / 0.17, (y - dome - 0.12 - raised) / 0.065
     bubble = step(1 - dx**2 - dy**2, 0.4) * (x > 0)
     film -= 0.22 * body.bubble * bubble * step(y - floor - 0.02, 0.03)
@@ -315,7 +325,7 @@ def _bones(sheet, body, *, u, m, outer, cage, trunk):
     film += wall * step(y + 0.76, 0.1) * step(0.95 - y, 0.2)
     # the spine: vertebrae with discs between them, and their pedicles
     disc = (y / 0.125) % 1
-    vertebrae = step(0.085 + 0.01 * y - abs(m), edge)
+    vertebrae = band(m, 0.085 + 0.01 * y, edge)
     vertebrae *= 0.10 - 0.05 * bump(disc - 0.5, 0.16)
     film += vertebrae * (1 - 0.6 * step(y - 0.5, 0.3))
     film += 0.06 * bump(abs(m) - 0.062, 0.016) * bump(disc - 0.05, 0.22)
@@ -323,7 +333,7 @@ def _bones(sheet, body, *, u, m, outer, cage, trunk):
     along = unit((a - 0.1) / 0.7)
     wave = (0.02 if is_ap else 0.05) * np.sin(along * 2 * np.pi)
     collar = y - body.clavicle - 0.05 + 0.16 * along - wave  # distance from the bone's axis
-    clavicle = step(0.030 - abs(collar), edge)
+    clavicle = band(collar, 0.030, edge)
     clavicle *= step(a - 0.09, 0.03)
     clavicle *= step(0.92 - a, 0.03)
     film += clavicle * (0.11 + 0.08 * bump(abs(collar) - 0.024, 0.012))
@@ -340,8 +350,7 @@ def _ribs(phase, pitch, count, edge):
     """Bands where the phase is a whole number below `count`, brighter at their borders, as cortex is."""
     distance = abs((phase + 0.5) % 1 - 0.5) * pitch
     cortex = 0.062 + 0.042 * bump(distance - 0.027, 0.012)
-    band = step(0.033 - distance, edge * 0.8) * cortex
-    return band * ((phase > -0.5) & (phase < count))
+    return band(distance, 0.033, edge * 0.8) * cortex * ((phase > -0.5) & (phase < count))
 
 
 def _zone(finding: Finding, distance: float) -> tuple[float, float]:
@@ -375,8 +384,8 @@ def _plates(a, height, severity):
     film = 0
     for row in range(3):
         along = (a - 0.44 - 0.03 * row) / (0.17 + 0.10 * severity)
-        band = bump(height + 0.05 + 0.10 * row - 0.03 * along, 0.021 + 0.015 * severity)
-        plate = band * step(1 - abs(along), 0.6)
+        plate = bump(height + 0.05 + 0.10 * row - 0.03 * along, 0.021 + 0.015 * severity)
+        plate *= band(along, 1, 0.6)
         film = film + plate * unit(6 * severity - 1.7 * row)
     return film * (0.24 + 0.04 * severity)
 
@@ -385,38 +394,34 @@ def _septal_lines(chest, severity):
     """Kerley's B lines: short and level, at the walls of both bases."""
     wall = chest - 0.03
     inner = wall - (0.11 + 0.05 * severity)
-    strokes = []
-    for side in (-1, 1):
-        for y in np.arange(0.46, 0.12, -0.055):
-            points = [(side * inner, y), (side * wall, y + 0.01)]
-            strokes.append(Stroke(points, 0.010, 0.5 + 0.5 * severity))
-    return strokes
+    lines = []
+    for y in np.arange(0.46, 0.12, -0.055):
+        for side in (-1, 1):
+            lines.append([(side * inner, y), (side * wall, y + 0.01)])
+    return [Stroke(points, 0.010, 0.5 + 0.5 * severity) for points in lines]
 
 
 def _devices(sheet, present, chest):
     film = 0
     if "endotracheal tube" in present:
-        tube = [(-0.005, -1.1), (-0.01, -0.6), (-0.012, -0.33)]
-        film = film + 0.30 * sheet.strokes([Stroke(tube, 0.026)], least=1.1)
+        film += 0.30 * sheet.wire(TUBE, 0.026)
     if "central line" in present:
         # down a jugular vein to the right atrium; from the left it crosses the midline
         side = _sign(present["central line"])
-        path = [(side * x, y) for x, y in ((0.19, -0.98), (0.17, -0.80), (0.13, -0.60))]
+        path = [(side * x, y) for x, y in JUGULAR]
         if side > 0:
             path += [(0.06, -0.50), (-0.06, -0.42)]
         path += [(-0.105, -0.30), (-0.11, -0.02)]
-        catheter = Stroke(_rounded(path), 0.016)
-        film = film + 0.27 * sheet.strokes([catheter], least=1.1)
+        film += 0.27 * sheet.wire(_rounded(path), 0.016)
     if "pacemaker" in present:
         # a box below the clavicle, and a lead through the right atrium to the apex of the right ventricle
         side = _sign(present["pacemaker"])
         x, y = side * 0.72 * chest, -0.50
         dx, dy = (sheet.x - x) / 0.115, (sheet.y - y) / 0.095
-        lead = [(x - side * 0.08, y - 0.07), (side * 0.25, -0.62)]
-        lead += [(-0.02, -0.50), (-0.11, -0.30), (-0.11, 0.10)]
-        lead += [(0.05, 0.34), (0.25, 0.42)]
-        wire = sheet.strokes([Stroke(_rounded(lead), 0.014)], least=1.1)
-        film = film + 0.75 * step(1 - (dx**4 + dy**4), 0.3) + 0.42 * wire
+        outside = [(x - side * 0.08, y - 0.07), (side * 0.25, -0.62)]
+        lead = _rounded([*outside, *LEAD])
+        film += 0.75 * step(1 - (dx**4 + dy**4), 0.3)
+        film += 0.42 * sheet.wire(lead, 0.014)
     return film
 
 
@@ -468,15 +473,14 @@ def lateral(body: Anatomy, present: dict[str, Finding], shot: Acquisition, size:
 
     # spine, breastbone, ribs, trachea
     disc = ((y + 0.3 * x) / 0.14) % 1
-    spine = trunk * step(0.085 - abs(x - back + 0.17), edge)
+    spine = trunk * band(x - back + 0.17, 0.085, edge)
     film += spine * (0.13 - 0.07 * bump(disc - 0.5, 0.15))
-    breastbone = 0.10 * trunk * bump(x - front + 0.02, 0.025)
-    film += breastbone * step(0.35 - y, 0.1)
+    breastbone = trunk * bump(x - front + 0.02, 0.025)
+    film += 0.10 * breastbone * step(0.35 - y, 0.1)
     height = y - 0.45 * (x - 0.1) ** 2 + 0.3 * x + 0.7
     film += 0.5 * lung * _ribs(height / body.pitch, body.pitch, 10, edge)
-    axis = x - 0.03 - 0.12 * (y + 0.5)
-    trachea = step(0.04 - abs(axis), 0.04) * step(-0.12 - y, 0.06)
-    return film - 0.12 * trunk * trachea
+    trachea = band(x - 0.03 - 0.12 * (y + 0.5), 0.04, 0.04)
+    return film - 0.12 * trunk * trachea * step(-0.12 - y, 0.06)
 
 
 def expose(film: np.ndarray, shot: Acquisition, rng: np.random.Generator):

@@ -47,36 +47,44 @@ def _wrap(line: str) -> str:
 
 def _findings(state: State, pick) -> list[str]:
     """Sentences about devices, lungs, pleura and heart. What is absent is denied, unless it has just gone."""
-    named = state.present | state.gone
+    named, sentences = state.present | state.gone, []
 
     def tell(*names):
         for name in names:
             if name in named:
                 templates = VOCABULARY["sentences"][state.changes.get(name, "present")]
-                yield _fill(pick(templates), name, named[name])
+                sentences.append(_fill(pick(templates), name, named[name]))
+
+    def add(kind, name=""):
+        sentences.append(pick(VOCABULARY[kind]).format(name))
 
     # devices and lungs
-    sentences = [*tell(*DEVICES, *LUNGS)]
+    tell(*DEVICES, *LUNGS)
     if not named.keys() & set(LUNGS):
-        sentences.append(pick(VOCABULARY["clear lungs"]))
+        add("clear lungs")
     elif "consolidation" not in named:
-        sentences.append(pick(VOCABULARY["no consolidation"]))
+        add("no consolidation")
     # pleura: one sentence denies all that is absent
-    sentences += tell(*PLEURA)
+    tell(*PLEURA)
     absent = " or ".join(name for name in PLEURA if name not in named)
     if absent:
-        sentences.append(pick(VOCABULARY["absent"]).format(absent))
-    sentences += tell("cardiomegaly") if "cardiomegaly" in named else [pick(VOCABULARY["normal heart"])]
-    return [*sentences, pick(VOCABULARY["mediastinum"]), pick(VOCABULARY["bones"])]
+        add("absent", absent)
+    # heart, mediastinum and bones
+    tell("cardiomegaly")
+    if "cardiomegaly" not in named:
+        add("normal heart")
+    add("mediastinum")
+    add("bones")
+    return sentences
 
 
 def _impression(state: State, pick) -> list[str]:
     """A line for each finding, numbered if there are several."""
-    named = state.present | state.gone
-    templates, lines = VOCABULARY["impressions"], []
+    named, lines = state.present | state.gone, []
     for name in FINDINGS:
         if name in named:
-            lines.append(_fill(templates[state.changes.get(name, "present")], name, named[name]))
+            template = VOCABULARY["impressions"][state.changes.get(name, "present")]
+            lines.append(_fill(template, name, named[name]))
     if len(lines) > 1:
         return [f"{number}. {line}" for number, line in enumerate(lines, 1)]
     return lines or [pick(VOCABULARY["no finding"])]
@@ -84,20 +92,17 @@ def _impression(state: State, pick) -> list[str]:
 
 def _fill(template: str, name: str, finding: Finding) -> str:
     """A template with the words for one finding; it begins with a capital."""
-    entry = (FINDINGS | DEVICES)[name]
-    bare = entry["noun"].format(side=finding.side, place=finding.place)
-    is_plural = name == "pleural effusion" and finding.side == "bilateral"
-    if is_plural:
-        bare += "s"
-    noun = f"{level_word(name, finding)} {bare}" if name in FINDINGS else bare
-    # articles: "a small effusion" and "a new small effusion", but "mild edema" and "new mild edema"
-    article, new = "", "new "
-    if not is_plural and name not in UNCOUNTABLE:
-        article, new = ("an " if noun[0] in "aeiou" else "a "), "a new "
+    noun = bare = (FINDINGS | DEVICES)[name]["noun"].format(side=finding.side, place=finding.place)
+    if name in FINDINGS:
+        noun = f"{level_word(name, finding)} {bare}"
+    words = {"noun": noun, "bare": bare, "be": "is", "have": "has", "a": "", "a_new": "new "}
+    # articles: "a small effusion" and "a new small effusion", but "mild edema" and "small effusions"
+    if name == "pleural effusion" and finding.side == "bilateral":
+        words |= {"noun": f"{noun}s", "bare": f"{bare}s", "be": "are", "have": "have"}
+    elif name not in UNCOUNTABLE:
+        words |= {"a": "an " if noun[0] in "aeiou" else "a ", "a_new": "a new "}
     # what fills the lung gets worse, everything else grows
     more, less = ("worsened", "improved") if name in ("edema", "consolidation") else ("increased", "decreased")
-    be, have = ("are", "have") if is_plural else ("is", "has")
-    words = {"noun": noun, "bare": bare, "a": article, "a_new": new, "be": be, "have": have}
     text = template.format(**words, more=more, less=less)
     return text[0].upper() + text[1:]
 
@@ -146,53 +151,56 @@ def pair_questions(state: State) -> list[tuple[str, str, str]]:
     """(type, question, answer) about a study and its prior, as in Diff-VQA; none without a prior."""
     if state.prior is None:
         return []
-    rng = state.generator("pair questions")
+    rows = []
+
+    def ask(kind, answer, name=""):
+        rows.append((kind, VOCABULARY["pair questions"][kind].format(name), answer))
+
+    # 1) questions about the whole image
     findings = {name: finding for name, finding in state.present.items() if name in FINDINGS}
     templates = VOCABULARY["differences"]
-    changes = ", ".join(templates[kind].format(name) for name, kind in state.changes.items() if kind in templates)
-    rows = [
-        ("difference", "what has changed compared to the reference image?", changes or "nothing has changed"),
-        ("abnormality", "what abnormalities are seen in the image?", ", ".join(findings) or "no abnormality"),
-        ("view", "from which view was the image taken?", f"{state.view} view"),
-    ]
-    # ask about a random finding, and about one that is present
-    asked = [*FINDINGS][rng.integers(len(FINDINGS))], *[*findings][:1]
+    changes = [templates[kind].format(name) for name, kind in state.changes.items() if kind in templates]
+    ask("difference", ", ".join(changes) or "nothing has changed")
+    ask("abnormality", ", ".join(findings) or "no abnormality")
+    ask("view", f"{state.view} view")
+    # 2) is it there: a random finding, and the first that is present
+    random = state.generator("pair questions").integers(len(FINDINGS))
+    chosen = {[*FINDINGS][random], *[*findings][:1]}
     for name in FINDINGS:
-        if name in asked:
-            answer = "yes" if name in findings else "no"
-            rows.append(("presence", f"is there evidence of {name} in the image?", answer))
+        if name in chosen:
+            ask("presence", "yes" if name in findings else "no", name)
+    # 3) details of all that are present
     for name, finding in findings.items():
-        rows.append(("level", f"what level is the {name}?", level_word(name, finding)))
+        ask("level", level_word(name, finding), name)
         if finding.side:
-            rows.append(("location", f"where in the image is the {name}?", f"{finding.side} {finding.place}"))
+            ask("location", f"{finding.side} {finding.place}", name)
     # edema first thickens the septa between the lobules, then fills the alveoli
     if "edema" in findings:
-        kind = "interstitial" if findings["edema"].severity < 0.5 else "alveolar"
-        rows.append(("type", "what type is the edema?", kind))
+        ask("type", "interstitial" if findings["edema"].severity < 0.5 else "alveolar")
     return rows
 
 
 def image_questions(state: State) -> list[dict]:
     """Questions about one image and lists of answers, as in CXR-VQA."""
-    rng = state.generator("image questions")
-    names = [*FINDINGS, *DEVICES]
-    asked = names[rng.integers(len(names))]
-    findings = [name for name in state.present if name in FINDINGS]
-    devices = [name for name in state.present if name in DEVICES]
-    sex = {"woman": "female", "man": "male"}[state.anatomy.sex]
-    yes_or_no = lambda name: ["yes" if name in state.present else "no"]
-    rows = [
-        (f"is {asked} present in this image?", "verify", "presence", yes_or_no(asked)),
-        ("list all abnormalities of this image.", "query", "abnormality", findings),
-        ("which devices are seen in this image?", "query", "attribute", devices),
-        ("is this image an AP or a PA view?", "choose", "plane", [state.view]),
-        ("what is the gender of the patient?", "query", "gender", [sex]),
-        ("is the heart wider than half of the chest?", "verify", "size", yes_or_no("cardiomegaly")),
-    ]
+    rows = []
+
+    def ask(content_type, answer, name=""):
+        entry = VOCABULARY["image questions"][content_type]
+        row = {"question": entry["question"].format(name), "semantic_type": entry["semantic_type"]}
+        rows.append(row | {"content_type": content_type, "answer": answer})
+
+    names, present = [*FINDINGS, *DEVICES], state.present
+    name = names[state.generator("image questions").integers(len(names))]
+    findings = [name for name in present if name in FINDINGS]
+    ask("presence", ["yes" if name in present else "no"], name)
+    ask("abnormality", findings)
+    ask("attribute", [name for name in present if name in DEVICES])
+    ask("plane", [state.view])
+    ask("gender", ["female" if state.anatomy.sex == "woman" else "male"])
+    ask("size", ["yes" if "cardiomegaly" in present else "no"])
     for name in findings:
-        side = state.present[name].side
+        side = present[name].side
         if side:
             sides = ("right", "left") if side == "bilateral" else (side,)
-            rows.append((f"which lungs show {name}?", "query", "anatomy", [f"{side} lung" for side in sides]))
-    keys = ("question", "semantic_type", "content_type", "answer")
-    return [dict(zip(keys, row, strict=True)) for row in rows]
+            ask("anatomy", [f"{side} lung" for side in sides], name)
+    return rows

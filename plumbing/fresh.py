@@ -7,9 +7,9 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-import tokenizers
 import torch
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import ByteLevelBPETokenizer
+from tokenizers.processors import TemplateProcessing
 from torch import nn
 
 from decoder import Decoder, decoder_config
@@ -33,14 +33,13 @@ DINOV2_NAMES = {
 def init_weights(module: nn.Module, seed: int):
     """Set weights to normal values with a standard deviation of 0.02, biases to 0, norms and layer scales to 1."""
     random = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if name.endswith("bias"):
-                parameter.zero_()
-            elif "norm" in name or re.search(r"\.scale[12]$", name):
-                parameter.fill_(1)
-            else:
-                parameter.normal_(0, 0.02, generator=random)
+    for name, parameter in module.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        elif "norm" in name or re.search(r"\.scale[12]$", name):
+            nn.init.ones_(parameter)
+        else:
+            nn.init.normal_(parameter, 0, 0.02, generator=random)
 
 
 def write_encoder(folder: Path, fields: dict, mean: float = 0.5, std: float = 0.25, seed: int = 0):
@@ -50,16 +49,14 @@ def write_encoder(folder: Path, fields: dict, mean: float = 0.5, std: float = 0.
     init_weights(encoder, seed)
 
     tensors = {}
-    for name, parameter in encoder.named_parameters():
+    for name, tensor in encoder.named_parameters():
         for pattern, replacement in DINOV2_NAMES.items():
             name = re.sub(pattern, replacement, name)
-        tensors[name] = parameter
+        tensors[name] = tensor
 
     side = fields["image_size"]  # a square image is resized and never cropped
-    pixels = {
-        "size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}, "do_center_crop": True,
-        "image_mean": [mean] * 3, "image_std": [std] * 3, "resample": 3, "rescale_factor": 1 / 255,
-    }  # fmt: skip
+    pixels = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}, "do_center_crop": True}
+    pixels |= {"image_mean": [mean] * 3, "image_std": [std] * 3, "resample": 3, "rescale_factor": 1 / 255}
     with atomic_folder(folder) as partial:
         write_json(partial / "config.json", fields)
         write_json(partial / "preprocessor_config.json", pixels)
@@ -70,26 +67,22 @@ def write_decoder(folder: Path, fields: dict, texts: Iterable[str], seed: int = 
     """Write a Llama with the `fields` of its config.json, and a byte-level BPE of at most vocab_size tokens."""
     # 1) learn the tokenizer
     unk, bos, eos = special = ["<unk>", "<s>", "</s>"]
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[(bos, 1)])
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    settings = {"vocab_size": fields["vocab_size"], "special_tokens": special, "initial_alphabet": alphabet}
-    trainer = trainers.BpeTrainer(**settings, show_progress=False)
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer = ByteLevelBPETokenizer()
+    tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[(bos, 1)])
+    settings = {"min_frequency": 0, "special_tokens": special, "show_progress": False}
+    tokenizer.train_from_iterator(texts, fields["vocab_size"], **settings)
 
     # 2) build the model for it
     defaults = {"model_type": "llama", "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2}
     fields = defaults | {"torch_dtype": "float32"} | fields | {"vocab_size": tokenizer.get_vocab_size()}
     decoder = Decoder(decoder_config(fields, folder))
     init_weights(decoder, seed)
-    disk_name = lambda name: name if name == "lm_head.weight" else f"model.{name}"
-    tensors = {disk_name(name): parameter for name, parameter in decoder.named_parameters()}
+    # on disk all names but that of the head begin with "model."
+    tensors = {re.sub(r"^(?!lm_head)", "model.", name): tensor for name, tensor in decoder.named_parameters()}
 
     # 3) write both
     with atomic_folder(folder) as partial:
         write_json(partial / "config.json", fields)
         write_json(partial / "tokenizer_config.json", {"unk_token": unk, "bos_token": bos, "eos_token": eos})
-        (partial / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+        tokenizer.save(str(partial / "tokenizer.json"), pretty=False)
         checkpoint.write_tensors(partial, tensors.items())
