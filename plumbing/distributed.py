@@ -45,18 +45,13 @@ class World:
 
     def all_reduce_gradients(self, parameters: Iterable[nn.Parameter]):
         """Sums the gradients of all ranks. FSDP has summed those of sharded parameters in the backward pass."""
-        if self.size == 1:
-            return
-        sums = []
         for parameter in parameters:
-            if is_sharded(parameter):
+            if self.size == 1 or is_sharded(parameter):
                 continue
             # a parameter that took no part on this rank counts as 0
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            sums.append(dist.all_reduce(parameter.grad, async_op=True))
-        for work in sums:
-            work.wait()
+            dist.all_reduce(parameter.grad)
 
     def clip_grad_norm(self, parameters: Iterable[nn.Parameter], limit: float) -> float:
         """Scales all gradients so that their norm is at most `limit`. Returns the norm they had."""

@@ -9,9 +9,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.I)
 HTTP = re.compile(r"https?://", re.I)
 URL_LETTERS = "!#$%&'()*+,/:;=?@[]~"  # that mean something in an address (RFC 3986)
 URL_BYTES, URL_SECONDS = 64 * 2**20, 20  # the most that one image may take
@@ -26,27 +25,33 @@ def load_image(source) -> Image.Image:
     Grey of 16 bits is scaled to 8 bits, and an alpha channel is dropped, as published. Raises an OSError or a
     ValueError of one line if the image is missing, empty, truncated, not an image, or too large for Pillow.
     """
-    if isinstance(source, Image.Image):
-        return _to_rgb("the image", source)
-
     # 1) read the file
     name, data = source, source
-    if isinstance(source, bytes):
+    if isinstance(source, bytes | Image.Image):
         name = "the image"
-    elif isinstance(source, str) and ADDRESS.match(source):
+    elif isinstance(source, str) and HTTP.match(source):
         data = _download(source)
-    elif Path(source).is_file():
+    elif Path(source).exists():
         data = Path(source).read_bytes()
-    elif Path(source).is_dir():
-        raise IsADirectoryError(f"{source} is a directory: give an image file")
     else:
         raise FileNotFoundError(f"no image {source}: check the path")
 
     # 2) decode it; DICM behind 128 bytes means DICOM (PS3.10, 7.1), and so do a name and a tag of group 2 or 8
-    bare = DICOM_NAME.search(str(name)) and data[:2] in (b"\2\0", b"\0\2", b"\b\0", b"\0\b")
-    if bare or data[128:132] == b"DICM":
-        return _load_dicom(name, data)
-    return _to_rgb(name, data)
+    head = data[:132] if isinstance(data, bytes) else b""
+    is_bare = DICOM_NAME.search(str(name)) and head[:2] in (b"\2\0", b"\0\2", b"\b\0", b"\0\b")
+    try:
+        if is_bare or head[128:] == b"DICM":
+            return _decode_dicom(name, data)
+        return _decode(data)
+    except ImportError:
+        raise ValueError(f"{name} is a DICOM file, which needs pydicom 3: pip install pydicom") from None
+    except UnidentifiedImageError:
+        problem = "not an image" if data else "empty"
+        raise ValueError(f"{name} is {problem}: give a JPEG, PNG, TIFF or DICOM") from None
+    except Exception as error:  # each decoder of Pillow and pydicom raises errors of its own
+        reason = " ".join(str(error).split())
+        advice = "fetch it again, or save it as a smaller PNG of 8 bits"
+        raise ValueError(f"{name} is a damaged or unsupported image ({reason}): {advice}") from None
 
 
 class _HTTPRedirects(urllib.request.HTTPRedirectHandler):
@@ -54,12 +59,12 @@ class _HTTPRedirects(urllib.request.HTTPRedirectHandler):
 
     max_redirections = 5
 
-    def redirect_request(self, request, response, *answer):
-        *_, url = answer
-        response.close()  # urllib would read its body, however long
-        if not HTTP.match(url):
-            raise ValueError(f"it redirects to {url}, which is not http(s)")
-        return super().redirect_request(request, response, *answer)
+    def redirect_request(self, request, response, code, message, headers, url):
+        # urllib would read its body, however long
+        response.close()
+        if HTTP.match(url):
+            return super().redirect_request(request, response, code, message, headers, url)
+        raise ValueError(f"it redirects to {url}, which is not http(s)")
 
 
 def _download(url: str) -> bytes:
@@ -68,8 +73,6 @@ def _download(url: str) -> bytes:
     opener.addheaders = [("User-Agent", "nanolibra")]
     deadline, data = time.monotonic() + URL_SECONDS, bytearray()
     try:
-        if not HTTP.match(url):
-            raise ValueError("it is not http(s)")
         # piece by piece, because urllib limits neither the size nor the whole time, only each wait
         with opener.open(quote(url, safe=URL_LETTERS), timeout=URL_SECONDS) as response:
             while piece := response.read1(2**16):
@@ -84,48 +87,36 @@ def _download(url: str) -> bytes:
     return bytes(data)
 
 
-def _to_rgb(name, source) -> Image.Image:
+def _decode(source) -> Image.Image:
     """Decode the bytes of a file, or take a PIL image, and turn it upright."""
-    # 1) decode; Pillow only warns of a large image, and raises for a huge one
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(source), formats=FORMATS) if isinstance(source, bytes) else source
-            image = ImageOps.exif_transpose(image)
-            image.load()
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise ValueError(f"{name} has more than {Image.MAX_IMAGE_PIXELS:,} pixels: scale it down first") from None
-    except Image.UnidentifiedImageError:
-        problem = "not an image" if source else "empty"
-        raise ValueError(f"{name} is {problem}: give a JPEG, PNG, TIFF or DICOM") from None
-    except Exception as error:  # each of Pillow's decoders raises errors of its own
-        raise ValueError(f"{name} is a damaged or truncated image ({error}): fetch it again") from None
+    with warnings.catch_warnings():
+        # Pillow only warns of a large image, and raises for a huge one
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        image = source
+        if isinstance(source, bytes):
+            image = Image.open(io.BytesIO(source), formats=FORMATS)
+        image = ImageOps.exif_transpose(image)
+        image.load()
 
-    # 2) 16 bits -> 8 bits, which Pillow would clip at 255
+    # 16 bits -> 8 bits, which Pillow would clip at 255
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         values = np.asarray(image, dtype=np.float64)
         if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"{name} has pixels that are not whole numbers of 8 or 16 bits: convert it first")
+            raise ValueError("its pixels are not whole numbers of 8 or 16 bits")
         image = Image.fromarray((values / 257).round().astype(np.uint8))
     return image.convert("RGB")
 
 
-def _load_dicom(name, data: bytes) -> Image.Image:
+def _decode_dicom(name, data: bytes) -> Image.Image:
     """Return the first frame of a DICOM file, shown as the file says, in mode RGB; needs pydicom."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # many files stray from the standard and can still be read
-            dicom = _parse_dicom(data)
-            shown = _shown_values(dicom)
-        image = Image.fromarray((255 * shown.clip(0, 1)).round().astype(np.uint8))
-    except ImportError:
-        raise ValueError(f"{name} is a DICOM file, which needs pydicom 3: pip install pydicom") from None
-    except Exception as error:  # a damaged file can raise anything in pydicom and its decoders
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{name} is DICOM that cannot be read ({reason}): fetch it again, or save it as PNG") from None
+    with warnings.catch_warnings():
+        # many files stray from the standard and can still be read
+        warnings.simplefilter("ignore")
+        dicom = _parse_dicom(data)
+        shown = _shown_values(dicom)
     if int(dicom.get("NumberOfFrames") or 1) > 1:
         warnings.warn(f"{name} has {dicom.NumberOfFrames} frames: the first is read", stacklevel=3)
-    return image.convert("RGB")
+    return Image.fromarray((255 * shown.clip(0, 1)).round().astype(np.uint8)).convert("RGB")
 
 
 def _parse_dicom(data: bytes):
