@@ -91,8 +91,8 @@ def is_sharded(tensor: torch.Tensor) -> bool:
 def shard(module: nn.Module, blocks: Iterable[nn.Module], world: World):
     """Splits the blocks of a module over all ranks: parameters, gradients and optimizer state (FSDP2).
 
-    A block is gathered while it is computed, on a GPU in bfloat16. Whatever is outside the blocks stays a copy on each
-    rank. Gradients are summed, not averaged. All ranks must compute a block equally often, except inside `unsharded`.
+    A block is gathered while it is computed, on a GPU in bfloat16. The rest stays a copy on each rank. Gradients are
+    summed. All ranks must compute a block equally often, except inside `unsharded`.
     """
     # slow to import, and needed by few runs
     from torch.distributed.device_mesh import init_device_mesh

@@ -19,8 +19,9 @@ PEAK_TFLOPS = {
     "3090": 71, "4090": 165, "5090": 210, "MI300X": 1307,
 }  # fmt: skip
 TRACKERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb"}  # -> its Python module
-LINE = "step {step}/{steps} loss {loss:.4f} lr {lr:.2e} norm {norm:.3f} {positions_per_second:,.0f} positions/s "
-LINE += "waiting {waiting:.0%}"
+LINE = "step {step}/{steps} loss {loss:.4f} lr {lr:.2e} norm {norm:.3f} "
+LINE += "{positions_per_second:,.0f} positions/s waiting {waiting:.0%}"
+# the lines of loss.svg
 COLOURS = ("#0b7285", "#e8590c", "#5f3dc4", "#2b8a3e")
 
 
@@ -38,7 +39,8 @@ class Log:
         self.out = Path(self.config.out_dir)
         self.file = self.out / "log.jsonl"
         # counted since the last line
-        self.start, self.positions, self.waited = time.monotonic(), 0, 0.0
+        self.start = time.monotonic()
+        self.positions, self.waited = 0, 0.0
         if self.world.rank != 0:
             return
 
@@ -64,21 +66,22 @@ class Log:
         seconds = time.monotonic() - self.start
         values["positions_per_second"] = positions / seconds
         values["waiting"] = (waited - self.waited) / seconds
-        minutes = (self.num_steps - step) * seconds / (step - self.first_step) / 60
-        self.start, self.positions, self.waited = time.monotonic(), 0, waited
-        self.first_step = step
+        seconds_left = (self.num_steps - step) * seconds / (step - self.first_step)
+        self.start += seconds
+        self.positions = 0
+        self.waited, self.first_step = waited, step
         if self.world.rank != 0:
             return
 
-        # 2) the share of the GPUs' peak (MFU), if that is known
+        # 2) the share of the GPUs' peak that was used (MFU), if the peak is known
         line = LINE.format(step=step, steps=self.num_steps, **values)
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+        flops = self.flops_per_position * values["positions_per_second"] / self.world.size
         for chip, peak in PEAK_TFLOPS.items():
             if chip in gpu:
-                flops = self.flops_per_position * values["positions_per_second"]
-                values["mfu"] = flops / (1e12 * peak * self.world.size)
+                values["mfu"] = flops / 1e12 / peak
                 line += f" MFU {values['mfu']:.0%}"
-        print(f"{line} {minutes:.0f} min left", flush=True)
+        print(f"{line} {seconds_left / 60:.0f} min left", flush=True)
         self._write(step, values)
 
     def scores(self, step: int, scores: dict[str, float]):
@@ -90,7 +93,7 @@ class Log:
 
     def _write(self, step: int, values: dict[str, float]):
         with open(self.file, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step} | values) + "\n")
+            print(json.dumps({"step": step} | values), file=file)
         for track in self.trackers:
             track(values, step)
 
@@ -99,8 +102,9 @@ class Log:
         lines = {}
         for text in self.file.read_text().splitlines():
             entry = json.loads(text)
-            label, name = ("training", "loss") if "loss" in entry else ("validation", "validation loss")
-            lines.setdefault(label, []).append((entry["step"], entry[name]))
+            label = "training" if "loss" in entry else "validation"
+            loss = entry.get("loss", entry.get("validation loss"))
+            lines.setdefault(label, []).append((entry["step"], loss))
         with atomic(self.out / "loss.svg") as file:
             file.write(curves("loss", "step", lines))
 
@@ -114,28 +118,23 @@ def open_tracker(name: str, config):
     if name == "wandb":
         return module.init(project="nanolibra", dir=config.out_dir, config=asdict(config)).log
     writer = module.SummaryWriter(config.out_dir)
-
-    def track(values, step):
-        for key, value in values.items():
-            writer.add_scalar(key, value, step)
-
-    return track
+    return lambda values, step: [writer.add_scalar(*item, step) for item in values.items()]
 
 
 def curves(title: str, unit: str, lines: dict[str, list]) -> str:
     """Draws lines as an SVG picture with a logarithmic y axis. lines: label -> [(x, y), …]."""
     # 1) the range of the points (x, log y)
-    lines = {label: np.array(line, dtype=float) for label, line in lines.items()}  # [points, 2]
-    for line in lines.values():
+    logs = [np.array(line, dtype=float) for line in lines.values()]
+    for line in logs:
         line[:, 1] = np.log(line[:, 1].clip(1e-9))
-    points = np.concatenate(list(lines.values()))
+    points = np.concatenate(logs)  # [all points, 2]
     low, high = points.min(axis=0), points.max(axis=0)
     svg = axes(title, unit, low, high)
 
     # 2) the lines, whose corners are (60, 340) and (700, 40), and their labels one below the other
-    for number, (label, line) in enumerate(lines.items()):
+    for number, label in enumerate(lines):
         colour = COLOURS[number % len(COLOURS)]
-        shares = (line - low) / np.maximum(high - low, 1e-9)
+        shares = (logs[number] - low) / np.maximum(high - low, 1e-9)
         pixels = " ".join(f"{60 + 640 * x:.1f},{340 - 300 * y:.1f}" for x, y in shares)
         svg += f'<polyline points="{pixels}" fill="none" stroke="{colour}" stroke-width="1.5"/>\n'
         svg += f'<text x="690" y="{60 + 18 * number}" text-anchor="end" fill="{colour}">{label}</text>\n'
@@ -143,7 +142,7 @@ def curves(title: str, unit: str, lines: dict[str, list]) -> str:
 
 
 def axes(title: str, unit: str, low, high) -> str:
-    """The begin of the picture: what its axes show, and five ticks on each, from low to high (x, log y)."""
+    """The picture's head: what its axes show, and five ticks on each. low and high are (x, log y)."""
     svg = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 720 390" style="font: 13px sans-serif" fill="#888">\n'
     svg += f'<text x="60" y="22">{title}</text><text x="700" y="380" text-anchor="end">{unit}</text>\n'
     for tick, (x, log) in enumerate(np.linspace(low, high, 5)):

@@ -26,12 +26,8 @@ class PixelConfig:
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 # fields that change the result -> the values that we compute with
-SUPPORTED = {
-    "do_resize": (True,),
-    "do_rescale": (True,),
-    "do_normalize": (True,),
-    "resample": (3,),  # bicubic
-}
+SUPPORTED = {"do_resize": [True], "do_rescale": [True], "do_normalize": [True]}
+SUPPORTED["resample"] = [3]  # bicubic
 
 
 def pixel_config(config: dict, source, pad: str) -> PixelConfig:
@@ -62,20 +58,16 @@ def pixel_config(config: dict, source, pad: str) -> PixelConfig:
         fits = False
     if not fits or crops == squash:
         raise ValueError(f"{where}: not supported together: size {size}, crop_size {crop}, do_center_crop {crops}")
-    return PixelConfig(
-        size=size["shortest_edge"],
-        crop=crop["height"],
-        mean=tuple(config["image_mean"]),
-        std=tuple(config["image_std"]),
-        scale=config.get("rescale_factor", 1 / 255),
-        pad=pad,
-        squash=squash,
-    )
+    mean, std = tuple(config["image_mean"]), tuple(config["image_std"])
+    scale = config.get("rescale_factor", 1 / 255)
+    size = size["shortest_edge"]
+    crop = crop["height"]
+    return PixelConfig(size, crop, mean, std, scale=scale, pad=pad, squash=squash)
 
 
 def open_clip_pixels(size: int, pad: str) -> PixelConfig:
     """Return open_clip's preprocessing, which none of its files describes."""
-    return PixelConfig(size, crop=size, mean=CLIP_MEAN, std=CLIP_STD, scale=1 / 255, pad=pad, rounds=True)
+    return PixelConfig(size, size, CLIP_MEAN, CLIP_STD, scale=1 / 255, pad=pad, rounds=True)
 
 
 def preprocess(image: Image.Image, config: PixelConfig) -> torch.Tensor:
@@ -105,11 +97,11 @@ def frame(image: Image.Image, config: PixelConfig) -> np.ndarray:
     image = image.resize((width, height), Image.Resampling.BICUBIC)
 
     # 3) cut a square out of the centre
+    crop = config.crop
     to_int = round if config.rounds else int
-    left = to_int((width - config.crop) / 2)
-    top = to_int((height - config.crop) / 2)
-    box = (left, top, left + config.crop, top + config.crop)
-    return np.array(image.crop(box))
+    left = to_int((width - crop) / 2)
+    top = to_int((height - crop) / 2)
+    return np.array(image.crop((left, top, left + crop, top + crop)))
 
 
 def normalise(frame: np.ndarray, config: PixelConfig) -> torch.Tensor:

@@ -18,6 +18,7 @@ from plumbing.files import atomic
 GATHER = states.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 # The way back: every rank has the whole tensors and takes its part. Frozen parameters stay as they are.
 SCATTER = states.StateDictOptions(full_state_dict=True, strict=False)
+LEARNING = states.StateDictOptions(ignore_frozen_params=True)
 
 
 def checkpoint_files(out_dir) -> list[Path]:
@@ -36,13 +37,11 @@ class Checkpoints:
     world: World
 
     def save(self, step: int, best: float):
-        """Saves the state after `step` steps, then deletes old checkpoints. Every rank must call this.
-
-        Raises OSError if the disk is full; earlier checkpoints are then still there.
-        """
-        state = dict(config=asdict(self.config), step=step, best=best)
+        """Saves the state after `step` steps, then deletes old checkpoints. Every rank must call this."""
+        state = {"config": asdict(self.config), "step": step, "best": best}
         state["weights"] = states.get_model_state_dict(self.model, options=GATHER)
         state["optimizer"] = states.get_optimizer_state_dict(self.model, self.optimizer, options=GATHER)
+        # all ranks gather, one writes
         if self.world.rank != 0:
             return
         file = Path(self.config.out_dir, "checkpoints", f"step-{step:07}.pt")
@@ -66,9 +65,8 @@ class Checkpoints:
             before = state["config"].get(name)
             if before != value and name not in self.may_change:
                 raise ValueError(f"{file} was made with {name}={before!r}, not {value!r}: use another out_dir")
-        ours = states.get_model_state_dict(self.model, options=states.StateDictOptions(ignore_frozen_params=True))
-        shapes = {name: tensor.shape for name, tensor in state["weights"].items()}
-        if shapes != {name: tensor.shape for name, tensor in ours.items()}:
+        ours = states.get_model_state_dict(self.model, options=LEARNING)
+        if list_shapes(ours) != list_shapes(state["weights"]):
             raise ValueError(f"{file} holds other weights than this config trains: use another out_dir")
 
         # 2) fill the optimizer, whose groups depend on sharding, and then the weights
@@ -89,3 +87,7 @@ class Checkpoints:
                 pass
             print(f"{file} is damaged or no checkpoint: trying the one before", file=sys.stderr)
         raise ValueError(f"{self.config.out_dir} holds no checkpoint to continue from: run without --resume")
+
+
+def list_shapes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in tensors.items()}

@@ -6,10 +6,9 @@ from pathlib import Path
 
 
 def read_settings(defaults: dict, path: str, overrides: dict[str, str]) -> dict:
-    """Reads settings by name; the type of a default is the type of the setting.
+    """Reads settings, of the types of their defaults; overrides are texts from a command line.
 
-    overrides: texts from a command line. Raises ValueError that names the place, and the expected type or the nearest
-    known name.
+    Raises ValueError that names the place, and the expected type or the nearest known name.
     """
     # 1) the file is a program: it may calculate, and it may fail in any way
     namespace: dict = {}
