@@ -45,7 +45,7 @@ def load_image(source) -> Image.Image:
         raise ValueError(f"{name} is {problem}: give a JPEG, PNG, TIFF or DICOM") from None
     except Exception as error:  # each decoder raises errors of its own
         reason = _one_line(error)
-        raise ValueError(f"{name} is a damaged or unsupported image ({reason}): fetch it again, or convert it") from None
+        raise ValueError(f"{name} is a damaged or unsupported image ({reason}): fetch it again or convert it") from None
 
 
 def _one_line(error) -> str:

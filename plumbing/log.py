@@ -47,11 +47,12 @@ class Log:
         # steps behind the checkpoint will be logged again, and a full disk may have torn the last line
         self.out.mkdir(parents=True, exist_ok=True)
         self.file.touch()
-        old = self.file.read_text().splitlines()
+        old = self.file.read_text().splitlines() if self.first_step else []
         with atomic(self.file) as file:
             for line in old:
                 if line.endswith("}") and json.loads(line)["step"] <= self.first_step:
                     file.write(line + "\n")
+        # every setting, defaults included
         with atomic(self.out / "run.json") as file:
             json.dump(asdict(self.config), file, indent=1)
         self.trackers = [open_tracker(name, self.config) for name in self.config.report_to]

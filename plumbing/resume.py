@@ -89,5 +89,5 @@ class Checkpoints:
         raise ValueError(f"{self.config.out_dir} holds no checkpoint to continue from: run without --resume")
 
 
-def list_shapes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
+def list_shapes(tensors: dict) -> dict:
     return {name: tensor.shape for name, tensor in tensors.items()}
