@@ -22,9 +22,9 @@ class Parser(argparse.ArgumentParser):
         sys.exit(fail(self.prog, message))
 
     def parse_known_args(self, arguments=None, namespace=None):
-        # argparse calls this for a subcommand too, which then looks among its own flags
         self.allow_abbrev = False
         known, unknown = super().parse_known_args(arguments, namespace)
+        # argparse calls this for a subcommand too, which looks among its own flags
         for argument in unknown:
             nearest = difflib.get_close_matches(argument.split("=")[0], self._option_string_actions, n=1)
             advice = f"did you mean {nearest[0]}?" if nearest else "see --help"
@@ -41,9 +41,12 @@ def add_model_flags(add):
     add("--device", default="auto", help="auto, cpu, cuda or mps")
 
 
+def auto_or_int(text):
+    return text if text == "auto" else int(text)
+
+
 def add_decoding_flags(add):
     """How a report is decoded: the fields of `sample.Options` that concern a single report."""
-    auto_or_int = lambda text: text if text == "auto" else int(text)
     add("--max-new-tokens", type=int, default=512, metavar="N", help="limit of the report's length, in tokens")
     add("--temperature", type=float, default=0.0, metavar="T", help="above 0: sampling; 0: greedy or beam search")
     add("--top-p", type=float, default=1.0, metavar="P", help="sample from the likeliest tokens that sum to P")
@@ -68,7 +71,7 @@ def guard(program, run, arguments):
         # the reader of our output has ended, as `head` does; a closed stderr keeps Python's exit silent about it
         sys.stderr.close()
     except (ValueError, OSError, MemoryError) as error:
-        # the one place with advice on a full disk; `files.atomic` and `files.resumable` add the name of the file
+        # the one place with advice on a full disk; `files.resumable` has added the name of the file
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
             error = f"{error.filename}: {error.strerror}: make room and run this again, what is done is kept"
         return fail(program, error)
@@ -80,16 +83,17 @@ def guard(program, run, arguments):
 
 def progress(label, unit="", scale=1):
     """Returns show(done, total), which draws a progress bar on stderr; with a scale above 1 it counts bytes."""
-    tqdm.monitor_interval = 0  # no thread of its own, because `parallel` forks this process
-    terminal = sys.stderr.isatty()
-    unit = "B" if scale > 1 else unit
+    # no thread of its own, because `parallel` forks this process
+    tqdm.monitor_interval = 0
+    is_terminal = sys.stderr.isatty()
     # where nothing can be redrawn, a line is printed at most every 30 seconds
-    target = dict(file=sys.stderr) if terminal else dict(file=io.StringIO(), mininterval=30)
+    target = dict(file=sys.stderr) if is_terminal else dict(file=io.StringIO(), mininterval=30)
+    unit = "B" if scale > 1 else unit
     bar = tqdm(desc=label, unit=unit, unit_scale=scale > 1, miniters=0, leave=False, **target)
 
     def show(done, total):
         bar.total = total
-        if bar.update(done - bar.n) and not terminal:
+        if bar.update(done - bar.n) and not is_terminal:
             print(bar, file=sys.stderr)
         if done == total:
             bar.close()
@@ -101,13 +105,15 @@ def parallel(function, items, workers):
     """Yields function(item) for each item, in order, from worker processes; ChildProcessError if one is killed."""
     # a forked worker starts at once; where forking is not safe, each one imports everything anew
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool, items = ProcessPoolExecutor(workers, context, initializer=_follow_parent), iter(items)
-    # the first task forks the workers; a Ctrl-C comes after that, and only to this process, which ends them in order
+    pool = ProcessPoolExecutor(workers, context, initializer=_follow_parent)
+    items = iter(items)
+    # the first task forks the workers: a Ctrl-C waits until then, and reaches only this process, which ends them
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     pool.submit(int)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     try:
-        while batch := list(islice(items, 32 * workers)):  # results must not fill the memory
+        # in batches, because the results must not fill the memory
+        while batch := list(islice(items, 32 * workers)):
             yield from pool.map(function, batch)
     except BrokenExecutor:
         raise ChildProcessError("a worker process was killed (no memory?): run again with fewer --workers") from None
@@ -128,8 +134,8 @@ def _follow_parent():
 def print_table(rows):
     """Prints rows in columns, the first flush left, the others flush right; integers get commas."""
     show = lambda cell: f"{cell:,}" if isinstance(cell, int) else str(cell)
-    texts = [list(map(show, row)) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
-    for first, *others in texts:
-        cells = map(str.rjust, others, widths[1:])
-        print("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+    rows = [list(map(show, row)) for row in rows]
+    first_width, *widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *others in rows:
+        cells = map(str.rjust, others, widths)
+        print("  ".join([first.ljust(first_width), *cells]).rstrip())

@@ -10,10 +10,7 @@ from pathlib import Path
 
 @contextmanager
 def atomic(path, mode: str = "w"):
-    """Opens a file for writing that replaces `path` at the end, when it is complete and on the disk.
-
-    If the block fails or the process is killed, `path` stays as it was.
-    """
+    """Opens a file that replaces `path` at the end; after a failure or a kill, `path` is as it was."""
     path = Path(path)
     # always the same name, so that killed processes leave one such file, not many
     partial = path.with_name(f".{path.name}.partial")
@@ -25,7 +22,6 @@ def atomic(path, mode: str = "w"):
             os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
-        # after a failure; after a success it has the name `path`
         partial.unlink(missing_ok=True)
 
 
@@ -38,9 +34,7 @@ def atomic_folder(folder: Path):
     """
     folder = Path(folder)
     # never delete what somebody else put there
-    is_checkpoint = (folder / "config.json").exists()
-    is_empty = folder.is_dir() and not any(folder.iterdir())
-    if folder.exists() and not (is_checkpoint or is_empty):
+    if folder.exists() and os.listdir(folder) and not (folder / "config.json").exists():
         raise FileExistsError(f"{folder} holds something that is not a checkpoint: give another folder")
 
     # a killed process may have left a partial folder
@@ -50,8 +44,10 @@ def atomic_folder(folder: Path):
     try:
         yield partial
         # what is renamed must be on the disk, or a power cut leaves empty files
-        for file in [*partial.rglob("*"), partial]:
-            _sync(file)
+        for path in [*partial.rglob("*"), partial]:
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
         # a folder cannot replace one that has files, so the old one moves aside first
         old = folder.with_name(f".{folder.name}.old")
         shutil.rmtree(old, ignore_errors=True)
@@ -63,18 +59,9 @@ def atomic_folder(folder: Path):
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _sync(path: Path):
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
-
-
 @contextmanager
 def only_writer(file, name):
-    """Locks an open file for the block; ValueError, which calls it `name`, if another process has locked it.
-
-    The system releases the lock when the process ends, however it ends. Windows has no such locks (fcntl).
-    """
+    """Locks an open file until the block or the process ends. ValueError, which calls it `name`, if it is locked."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -88,10 +75,7 @@ def only_writer(file, name):
 
 @contextmanager
 def resumable(name):
-    """Wraps work that writes to `name` and keeps what is done, so that it can be run again after a full disk.
-
-    The system's error for a failed write names no file; here it gets `name`. `cli.guard` adds the advice.
-    """
+    """Gives `name` to the system's error for a failed write, which names no file; `cli.guard` adds the advice."""
     try:
         yield
     except OSError as error:
@@ -119,10 +103,9 @@ def write_json(path: Path, value: dict):
 
 
 def check_supported(settings: dict, supported: dict[str, tuple], where):
-    """Check the fields of a parsed JSON file against the values that this program computes with.
+    """Raises ValueError if a field of a JSON file, named `where`, has a value that this program does not compute with.
 
-    supported: name of a field -> its allowed values. A field that is absent passes. where: the file, for the message.
-    Raises a ValueError that names the first field with another value.
+    supported: name of a field -> its allowed values. A field that is absent passes.
     """
     for name, allowed in supported.items():
         if name in settings and settings[name] not in allowed:

@@ -9,9 +9,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://", re.I)
 HTTP = re.compile(r"https?://", re.I)
 URL_LETTERS = "!#$%&'()*+,/:;=?@[]~"  # that mean something in an address (RFC 3986)
 URL_BYTES, URL_SECONDS = 64 * 2**20, 20  # the most that one image may take
@@ -23,43 +22,54 @@ FORMATS = ("JPEG", "JPEG2000", "PNG", "TIFF", "BMP", "GIF", "WEBP", "PPM")
 def load_image(source) -> Image.Image:
     """Load a path, an http(s) address, the bytes of a file or a PIL image, upright and in mode RGB.
 
-    Grey of 16 bits is scaled to 8 bits, and an alpha channel is dropped, as published. Raises an OSError or a
-    ValueError of one line if the image is missing, empty, truncated, not an image, or too large for Pillow.
+    Grey of 16 bits is scaled to 8, and alpha is dropped, as published. Raises OSError or ValueError, one line each.
     """
-    if isinstance(source, Image.Image):
-        return _to_rgb("the image", source)
-
     # 1) read the file
-    name, data = source, source
-    if isinstance(source, bytes):
+    name = data = source
+    if isinstance(source, bytes | Image.Image):
         name = "the image"
-    elif isinstance(source, str) and ADDRESS.match(source):
+    elif isinstance(source, str) and HTTP.match(source):
         data = _download(source)
-    elif Path(source).is_file():
+    elif Path(source).exists():
         data = Path(source).read_bytes()
-    elif Path(source).is_dir():
-        raise IsADirectoryError(f"{source} is a directory: give an image file")
     else:
         raise FileNotFoundError(f"no image {source}: check the path")
 
-    # 2) decode it; DICM behind 128 bytes means DICOM (PS3.10, 7.1), and so do a name and a tag of group 2 or 8
-    bare = DICOM_NAME.search(str(name)) and data[:2] in (b"\2\0", b"\0\2", b"\b\0", b"\0\b")
-    if bare or data[128:132] == b"DICM":
-        return _load_dicom(name, data)
-    return _to_rgb(name, data)
+    # 2) decode it
+    try:
+        return _decode_dicom(name, data) if _is_dicom(name, data) else _decode(data)
+    except ImportError:
+        raise ValueError(f"{name} is a DICOM file, which needs pydicom 3: pip install pydicom") from None
+    except UnidentifiedImageError:
+        problem = "not an image" if data else "empty"
+        raise ValueError(f"{name} is {problem}: give a JPEG, PNG, TIFF or DICOM") from None
+    except Exception as error:  # each decoder raises errors of its own
+        reason = _one_line(error)
+        raise ValueError(f"{name} is a damaged or unsupported image ({reason}): fetch it again or convert it") from None
+
+
+def _one_line(error) -> str:
+    return " ".join(str(error).split())
+
+
+def _is_dicom(name, data) -> bool:
+    """Whether it has DICM behind 128 bytes (PS3.10, 7.1), or a DICOM file's name and a first tag of group 2 or 8."""
+    if isinstance(data, Image.Image):
+        return False
+    is_tag = data[:2] in (b"\2\0", b"\0\2", b"\b\0", b"\0\b")
+    return data[128:132] == b"DICM" or bool(is_tag and DICOM_NAME.search(str(name)))
 
 
 class _HTTPRedirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects to http(s) addresses only, never to a file or to FTP."""
-
     max_redirections = 5
 
-    def redirect_request(self, request, response, *answer):
-        *_, url = answer
-        response.close()  # urllib would read its body, however long
+    def redirect_request(self, request, response, code, message, headers, url):
+        # urllib would read its body, however long
+        response.close()
+        # and it would follow an address to FTP
         if not HTTP.match(url):
-            raise ValueError(f"it redirects to {url}, which is not http(s)")
-        return super().redirect_request(request, response, *answer)
+            raise ValueError(f"it redirects to {url}")
+        return super().redirect_request(request, response, code, message, headers, url)
 
 
 def _download(url: str) -> bytes:
@@ -68,8 +78,6 @@ def _download(url: str) -> bytes:
     opener.addheaders = [("User-Agent", "nanolibra")]
     deadline, data = time.monotonic() + URL_SECONDS, bytearray()
     try:
-        if not HTTP.match(url):
-            raise ValueError("it is not http(s)")
         # piece by piece, because urllib limits neither the size nor the whole time, only each wait
         with opener.open(quote(url, safe=URL_LETTERS), timeout=URL_SECONDS) as response:
             while piece := response.read1(2**16):
@@ -79,72 +87,55 @@ def _download(url: str) -> bytes:
             if response.length:
                 raise ValueError(f"{response.length} bytes are missing")
     except Exception as error:  # urllib, http.client and ssl raise errors of their own
-        reason = " ".join(str(error).split())
-        raise OSError(f"no image from {url} ({reason}): check the address, or give a downloaded file") from None
+        raise OSError(f"no image from {url} ({_one_line(error)}): check the address") from None
     return bytes(data)
 
 
-def _to_rgb(name, source) -> Image.Image:
+def _decode(source) -> Image.Image:
     """Decode the bytes of a file, or take a PIL image, and turn it upright."""
-    # 1) decode; Pillow only warns of a large image, and raises for a huge one
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(source), formats=FORMATS) if isinstance(source, bytes) else source
-            image = ImageOps.exif_transpose(image)
-            image.load()
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise ValueError(f"{name} has more than {Image.MAX_IMAGE_PIXELS:,} pixels: scale it down first") from None
-    except Image.UnidentifiedImageError:
-        problem = "not an image" if source else "empty"
-        raise ValueError(f"{name} is {problem}: give a JPEG, PNG, TIFF or DICOM") from None
-    except Exception as error:  # each of Pillow's decoders raises errors of its own
-        raise ValueError(f"{name} is a damaged or truncated image ({error}): fetch it again") from None
+    with warnings.catch_warnings():
+        # Pillow only warns of a large image, and raises for a huge one
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        image = Image.open(io.BytesIO(source), formats=FORMATS) if isinstance(source, bytes) else source
+        image = ImageOps.exif_transpose(image)
+        image.load()
 
-    # 2) 16 bits -> 8 bits, which Pillow would clip at 255
+    # 16 bits -> 8 bits, which Pillow would clip at 255
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         values = np.asarray(image, dtype=np.float64)
         if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-            raise ValueError(f"{name} has pixels that are not whole numbers of 8 or 16 bits: convert it first")
+            raise ValueError("its pixels are not whole numbers of 8 or 16 bits")
         image = Image.fromarray((values / 257).round().astype(np.uint8))
     return image.convert("RGB")
 
 
-def _load_dicom(name, data: bytes) -> Image.Image:
+def _decode_dicom(name, data: bytes) -> Image.Image:
     """Return the first frame of a DICOM file, shown as the file says, in mode RGB; needs pydicom."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # many files stray from the standard and can still be read
-            dicom = _parse_dicom(data)
-            shown = _shown_values(dicom)
-        image = Image.fromarray((255 * shown.clip(0, 1)).round().astype(np.uint8))
-    except ImportError:
-        raise ValueError(f"{name} is a DICOM file, which needs pydicom 3: pip install pydicom") from None
-    except Exception as error:  # a damaged file can raise anything in pydicom and its decoders
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{name} is DICOM that cannot be read ({reason}): fetch it again, or save it as PNG") from None
-    if int(dicom.get("NumberOfFrames") or 1) > 1:
-        warnings.warn(f"{name} has {dicom.NumberOfFrames} frames: the first is read", stacklevel=3)
-    return image.convert("RGB")
-
-
-def _parse_dicom(data: bytes):
     from pydicom import dcmread, uid
 
     # pydicom would inflate a deflated data set (PS3.5, A.5) to any size
     if uid.DeflatedExplicitVRLittleEndian.encode() in data:
         raise ValueError("it is deflated")
-    dicom = dcmread(io.BytesIO(data), force=True)
-    if not dicom.get("PixelData"):
-        raise ValueError("no pixel data")
-    if dicom.Rows * dicom.Columns > Image.MAX_IMAGE_PIXELS:
-        raise ValueError(f"more than {Image.MAX_IMAGE_PIXELS:,} pixels")
+    with warnings.catch_warnings():
+        # many files stray from the standard and can still be read
+        warnings.simplefilter("ignore")
+        dicom = dcmread(io.BytesIO(data), force=True)
+        if not dicom.get("PixelData"):
+            raise ValueError("no pixel data")
+        if dicom.Rows * dicom.Columns > Image.MAX_IMAGE_PIXELS:
+            raise ValueError("too many pixels")
+        # a bare data set does not name its transfer syntax, but pydicom has found its byte order
+        syntax = uid.ExplicitVRLittleEndian if _byte_order(dicom) == "<" else uid.ExplicitVRBigEndian
+        dicom.file_meta.setdefault("TransferSyntaxUID", syntax)
+        values = 255 * _shown_values(dicom).clip(0, 1)
+    if int(dicom.get("NumberOfFrames") or 1) > 1:
+        warnings.warn(f"{name} has {dicom.NumberOfFrames} frames: the first is read", stacklevel=3)
+    return Image.fromarray(values.round().astype(np.uint8)).convert("RGB")
 
-    # a bare data set does not name its transfer syntax, but pydicom has found its byte order
+
+def _byte_order(dicom) -> str:
     _, little_endian = dicom.original_encoding
-    syntax = uid.ExplicitVRLittleEndian if little_endian else uid.ExplicitVRBigEndian
-    dicom.file_meta.setdefault("TransferSyntaxUID", syntax)
-    return dicom
+    return "<" if little_endian else ">"
 
 
 def _shown_values(dicom):
@@ -173,8 +164,7 @@ def _grey(dicom, values):
     if dicom.get("ModalityLUTSequence"):
         values = _look_up(dicom, dicom.ModalityLUTSequence[0], values)
     else:
-        slope, intercept = dicom.get("RescaleSlope") or 1, dicom.get("RescaleIntercept") or 0
-        values = values * float(slope) + float(intercept)
+        values = values * float(dicom.get("RescaleSlope") or 1) + float(dicom.get("RescaleIntercept") or 0)
 
     # 2) VOI LUT (PS3.3, C.11.2): a lookup table, or else the first window, or else the frame's own range
     if dicom.get("VOILUTSequence"):
@@ -200,6 +190,5 @@ def _look_up(dicom, item, values):
     table = item.LUTData
     if isinstance(table, bytes):  # else pydicom has parsed it
         entry_bytes = len(table) // (entries or 2**16)  # 0 stands for 2**16
-        _, little_endian = dicom.original_encoding
-        table = np.frombuffer(table, f"{'<' if little_endian else '>'}u{entry_bytes}")
+        table = np.frombuffer(table, f"{_byte_order(dicom)}u{entry_bytes}")
     return np.take(table, values.astype(np.int64) - first, mode="clip")

@@ -25,18 +25,18 @@ class PixelConfig:
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
 # fields that change the result -> the values that we compute with
-SUPPORTED = dict(
-    do_resize=(True,), do_rescale=(True,), do_normalize=(True,),
-    resample=(3,),  # bicubic
-)  # fmt: skip
+SUPPORTED = {"do_resize": [True], "do_rescale": [True], "do_normalize": [True]}
+SUPPORTED["resample"] = [3]  # bicubic
 
 
 def pixel_config(config: dict, source, pad: str) -> PixelConfig:
     """Turn a parsed preprocessor_config.json into a PixelConfig; a ValueError names a field that is not supported."""
     where = f"{source}/preprocessor_config.json"
     check_supported(config, SUPPORTED, where)
+    for name in ("image_mean", "image_std"):
+        if config.get(name) is None:
+            raise ValueError(f"{where} lacks {name}")
 
     # a number (CLIP's first files) stands for the shortest edge, and for both sides of the crop
     size, crop = config.get("size"), config.get("crop_size")
@@ -48,28 +48,26 @@ def pixel_config(config: dict, source, pad: str) -> PixelConfig:
     # a file that gives both edges (SigLIP) resizes to them, and leaves nothing to crop
     squash = "height" in size
     if squash:
-        crop = size
-    shortest = size.get("height" if squash else "shortest_edge")
-    side = crop.get("height")
+        size, crop = {"shortest_edge": size["height"]}, size
+    crops = config.get("do_center_crop", not squash)
 
     # the crop must be a square within the resized image
-    crops = config.get("do_center_crop", not squash)
-    are_numbers = isinstance(shortest, int) and isinstance(side, int)
-    fits = are_numbers and side == crop.get("width") and 0 < side <= shortest
+    try:
+        fits = 0 < crop["height"] == crop["width"] <= size["shortest_edge"]
+    except (KeyError, TypeError):
+        fits = False
     if not fits or crops == squash:
-        given = {name: config.get(name) for name in ("size", "crop_size", "do_center_crop")}
-        raise ValueError(f"{where}: this combination is not supported: {given}")
-
-    mean, std = config.get("image_mean"), config.get("image_std")
-    if mean is None or std is None:
-        raise ValueError(f"{where} lacks image_mean or image_std")
+        raise ValueError(f"{where}: not supported together: size {size}, crop_size {crop}, do_center_crop {crops}")
+    mean, std = tuple(config["image_mean"]), tuple(config["image_std"])
     scale = config.get("rescale_factor", 1 / 255)
-    return PixelConfig(shortest, side, tuple(mean), tuple(std), scale=scale, pad=pad, squash=squash)
+    size = size["shortest_edge"]
+    crop = crop["height"]
+    return PixelConfig(size, crop, mean, std, scale=scale, pad=pad, squash=squash)
 
 
 def open_clip_pixels(size: int, pad: str) -> PixelConfig:
     """Return open_clip's preprocessing, which none of its files describes."""
-    return PixelConfig(size, crop=size, mean=CLIP_MEAN, std=CLIP_STD, scale=1 / 255, pad=pad, rounds=True)
+    return PixelConfig(size, size, CLIP_MEAN, CLIP_STD, scale=1 / 255, pad=pad, rounds=True)
 
 
 def preprocess(image: Image.Image, config: PixelConfig) -> torch.Tensor:
@@ -80,35 +78,36 @@ def preprocess(image: Image.Image, config: PixelConfig) -> torch.Tensor:
 def frame(image: Image.Image, config: PixelConfig) -> np.ndarray:
     """A PIL image in mode RGB -> what the encoder sees of it, uint8 [S, S, 3]: padded, resized and cropped."""
     # 1) pad to a square, with the image in its centre; an odd pixel goes right or below
-    if config.pad != "none" and image.width != image.height:
-        means = config.mean if config.pad == "mean" else (0, 0, 0)
-        colour = tuple(int(255 * mean) for mean in means)
+    if config.pad != "none":
+        colour = "black"
+        if config.pad == "mean":
+            colour = tuple(int(255 * mean) for mean in config.mean)
         side = max(image.size)
-        left, top = (side - image.width) // 2, (side - image.height) // 2
         square = Image.new("RGB", (side, side), colour)
+        left, top = (side - image.width) // 2, (side - image.height) // 2
         square.paste(image, (left, top))
         image = square
 
     # 2) resize the shortest edge to the size; the longest is rounded down, as in `transformers`
     width = height = config.size
-    if not config.squash and image.width > image.height:
-        width = int(config.size * image.width / image.height)
-    elif not config.squash:
-        height = int(config.size * image.height / image.width)
+    if not config.squash:
+        shortest = min(image.size)
+        width = config.size * image.width // shortest
+        height = config.size * image.height // shortest
     image = image.resize((width, height), Image.Resampling.BICUBIC)
 
     # 3) cut a square out of the centre
-    left, top = (width - config.crop) / 2, (height - config.crop) / 2
-    rounded = round if config.rounds else int
-    left, top = rounded(left), rounded(top)
-    box = (left, top, left + config.crop, top + config.crop)
-    return np.array(image.crop(box))
+    crop = config.crop
+    to_int = round if config.rounds else int
+    left = to_int((width - crop) / 2)
+    top = to_int((height - crop) / 2)
+    return np.array(image.crop((left, top, left + crop, top + crop)))
 
 
 def normalise(frame: np.ndarray, config: PixelConfig) -> torch.Tensor:
     """What the encoder sees, uint8 [S, S, 3] -> pixels [3, S, S], float32."""
-    pixels = torch.from_numpy(frame).permute(2, 0, 1)  # [3, S, S]
     # as published: rescaled in float64, normalised in float32
-    pixels = (pixels.double() * config.scale).float()
+    pixels = torch.from_numpy(frame).double() * config.scale
     mean, std = torch.tensor(config.mean), torch.tensor(config.std)
-    return (pixels - mean[:, None, None]) / std[:, None, None]
+    pixels = (pixels.float() - mean) / std  # [S, S, 3]
+    return pixels.permute(2, 0, 1)

@@ -18,6 +18,7 @@ from plumbing.files import atomic
 GATHER = states.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 # The way back: every rank has the whole tensors and takes its part. Frozen parameters stay as they are.
 SCATTER = states.StateDictOptions(full_state_dict=True, strict=False)
+LEARNING = states.StateDictOptions(ignore_frozen_params=True)
 
 
 def checkpoint_files(out_dir) -> list[Path]:
@@ -36,13 +37,11 @@ class Checkpoints:
     world: World
 
     def save(self, step: int, best: float):
-        """Saves the state after `step` steps, then deletes old checkpoints. Every rank must call this.
-
-        Raises OSError if the disk is full; earlier checkpoints are then still there.
-        """
-        state = dict(config=asdict(self.config), step=step, best=best)
+        """Saves the state after `step` steps, then deletes old checkpoints. Every rank must call this."""
+        state = {"config": asdict(self.config), "step": step, "best": best}
         state["weights"] = states.get_model_state_dict(self.model, options=GATHER)
         state["optimizer"] = states.get_optimizer_state_dict(self.model, self.optimizer, options=GATHER)
+        # all ranks gather, one writes
         if self.world.rank != 0:
             return
         file = Path(self.config.out_dir, "checkpoints", f"step-{step:07}.pt")
@@ -50,7 +49,7 @@ class Checkpoints:
         try:
             with atomic(file, "wb") as stream:
                 torch.save(state, stream)
-        except (OSError, RuntimeError) as error:  # torch's writer has an error of its own for a full disk
+        except RuntimeError as error:  # torch's writer has an error of its own for a full disk
             raise OSError(f"{file} could not be written ({error}): is the disk full?") from None
         for old in checkpoint_files(self.config.out_dir)[: -self.config.keep]:
             old.unlink()
@@ -60,40 +59,35 @@ class Checkpoints:
 
         Raises ValueError if there is none, or if it belongs to a run with other settings.
         """
+        file, state = self._newest()
+        # 1) refuse another run's checkpoint
+        for name, value in asdict(self.config).items():
+            before = state["config"].get(name)
+            if before != value and name not in self.may_change:
+                raise ValueError(f"{file} was made with {name}={before!r}, not {value!r}: use another out_dir")
+        ours = states.get_model_state_dict(self.model, options=LEARNING)
+        if list_shapes(ours) != list_shapes(state["weights"]):
+            raise ValueError(f"{file} holds other weights than this config trains: use another out_dir")
+
+        # 2) fill the optimizer, whose groups depend on sharding, and then the weights
+        groups = states.get_optimizer_state_dict(self.model, self.optimizer)["param_groups"]
+        moments = dict(state=state["optimizer"]["state"], param_groups=groups)
+        states.set_optimizer_state_dict(self.model, self.optimizer, moments, options=SCATTER)
+        states.set_model_state_dict(self.model, state["weights"], options=SCATTER)
+        return state["step"], state["best"]
+
+    def _newest(self) -> tuple[Path, dict]:
         for file in reversed(checkpoint_files(self.config.out_dir)):
-            state = read_checkpoint(file)
-            if state is None:
-                print(f"{file} is damaged or no checkpoint: trying the one before", file=sys.stderr)
-                continue
-
-            # 1) refuse another run's checkpoint
-            for name, value in asdict(self.config).items():
-                before = state["config"].get(name)
-                if before != value and name not in self.may_change:
-                    raise ValueError(f"{file} was made with {name}={before!r}, not {value!r}: use another out_dir")
-            ours = states.get_model_state_dict(self.model, options=states.StateDictOptions(ignore_frozen_params=True))
-            if shapes(state["weights"]) != shapes(ours):
-                raise ValueError(f"{file} holds other weights than this config trains: use another out_dir")
-
-            # 2) fill the optimizer, whose groups depend on sharding, and then the weights
-            groups = states.get_optimizer_state_dict(self.model, self.optimizer)["param_groups"]
-            moments = dict(state=state["optimizer"]["state"], param_groups=groups)
-            states.set_optimizer_state_dict(self.model, self.optimizer, moments, options=SCATTER)
-            states.set_model_state_dict(self.model, state["weights"], options=SCATTER)
-            return state["step"], state["best"]
+            try:
+                # mapped, because every rank reads the file: of tens of GB each rank takes its own part
+                state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+                if {"config", "step", "best", "weights", "optimizer"} <= state.keys():
+                    return file, state
+            except Exception:  # damage shows in many ways
+                pass
+            print(f"{file} is damaged or no checkpoint: trying the one before", file=sys.stderr)
         raise ValueError(f"{self.config.out_dir} holds no checkpoint to continue from: run without --resume")
 
 
-def read_checkpoint(file: Path) -> dict | None:
-    """The content of a checkpoint, or None if it is damaged or something else."""
-    try:
-        # mapped, because every rank reads the file: of tens of GB each rank takes its own part
-        state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-        is_complete = {"config", "step", "best", "weights", "optimizer"} <= state.keys()
-    except Exception:  # damage shows in many ways
-        return None
-    return state if is_complete else None
-
-
-def shapes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
+def list_shapes(tensors: dict) -> dict:
     return {name: tensor.shape for name, tensor in tensors.items()}

@@ -6,10 +6,9 @@ from pathlib import Path
 
 
 def read_settings(defaults: dict, path: str, overrides: dict[str, str]) -> dict:
-    """Reads settings by name; the type of a default is the type of the setting.
+    """Reads settings, of the types of their defaults; overrides are texts from a command line.
 
-    overrides: texts from a command line. Raises ValueError that names the place, and the expected type or the nearest
-    known name.
+    Raises ValueError that names the place, and the expected type or the nearest known name.
     """
     # 1) the file is a program: it may calculate, and it may fail in any way
     namespace: dict = {}
@@ -49,20 +48,16 @@ def check_setting(defaults: dict, name: str, value, place: str):
         hint = f"did you mean {nearest[0]!r}?" if nearest else "see --help"
         raise ValueError(f"{place}: there is no setting {name!r}; {hint}")
 
-    # what is as good as the default's type
-    kind, result = type(defaults[name]), value
-    if kind is tuple and isinstance(value, str):
-        result = (value,)
-    elif kind is tuple and isinstance(value, list):
-        result = tuple(value)
-    elif kind is float and type(value) is int:
-        result = float(value)
-
-    # every tuple here is one of texts
-    fits = type(result) is kind
+    kind, given = type(defaults[name]), type(value)
+    if (kind, given) == (tuple, str):
+        return (value,)
+    if (kind, given) in ((tuple, list), (float, int)):
+        value = kind(value)
+    fits = type(value) is kind
     if fits and kind is tuple:
-        fits = all(isinstance(part, str) for part in result)
+        # every tuple here is one of texts
+        fits = all(isinstance(part, str) for part in value)
     if not fits:
         expected = "tuple of texts" if kind is tuple else kind.__name__
         raise ValueError(f"{place}: {name} is {value!r}, not of type {expected}")
-    return result
+    return value

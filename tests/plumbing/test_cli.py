@@ -60,3 +60,12 @@ def test_parallel_keeps_the_order():
 def test_a_table_is_aligned_and_has_commas(capsys):
     cli.print_table([["name", "count"], ["images", 12345], ["none", ""]])
     assert capsys.readouterr().out.splitlines() == ["name     count", "images  12,345", "none"]
+
+
+def test_a_wrong_number_of_the_ngram_ban_is_named(capsys):
+    parser = cli.Parser(prog="tool.py")
+    cli.add_decoding_flags(parser.add_argument)
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--no-repeat-ngram", "x"])
+    assert "auto_or_int" in capsys.readouterr().err
+    assert parser.parse_args(["--no-repeat-ngram", "3"]).no_repeat_ngram == 3

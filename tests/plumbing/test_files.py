@@ -76,3 +76,27 @@ def test_a_second_writer_is_refused(old):
             pass
         with files.only_writer(other, "answers"):
             pass
+
+
+def test_a_folder_changes_whole_or_not_at_all(tmp_path):
+    folder = tmp_path / "model"
+    for content in ("first", "second"):
+        with files.atomic_folder(folder) as partial:
+            (partial / "config.json").write_text(content)
+        assert (folder / "config.json").read_text() == content
+
+    with pytest.raises(KeyboardInterrupt), files.atomic_folder(folder) as partial:
+        (partial / "config.json").write_text("third")
+        raise KeyboardInterrupt
+    assert (folder / "config.json").read_text() == "second"
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_folder_of_something_else_is_never_replaced(tmp_path):
+    thesis = tmp_path / "thesis.tex"
+    thesis.write_text("years of work")
+    for place in (tmp_path, thesis):
+        with pytest.raises(OSError, match=str(place)), files.atomic_folder(place):
+            pass
+    assert thesis.read_text() == "years of work"
+    assert list(tmp_path.iterdir()) == [thesis]
