@@ -49,13 +49,13 @@ def check(file, image_folder=None):
     print(f"\nno problem in {len(records):,} records; {checked.duplicates:,} have the id of an earlier one")
 
 
-def finish(outputs: dict, skipped: Counter, kinds: dict[str, Counter]):
+def finish(outputs: list[Path], skipped: Counter, kinds: dict[str, Counter]):
     """Print what is in the files of a command, which may have existed, and what was left out of them.
 
     Raises ValueError if there is no file, because nothing in the input could be used.
     """
     reasons = sorted(((count, reason) for reason, count in skipped.items() if count), reverse=True)
-    files = [Records(path) for path in outputs.values() if path.exists()]
+    files = [Records(path) for path in outputs if path.exists()]
     if not files:
         listed = "; ".join(f"{count} {reason}" for count, reason in reasons)
         raise ValueError(f"no record could be made: {listed or 'the input is empty'}")

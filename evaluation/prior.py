@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evaluation.metrics import FLOOR, Interval, Table, differences, intervals, statistics, words_of_change
+from evaluation.metrics import FLOOR, Interval, Table, differences, intervals, words_of_change
+from evaluation.pairs import Pair, statistics_of
 from evaluation.truth import severity_flips, truth_statistics
-from plumbing.cli import progress
 
 # the words of change that name a direction by themselves, whatever they are said of
 WORSE = frozenset(
@@ -45,16 +45,16 @@ class Cell(Interval):
     difference: Interval | None = None
 
 
-def prior_scores(texts: dict, references: list[str], truths: list[dict] | None, seed: int) -> dict:
+def prior_scores(pairs: dict[str, list[Pair]], truths: list[dict] | None, seed: int) -> dict[str, dict[str, Cell]]:
     """Returns {score: {condition: Cell}}, all intervals over the same resamples of the N studies.
 
-    texts: {condition: N reports}, the condition "true" first; references: N; truths: N of the phantom hospital's.
+    pairs: {condition: N pairs}, the condition "true" first; truths: N of the phantom hospital's.
     """
-    groups = {"all": np.ones(len(references), bool)}
-    result, true_table = {}, None
+    texts = {condition: [pair.prediction for pair in found] for condition, found in pairs.items()}
+    groups, result, tables = {"all": np.ones(len(texts["true"]), bool)}, {}, {}
     for condition, predictions in texts.items():
         # 1) one table [N, k] for each score; the floor depends on the references alone
-        table = statistics(predictions, references, show=progress(f"scoring {condition}"))
+        table = statistics_of(pairs[condition], label=f"scoring {condition}")
         if truths:
             scores = truth_statistics(predictions, truths)
             table |= {key: scores[key] for key in ("findings F1", "devices F1", "direction of change")}
@@ -62,20 +62,15 @@ def prior_scores(texts: dict, references: list[str], truths: list[dict] | None, 
             del table[FLOOR]
             table |= reactions(texts["true"], predictions, truths)
 
-        # 2) intervals of the scores that had a chance
-        scores = intervals(table, groups, seed)
-        table = {key: table[key] for key in table if scores[key]}
-
-        # 3) differences to the true prior, which comes first
+        # 2) intervals of the scores that had a chance, and differences to the true prior
+        scores = {key: cells["all"] for key, cells in intervals(table, groups, seed).items() if cells}
+        tables[condition] = {key: table[key] for key in scores}
         gaps = {}
-        if true_table:
-            gaps = differences(true_table, table, groups, seed)
-        else:
-            true_table = table
-        for key in table:
+        if condition != "true":
+            gaps = differences(tables["true"], tables[condition], groups, seed)
+        for key, interval in scores.items():
             gap = gaps[key]["all"].difference if key in gaps else None
-            cell = Cell(**vars(scores[key]["all"]), difference=gap)
-            result.setdefault(key, {})[condition] = cell
+            result.setdefault(key, {})[condition] = Cell(**vars(interval), difference=gap)
     return result
 
 

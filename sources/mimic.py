@@ -138,6 +138,10 @@ class Image(NamedTuple):
     def study_path(self) -> str:
         return f"files/p{self.subject[:2]}/p{self.subject}/s{self.study}"
 
+    @property
+    def stem(self) -> str:
+        return f"{self.study_path}/{self.dicom}"
+
 
 def priors(images: list[Image]) -> list[tuple[Image, Image | None]]:
     """One patient's images in the order of time, each with its prior: the last image of the latest earlier date.
@@ -203,7 +207,7 @@ class Mimic:
                 self.skipped["images that are not frontal (view AP or PA)"] += 1
             elif split not in SPLITS:
                 self.skipped[f"frontal images outside of {', '.join(SPLITS)}"] += 1
-            elif path := on_disk(self.root, f"{image.study_path}/{image.dicom}"):
+            elif path := on_disk(self.root, image.stem):
                 patients[split, image.subject].append(image._replace(path=path))
             else:
                 self.skipped["frontal images missing or empty on disk"] += 1
@@ -260,5 +264,5 @@ def prepare_sections(root, out, reports=None, section: str = "both", no_context:
                     continue
                 images = [image.path, prior.path] if prior else [image.path]
                 question = PROMPTS[name] if no_context else prompt(name, report)
-                write(name + suffix, split, id=image.dicom, images=images, question=question, answer=answer)
+                write(f"{name}{suffix}_{split}", image.dicom, images, question=question, answer=answer)
     return outputs, mimic.skipped, {}
