@@ -50,34 +50,39 @@ def prior_scores(pairs: dict[str, list[Pair]], truths: list[dict] | None, seed: 
 
     pairs: {condition: N pairs}, the condition "true" first; truths: N of the phantom hospital's.
     """
-    texts = {condition: [pair.prediction for pair in found] for condition, found in pairs.items()}
-    groups, result, tables = {"all": np.ones(len(texts["true"]), bool)}, {}, {}
-    for condition, predictions in texts.items():
+    groups, result, tables = {"all": np.ones(len(pairs["true"]), bool)}, {}, {}
+    for condition, answered in pairs.items():
         # 1) one table [N, k] for each score; the floor depends on the references alone
-        table = statistics_of(pairs[condition], label=f"scoring {condition}")
+        table = statistics_of(answered, label=f"scoring {condition}")
         if truths:
+            predictions = [pair.prediction for pair in answered]
             scores = truth_statistics(predictions, truths)
             table |= {key: scores[key] for key in ("findings F1", "devices F1", "direction of change")}
         if condition != "true":
             del table[FLOOR]
-            table |= reactions(texts["true"], predictions, truths)
+            table |= reactions(pairs["true"], answered, truths)
 
-        # 2) intervals of the scores that had a chance, and differences to the true prior
-        scores = {key: cells["all"] for key, cells in intervals(table, groups, seed).items() if cells}
-        tables[condition] = {key: table[key] for key in scores}
+        # 2) intervals of the scores that had a chance
+        scores = intervals(table, groups, seed)
+        tables[condition] = {key: table[key] for key in table if scores[key]}
+
+        # 3) differences to the true prior
         gaps = {}
         if condition != "true":
             gaps = differences(tables["true"], tables[condition], groups, seed)
-        for key, interval in scores.items():
-            gap = gaps[key]["all"].difference if key in gaps else None
-            result.setdefault(key, {})[condition] = Cell(**vars(interval), difference=gap)
+        for key in tables[condition]:
+            gap = gaps[key]["all"]["difference"] if key in gaps else None
+            cell = Cell(**vars(scores[key]["all"]), difference=gap)
+            result.setdefault(key, {})[condition] = cell
     return result
 
 
-def reactions(true: list[str], other: list[str], truths: list[dict] | None) -> Table:
+def reactions(true: list[Pair], other: list[Pair], truths: list[dict] | None) -> Table:
     """How N reports differ from those under the true prior: rows [N, k] as in `metrics`."""
-    changed = [[0 if one == two else 100] for one, two in zip(true, other, strict=True)]
-    table = {"reports changed": changed, "directions flipped": list(map(flips, true, other))}
+    texts = [pair.prediction for pair in true]
+    others = [pair.prediction for pair in other]
+    changed = [[0 if one == two else 100] for one, two in zip(texts, others, strict=True)]
+    table = {"reports changed": changed, "directions flipped": list(map(flips, texts, others))}
     if truths:
-        table["severity changes turned round"] = list(map(severity_flips, true, other, truths))
+        table["severity changes turned round"] = list(map(severity_flips, texts, others, truths))
     return {key: np.array(rows, dtype=float) for key, rows in table.items()}

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from evaluation.answering import CONDITIONS
-from evaluation.metrics import Difference, Interval
+from evaluation.metrics import Interval
 from evaluation.prior import BETTER, WORSE, Cell
 from plumbing.cli import print_table
 from plumbing.files import atomic
@@ -30,14 +30,14 @@ def print_scores(scores: dict[str, dict[str, Interval]], columns: dict[str, str]
     print_table(lines)
 
 
-def print_differences(scores: dict[str, dict[str, Difference]], sizes: dict[str, int]):
+def print_differences(scores: dict[str, dict[str, dict]], sizes: dict[str, int]):
     """Print a table for each group of studies."""
     for group, size in sizes.items():
         print(f"\n{group} ({size:,})")
         lines = [["", "A", "B", "B - A [95 % interval, paired]"]]
         for key, groups in scores.items():
             found = groups[group]
-            lines.append([key, Interval(found.a), Interval(found.b), found.difference])
+            lines.append([key, Interval(found["a"]), Interval(found["b"]), found["difference"]])
         print_table(lines)
 
 

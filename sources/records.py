@@ -88,10 +88,6 @@ def plan(out, names, splits=SPLITS) -> list[Path]:
     return outputs
 
 
-def missing(outputs: list[Path]) -> list[Path]:
-    return [path for path in outputs if not path.exists()]
-
-
 @contextmanager
 def writer(outputs: list[Path]):
     """Yields write, which adds a line to the missing files of NAME_SPLIT.
@@ -99,7 +95,7 @@ def writer(outputs: list[Path]):
     images: [current, prior] or [current]. answer: None for a question without a reference. The files appear together
     at the end; one without a line does not appear.
     """
-    todo, files = {path.stem: path for path in missing(outputs)}, {}
+    todo, files = {path.stem: path for path in outputs if not path.exists()}, {}
     with ExitStack() as stack:
 
         def add(stem: str, line: dict):
@@ -127,11 +123,11 @@ def kind_of(records: Records) -> type[Record] | type[Question]:
 def summary(records: Records) -> dict[str, object]:
     """{column: cell} of a file without errors. MIMIC-CXR's folders name patients and studies."""
     kind = kind_of(records)
-    patients, studies, pairs = set(), set(), set()
-    questions, with_prior, words = 0, 0, []
+    patients, studies, pairs, words = set(), set(), set(), []
+    questions, with_prior = 0, 0
     for record in map(kind.parse, records):
         # files/p10/p10000032/s50414267/…
-        folders = re.match(r"files/(p\d+/p\d+)/s\d+/", record.images[0] if record.images else "")
+        folders = re.match(r"files/(p\d+/p\d+)/s\d+/", "".join(record.images[:1]))
         if folders:
             patients.add(folders[1])
             studies.add(folders[0])

@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from plumbing.files import atomic
-from sources.records import missing, one_line, plan, require, writer
+from sources.records import one_line, plan, require, writer
 
 COLUMNS = ("main_image", "prior_image", "default_prompt")
 
@@ -17,7 +17,7 @@ def prepare_rrg(out, source: str, configuration: str, split: str, reference: str
     """One question for each row. reference: the column of the true text; without it questions have no reference."""
     out, skipped = Path(out), Counter()
     outputs, name = plan(out, [configuration], {split: ["_questions"]}), f"{configuration}_{split}"
-    if not missing(outputs):
+    if all(path.exists() for path in outputs):
         return outputs, {}, {}
     columns = [*COLUMNS, reference] if reference else COLUMNS
     with writer(outputs) as write:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data import Records
 from sources.mimic import Mimic, on_disk
-from sources.records import SPLITS, directory, missing, one_line, only_one, plan, read_csv, require, writer
+from sources.records import SPLITS, directory, one_line, only_one, plan, read_csv, require, writer
 
 # columns, from public descriptions of the data sets
 DIFF_VQA = ("study_id", "subject_id", "ref_id", "question_type", "question", "answer", "split")
@@ -22,7 +22,7 @@ def prepare_diff_vqa(root, out, questions, question_type: str | None = None):
     """
     name, types, mimic = question_type or "diff_vqa", Counter(), Mimic(root)
     outputs, skipped = plan(out, [name]), mimic.skipped
-    if not missing(outputs):
+    if all(path.exists() for path in outputs):
         return outputs, {}, {}
     mimic.read_tables()
     studies = defaultdict(list)
