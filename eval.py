@@ -14,7 +14,7 @@ from pathlib import Path
 from evaluation import metrics, page, tables
 from evaluation.answering import CONDITIONS, QuestionSet, choose, load_model, read_questions, write_answers
 from evaluation.metrics import FLOOR, METRICS, VARIANTS, Interval, published, temporal_f1_score
-from evaluation.pairs import groups_of, read_merge, read_pairs, statistics_of, write_export
+from evaluation.pairs import groups_of, read_merge, read_pairs, sizes_of, statistics_of, write_export
 from evaluation.prior import prior_scores
 from evaluation.truth import read_truth, truth_statistics
 from plumbing.cli import Parser, add_decoding_flags, add_model_flags, guard
@@ -42,6 +42,8 @@ def answer(arguments):
 
 
 def score(arguments):
+    if arguments.image_folder and not arguments.html:
+        raise ValueError("--image-folder is for the page: give --html as well")
     if arguments.compare:
         return compare(arguments)
 
@@ -58,10 +60,9 @@ def score(arguments):
     # 2) scores and their intervals; RadEval's single values have none
     table = statistics_of(pairs, arguments.bertscore) | columns
     groups = groups_of(pairs)
-    sizes = {group: int(members.sum()) for group, members in groups.items()}
     scores = metrics.intervals(table, groups, arguments.seed)
     scores |= {key: {"all": Interval(value)} for key, value in values.items()}
-    overall = {key: found["all"].value for key, found in scores.items() if found}
+    overall = {key: cells["all"].value for key, cells in scores.items() if cells}
     name = arguments.model_name or pairs[0].model or Path(arguments.predictions).stem
 
     # 3) a row of a CSV file: the published columns, then the others
@@ -71,24 +72,21 @@ def score(arguments):
             row[key] = round(overall[key], 4) if key in overall else ""
         tables.append_csv(arguments.csv, row)
 
-    # 4) a page, with each study's own scores where a single study has one
+    # 4) a page
+    sizes = sizes_of(groups)
     if arguments.html:
-        single = {}
-        for key, rows in table.items():
-            if key != FLOOR and rows.shape[1] != 2:
-                single[key] = metrics.score_of(rows, 1)
         subtitle = f"{Path(arguments.predictions).name} against {Path(arguments.references).name}"
         page.write(arguments.html, title=name, subtitle=subtitle, groups=sizes, scores=scores, notes=notes,
-                   pairs=pairs, values=single, folder=arguments.image_folder)  # fmt: skip
+                   pairs=pairs, table=table, folder=arguments.image_folder)  # fmt: skip
 
     # 5) an object or a table on stdout
     if arguments.json:
         variants = {key: VARIANTS[key] for key in scores if key in VARIANTS}
         result = {"model": name, "studies": sizes, "published": published(overall), "scores": scores}
-        tables.print_json(result | {"variants": variants})
-    else:
-        print(f"{name}: mean or corpus score × 100 [95 % interval]")
-        tables.print_scores(scores, sizes)
+        return tables.print_json(result | {"variants": variants})
+    print(f"{name}: mean or corpus score × 100 [95 % interval]")
+    tables.print_scores(scores, {group: f"{group} ({size:,})" for group, size in sizes.items()})
+    print(f"{FLOOR}: {VARIANTS[FLOOR]}")
 
 
 def compare(arguments):
@@ -97,15 +95,13 @@ def compare(arguments):
             raise ValueError(f"--{name.replace('_', '-')} goes with --predictions, not with --compare")
     a, b = (read_pairs(arguments.references, path) for path in arguments.compare)
     groups = groups_of(a)
-    sizes = {group: int(members.sum()) for group, members in groups.items()}
     rows_a, rows_b = (statistics_of(pairs, arguments.bertscore) for pairs in (a, b))
     scores = metrics.differences(rows_a, rows_b, groups, arguments.seed)
+    names, sizes = dict(zip("ab", arguments.compare, strict=True)), sizes_of(groups)
     if arguments.json:
-        names = dict(zip("ab", arguments.compare, strict=True))
-        tables.print_json(names | {"studies": sizes, "scores": scores})
-    else:
-        print(f"A: {arguments.compare[0]}\nB: {arguments.compare[1]}")
-        tables.print_differences(scores, sizes)
+        return tables.print_json(names | {"studies": sizes, "scores": scores})
+    print(f"A: {names['a']}\nB: {names['b']}")
+    tables.print_differences(scores, sizes)
 
 
 def prior(arguments):
@@ -129,10 +125,8 @@ def prior(arguments):
     # 2) scores under each condition, over the same studies
     ids = [str(question.id) for question in chosen]
     pairs = {condition: read_pairs(arguments.questions, path, ids) for condition, path in files.items()}
-    texts = {condition: [pair.prediction for pair in found] for condition, found in pairs.items()}
-    references = [pair.reference for pair in pairs["true"]]
     truths = read_truth(arguments.truth, pairs["true"]) if arguments.truth else None
-    scores = prior_scores(texts, references, truths, arguments.seed)
+    scores = prior_scores(pairs, truths, arguments.seed)
 
     # 3) a CSV file, and stdout
     name = arguments.model or pairs["true"][0].model or out.name
@@ -141,7 +135,8 @@ def prior(arguments):
     if arguments.json:
         return tables.print_json({"model": name, "studies": len(ids), "scores": scores})
     print(f"{name}, {len(ids):,} studies with a prior: score × 100 [95 % interval], and its paired difference to true")
-    tables.print_prior(scores, {condition: CONDITIONS[condition] for condition in texts})
+    tables.print_scores(scores, dict(zip(files, files, strict=True)))
+    tables.print_prior_notes(files)
 
 
 def positive(text: str) -> int:
@@ -164,13 +159,16 @@ def parse(arguments=None):
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     defaults = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
     answer = commands.add_parser("answer", help="answer a question file; a killed run resumes", **defaults)
+    score = commands.add_parser("score", help="score an answer file, or compare two, with 95 %% bootstrap intervals")
+    prior = commands.add_parser("prior", help="compare answers under several priors", **defaults)
+
     add = answer.add_argument
     add("--model", required=True, metavar="ID_OR_DIR", help="checkpoint: a folder or a hub id")
     add("--image-folder", required=True, metavar="DIR", help="where the questions' image paths begin")
     add("--answers", required=True, metavar="FILE", help="answer file to write (JSONL), in the questions' order")
     shown = "; ".join(f"{name}: {image}" for name, image in CONDITIONS.items())
     add("--prior", default="true", choices=CONDITIONS, help=f"what the model sees as the prior; {shown}")
-    score = commands.add_parser("score", help="score an answer file, or compare two, with 95 %% bootstrap intervals")
+
     add = score.add_argument
     add("--references", required=True, metavar="FILE", help="question file with reference, findings or impression")
     either = score.add_mutually_exclusive_group(required=True)
@@ -184,7 +182,6 @@ def parse(arguments=None):
     add("--export", metavar="FILE", help="write references and hypotheses as the lists that RadEval takes (JSON)")
     add("--merge", nargs="+", default=[], metavar="FILE", help="add the scores that RadEval gave for the export (JSON)")
 
-    prior = commands.add_parser("prior", help="compare answers under several priors", **defaults)
     add = prior.add_argument
     add("--model", metavar="ID_OR_DIR", help="checkpoint; without it the answer files in --out are scored")
     add("--image-folder", metavar="DIR", help="where the questions' image paths begin")
@@ -200,7 +197,7 @@ def parse(arguments=None):
         add("--questions", required=True, metavar="FILE", help="question file (JSONL), or training records")
         add("--ids", metavar="IDS", help="answer these question ids only: a file, or a list with commas")
         add("--limit", type=positive, metavar="N", help="answer the first N questions only")
-        add("--batch-size", type=positive, metavar="N", help="studies decoded together; without it what fits, up to 16")
+        add("--batch-size", type=positive, metavar="N", help="studies decoded together; else 16, fewer with beams")
         add_model_flags(add)
         add_decoding_flags(add)
     return parser.parse_args(arguments)

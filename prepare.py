@@ -26,13 +26,12 @@ from sources.rrg import prepare_rrg
 from sources.vqa import prepare_cxr_vqa, prepare_diff_vqa
 
 
-def draw_hospital(out, patients: int, seed: int, size: int, workers: int, dicom: bool, preview: bool):
+def draw_hospital(out, patients: int, preview: bool, **settings):
     """Draw a synthetic hospital, laid out as MIMIC-CXR is, and print what is in it."""
-    show = progress("drawing", "patients")
-    counts = phantom.write(out, patients, seed=seed, size=size, workers=workers, dicom=dicom, progress=show)
+    counts = phantom.write(out, patients, progress=progress("drawing", "patients"), **settings)
     if preview:
         with atomic(Path(out) / "preview.png", "wb") as file:
-            phantom.preview(seed).save(file, "PNG", optimize=True)
+            phantom.preview(settings["seed"]).save(file, "PNG", optimize=True)
     print_table(counts.items())
 
 
@@ -44,31 +43,34 @@ def check(file, image_folder=None):
     find = ImageFolder(image_folder, None).find if image_folder else lambda name: None
     show = progress(f"checking {records.path.name}", "records")
     checked = check_records(records, kind_of(records), find, show)
-    row = summary(records)
-    print_table([row.keys(), row.values()])
+    print_summaries([records])
     print(f"\nno problem in {len(records):,} records; {checked.duplicates:,} have the id of an earlier one")
 
 
-def finish(outputs: dict, skipped: Counter, kinds: dict[str, Counter]):
+def finish(outputs: list[Path], skipped: Counter, kinds: dict[str, Counter]):
     """Print what is in the files of a command, which may have existed, and what was left out of them.
 
     Raises ValueError if there is no file, because nothing in the input could be used.
     """
+    # most frequent first
     reasons = sorted(((count, reason) for reason, count in skipped.items() if count), reverse=True)
-    files = [Records(path) for path in outputs.values() if path.exists()]
+    files = [Records(path) for path in outputs if path.exists()]
     if not files:
         listed = "; ".join(f"{count} {reason}" for count, reason in reasons)
         raise ValueError(f"no record could be made: {listed or 'the input is empty'}")
-    # what the files hold, and the kinds of questions in those that were made now
-    rows = [summary(records) for records in files]
-    print_table([rows[0].keys(), *(row.values() for row in rows)])
+    # what the files hold, the kinds of questions in those that were made now, and what they do not hold
+    print_summaries(files)
     for column, counts in kinds.items():
         if counts:
             print(f"\n{column}: " + ", ".join(f"{kind} {count}" for kind, count in sorted(counts.items())))
-    # what they do not hold, most frequent first
     print("\nleft out or special in this run:" if reasons else "\nnothing was left out in this run")
     for count, reason in reasons:
         print(f"{count:>9}  {reason}")
+
+
+def print_summaries(files: list[Records]):
+    rows = list(map(summary, files))
+    print_table([rows[0].keys(), *(row.values() for row in rows)])
 
 
 # each function takes the flags of its command, by name
@@ -83,71 +85,63 @@ COMMANDS = {
 }
 
 
-# ----------------------------------------------------------------------------------------- command line
-
-
 def parse(arguments=None) -> argparse.Namespace:
     parser = Parser(prog="prepare.py", description="Raw data sets -> record and question files.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
-    def command(name: str, text: str):
+    def command(name: str, text: str, out: str):
         defaults = argparse.ArgumentDefaultsHelpFormatter
-        return commands.add_parser(name, help=text, description=text, formatter_class=defaults).add_argument
+        add = commands.add_parser(name, help=text, description=text, formatter_class=defaults).add_argument
+        # flags of several commands
+        if out:
+            add("--out", required=True, metavar="DIR", help=out)
+        if name in ("phantom", "cache"):
+            add("--workers", type=int, default=os.cpu_count(), metavar="N", help="number of worker processes")
+        if name in ("mimic-cxr", "diff-vqa", "cxr-vqa"):
+            add("--root", required=True, metavar="DIR", help="MIMIC-CXR: the folder that holds files/ and the metadata")
+        return add
 
-    def add_folders(add):
-        add("--root", required=True, metavar="DIR", help="MIMIC-CXR: the folder that holds files/ and the metadata")
-        add("--out", required=True, metavar="DIR", help="folder for the record and question files")
-
-    add = command("phantom", "draw a small synthetic hospital, laid out as MIMIC-CXR is")
-    add("--out", required=True, metavar="DIR", help="folder for the hospital")
+    add = command("phantom", "draw a small synthetic hospital, laid out as MIMIC-CXR is", "folder for the hospital")
     add("--patients", type=int, default=200, metavar="N", help="number of patients")
     add("--seed", type=int, default=0, metavar="S", help="random seed")
     add("--size", type=int, default=128, metavar="PX", help="height and width of the images in pixels")
-    add("--workers", type=int, default=os.cpu_count(), metavar="N", help="number of processes that draw")
     add("--dicom", action="store_true", help="also write DICOM files")
     add("--preview", action="store_true", help="also draw some patients over time, in OUT/preview.png")
 
-    add = command("mimic-cxr", "reports and metadata -> findings and impressions beside current and prior image")
-    add_folders(add)
+    out = "folder for the record and question files"
+    add = command("mimic-cxr", "reports and metadata -> findings and impressions beside current and prior image", out)
     add("--reports", metavar="DIR", help="folder with files/pNN/pNNNNNNNN/sNNNNNNNN.txt; ROOT if not given")
     add("--section", default="both", choices=(*SECTIONS, "both"), help="what the model shall write from the images")
-    add(
-        "--no-context",
-        action="store_true",
-        help="no clinical context in questions; makes SECTION_no_context_SPLIT.jsonl",
-    )
+    text = "no clinical context in questions; makes SECTION_no_context_SPLIT.jsonl"
+    add("--no-context", action="store_true", help=text)
 
-    add = command("diff-vqa", "MIMIC-Diff-VQA: questions about a study beside its reference study")
-    add_folders(add)
+    add = command("diff-vqa", "MIMIC-Diff-VQA: questions about a study beside its reference study", out)
     add("--questions", required=True, metavar="CSV", help="mimic_pair_questions.csv, plain or gzip")
-    add("--type", dest="question_type", metavar="NAME",
-        help="only questions of this question_type, such as difference; makes NAME_SPLIT.jsonl")  # fmt: skip
+    text = "only questions of this question_type, such as difference; makes NAME_SPLIT.jsonl"
+    add("--type", dest="question_type", metavar="NAME", help=text)
 
-    add = command("cxr-vqa", "MIMIC-Ext-MIMIC-CXR-VQA: questions about one image")
-    add_folders(add)
+    add = command("cxr-vqa", "MIMIC-Ext-MIMIC-CXR-VQA: questions about one image", out)
     add("--questions", required=True, metavar="DIR", help="folder with train.json, valid.json and test.json")
 
-    add = command("rrg", "the published evaluation set on the Hugging Face hub (needs: pip install datasets)")
+    text = "the published evaluation set on the Hugging Face hub (needs: pip install datasets)"
+    add = command("rrg", text, "folder for the question file and images/")
     add("--source", default="X-iZhang/MIMIC-CXR-RRG", metavar="ID_OR_DIR", help="hub id, or folder of parquet files")
-    add("--configuration", default="findings_section", choices=("findings_section", "impression_section"),
-        help="what the model shall write from the images")  # fmt: skip
+    parts = ("findings_section", "impression_section")
+    add("--configuration", default=parts[0], choices=parts, help="what the model shall write from the images")
     add("--split", default="test", metavar="NAME", help="split of the data set")
     add("--reference", metavar="COLUMN", help="column of the true text; if not given, questions have no reference")
-    add("--out", required=True, metavar="DIR", help="folder for the question file and images/")
 
-    add = command("check", "check a JSON or JSONL file of your own, record by record")
+    add = command("check", "check a JSON or JSONL file of your own, record by record", out="")
     add("file", metavar="FILE", help="training records or questions, in the published format")
     add("--image-folder", metavar="DIR", help="folder of the images; if not given, images are not looked for")
 
-    add = command("cache", "pad, resize and crop every image once, so that training need not decode it again")
+    text = "pad, resize and crop every image once, so that training need not decode it again"
+    add = command("cache", text, "folder of the cache, which is made, extended or resumed")
     add("--records", nargs="+", required=True, metavar="FILE", help="record or question files, JSON or JSONL")
     add("--image-folder", required=True, metavar="DIR", help="folder of the images that they name")
     add("--model", required=True, metavar="ID_OR_DIR", help="checkpoint or image encoder: a folder or a hub id")
-    add("--pad", default="black", choices=("black", "mean", "none"),
-        help="how images become square: black borders as in training, borders of the mean colour as in inference, "
-        "or none, which crops")  # fmt: skip
-    add("--out", required=True, metavar="DIR", help="folder of the cache, which is made, extended or resumed")
-    add("--workers", type=int, default=os.cpu_count(), metavar="N", help="number of processes that decode images")
+    text = "how images become square: black borders as in training, mean colour as in inference, none crops"
+    add("--pad", default="black", choices=("black", "mean", "none"), help=text)
 
     parsed = parser.parse_args(arguments)
     if getattr(parsed, "workers", 1) < 1:

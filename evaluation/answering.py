@@ -11,9 +11,7 @@ import os
 import random
 import re
 import sys
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -24,13 +22,11 @@ from PIL import Image
 import sample
 from data import ImageFolder, Question, Records, Study, check
 from model import Libra
-from plumbing import checkpoint
 from plumbing.cli import progress
 from plumbing.distributed import World
 from plumbing.files import atomic, only_writer, read_json, resumable
 from plumbing.image import load_image
 from plumbing.layout import find_device
-from sample import Options
 
 CONDITIONS = {  # what the model sees beside the current image, if the question has a prior
     "true": "the patient's prior",
@@ -39,7 +35,6 @@ CONDITIONS = {  # what the model sees beside the current image, if the question 
     "reversed": "current and prior swapped",
     "blank": "a black image",
 }
-MAX_BATCH = 16  # studies in a batch, if --batch-size does not say
 
 
 def read_questions(path) -> list[Question]:
@@ -74,19 +69,18 @@ def choose(questions: list[Question], arguments, only_with_prior: bool = False) 
 def draw_other_priors(questions: list[Question], seed: int) -> dict[str, str]:
     """{question id: another patient's prior}, drawn by (seed, id) from all priors of the questions."""
     questions = [question for question in questions if len(question.images) == 2]
-    # a draw may hit any prior of the file, but not the patient's own
     priors = [question.images[1] for question in questions]
-    patients = [patient_of(name) for name in priors]
-    if len(set(patients)) == 1:
+    if len(set(map(patient_of, priors))) == 1:
         raise ValueError("all priors are of one patient: there is no other patient's to show")
 
     drawn = {}
-    for question, patient in zip(questions, patients, strict=True):
+    for question, own in zip(questions, priors, strict=True):
         generator = random.Random(f"{seed}/{question.id}")
-        number = generator.randrange(len(priors))
-        while patients[number] == patient:
-            number = generator.randrange(len(priors))
-        drawn[str(question.id)] = priors[number]
+        # a draw may hit any prior of the file, but not the patient's own
+        prior = own
+        while patient_of(prior) == patient_of(own):
+            prior = generator.choice(priors)
+        drawn[str(question.id)] = prior
     return drawn
 
 
@@ -103,20 +97,22 @@ class QuestionSet:
         """questions: all of the file, chosen: those to answer."""
         self.folder, self.condition = ImageFolder(arguments.image_folder, None), condition
         self.by_id = {str(question.id): question for question in chosen}
-        if condition == "shuffled":
-            self.other_priors = draw_other_priors(questions, arguments.seed)
+        self.others = draw_other_priors(questions, arguments.seed) if condition == "shuffled" else {}
 
     def image_names(self, question: Question) -> list[str]:
         """The image files to show, current first. A question without a prior is asked as it is."""
-        if len(question.images) == 1 or self.condition == "true":
+        if len(question.images) == 1:
             return question.images
         current, prior = question.images
-        if self.condition == "reversed":
-            return [prior, current]
-        if self.condition == "shuffled":
-            return [current, self.other_priors[str(question.id)]]
-        # dummy: the current image stands for its prior, too; blank: `prepare` draws the prior
-        return [current]
+        return {
+            "true": [current, prior],
+            "reversed": [prior, current],
+            "shuffled": [current, self.others.get(str(question.id))],
+            # the model takes the current image for its own prior
+            "dummy": [current],
+            # `prepare` draws the prior
+            "blank": [current],
+        }[self.condition]
 
     def find_images(self):
         """ValueError if an image to show is missing."""
@@ -125,14 +121,16 @@ class QuestionSet:
                 for name in self.image_names(question):
                     self.folder.find(name)
 
-    def lengths(self, libra: Libra, template, options: Options) -> dict[str, int]:
-        """{id: positions of the prompt}. ValueError if a prompt is too long."""
-        lengths = {}
+    def batches(self, libra: Libra, arguments, size: int) -> list[list[str]]:
+        """Batches of ids. ValueError if a prompt is too long."""
+        lengths, options = {}, sample.options_of(arguments)
         for id, question in self.by_id.items():
             with naming(question):
-                prompt = sample.prompt_of(libra, question.text, template)
+                prompt = sample.prompt_of(libra, question.text, arguments.template)
                 lengths[id] = sample.check_length(libra, prompt, options)
-        return lengths
+        # the longest prompts come first, so that what does not fit the memory shows at once
+        order = sorted(lengths, key=lengths.get, reverse=True)
+        return [order[first : first + size] for first in range(0, len(order), size)]
 
     def prepare(self, libra: Libra, batch: list[str]):
         """Read the images of a batch of ids. Returns the studies and their pixels, as `Libra.preprocess` makes them."""
@@ -145,8 +143,7 @@ class QuestionSet:
                     images.append(Image.new("RGB", images[0].size))
                 # the pixels are kept, much smaller than the images; the study keeps their files' names
                 pixels.append(libra.preprocess(images))
-                study = Study(*files, query=question.text, id=str(question.id))
-                studies.append(study)
+                studies.append(Study(*files, query=question.text, id=str(question.id)))
         return studies, pixels
 
 
@@ -159,33 +156,21 @@ def naming(question: Question):
         raise ValueError(f"question {question.id}: {error}") from None
 
 
+def default_batch_size(beams: int) -> int:
+    """Up to 16 studies, fewer where each has many beams; no look at the free memory, so that no batch is by chance."""
+    return min(16, max(1, 64 // beams))
+
+
 def load_model(arguments, world: World) -> Libra:
     arguments.device = str(world.local_device(find_device(arguments.device)))
     return sample.load(arguments)
 
 
-def fitting_batch_size(libra: Libra, positions: int, options: Options, world: World) -> int:
-    """How many studies fit: their KV cache and logits may fill half of the free memory. From 1 to MAX_BATCH.
-
-    The other half is for what hardly grows with the batch: a prefill, copies of suffixes while they grow. positions: of
-    the longest prompt. All ranks take the smallest result, so that they form the same batches.
-    """
-    config = libra.decoder.config
-    # keys and values of one position in all layers
-    per_position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * libra.dtype.itemsize
-    # each beam has a suffix of its own, and four float32 copies of its logits while they are scored
-    suffixes = options.num_beams * (options.max_new_tokens * per_position + 4 * 4 * libra.vocabulary)
-    free = checkpoint.free_memory(libra.device)
-    if libra.device.type == "cpu":
-        free //= world.size  # the ranks share the host's memory
-    size = free // 2 // (positions * per_position + suffixes)
-    return min(world.all_gather(max(1, min(MAX_BATCH, size))))
-
-
 def decode_batches(libra: Libra, questions: QuestionSet, batches: list[list[str]], arguments):
-    """Yields the answers of each batch of ids. While a batch is decoded, the images of the next are read."""
+    """Yields the answers of each batch of ids."""
     options = sample.options_of(arguments)
-    for studies, pixels in read_ahead(lambda batch: questions.prepare(libra, batch), batches):
+    for batch in batches:
+        studies, pixels = questions.prepare(libra, batch)
         try:
             prefix = sample.prefill(libra, studies, arguments.template, options, pixels=pixels)
             outputs = sample.decode(libra, prefix, options)
@@ -200,42 +185,21 @@ def decode_batches(libra: Libra, questions: QuestionSet, batches: list[list[str]
         yield answers
 
 
-def read_ahead(function: Callable, items: Iterable) -> Iterator:
-    """Like map(function, items), but a thread computes the next result while the caller uses the last."""
-    with ThreadPoolExecutor(1) as pool:
-        pending = deque()
-        for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) == 2:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-
-
 def write_answers(arguments, questions: QuestionSet, answers: Path, load: Callable[[], Libra], world: World):
     """Write an answer file, or what an earlier run has left to do. load() returns the model.
 
     Each rank appends its finished batches to a work file .NAME.RANK beside the answers; at the end rank 0 merges them.
     NAME.settings.json records how the answers are made, and a run with other settings is refused.
     """
-    sidecar = answers.with_name(f"{answers.name}.settings.json")
-    settings, begun = settings_of(arguments, questions), {}
-    complete = answers.exists()
-    if complete or read_work(answers):
-        begun = earlier_settings(answers, sidecar, settings)
-
-    if not complete:
+    if not answers.parent.is_dir():
+        raise NotADirectoryError(f"no folder {answers.parent} for the answers: make it, or check the path")
+    is_complete, sidecar = answers.exists(), answers.with_name(f"{answers.name}.settings.json")
+    settings = find_settings(arguments, questions, answers, sidecar)
+    if not is_complete:
         # 1) form the batches; missing images show before the model is loaded, which takes longer
         questions.find_images()
-        libra, options = load(), sample.options_of(arguments)
-        lengths = questions.lengths(libra, arguments.template, options)
-        size = arguments.batch_size or begun.get("batch_size")
-        if size is None:
-            size = fitting_batch_size(libra, max(lengths.values()), options, world)
-        # the longest prompts come first, so that what does not fit the memory shows at once
-        order = sorted(lengths, key=lengths.get, reverse=True)
-        batches = [order[first : first + size] for first in range(0, len(order), size)]
-
+        libra = load()
+        batches = questions.batches(libra, arguments, settings["batch_size"])
         work = answers.with_name(f".{answers.name}.{world.rank}")
         with resumable(answers), open(work, "a", encoding="utf-8") as file, only_writer(file, answers):
             # 2) take this rank's share of what is not done; no rank may write before all have looked
@@ -243,9 +207,9 @@ def write_answers(arguments, questions: QuestionSet, answers: Path, load: Callab
             batches = [batch for batch in batches if batch[0] not in done]
             share = batches[world.rank :: world.size]
             world.barrier()
-            if world.rank == 0 and not begun:
+            if world.rank == 0:
                 with atomic(sidecar) as settings_file:
-                    settings_file.write(json.dumps(settings | {"batch_size": size}, indent=1) + "\n")
+                    settings_file.write(json.dumps(settings, indent=1) + "\n")
 
             # 3) answer it; a finished batch is a line of the work file
             show, finished = progress(f"answering {answers.name}", "studies"), 0
@@ -268,7 +232,7 @@ def write_answers(arguments, questions: QuestionSet, answers: Path, load: Callab
     if world.rank == 0:
         for path in work_files(answers):
             path.unlink()
-        note = ", all there before" if complete else ""
+        note = ", all there before" if is_complete else ""
         print(f"{answers}: {len(questions.by_id):,} answers{note}", file=sys.stderr)
     # a rank that crashed on exit would make torchrun stop the others
     world.barrier()
@@ -292,12 +256,22 @@ def read_work(answers: Path) -> dict[str, dict]:
     return done
 
 
-def settings_of(arguments, questions: QuestionSet) -> dict:
-    """All that the answers depend on."""
+def find_settings(arguments, questions: QuestionSet, answers: Path, sidecar: Path) -> dict:
+    """All that the answers depend on. FileExistsError or ValueError if there are answers with other settings."""
+    # 1) what the sidecar of earlier answers records
+    begun, files = {}, [path for path in (answers, *work_files(answers)) if path.exists()]
+    if answers.exists() or read_work(answers):
+        if not sidecar.exists():
+            raise FileExistsError(f"{files[0]} exists, but no {sidecar.name} says how it was made: delete or move it")
+        begun = read_json(sidecar)
+
+    # 2) what this run asks for; a batch size need not be given again
+    options = sample.options_of(arguments)
+    size = arguments.batch_size or begun.get("batch_size") or default_batch_size(options.num_beams)
     # ids, texts, and the images that are shown
     seen = [(question, questions.image_names(question)) for question in questions.by_id.values()]
     digest = hashlib.sha256(repr(seen).encode()).hexdigest()
-    return {
+    settings = {
         "model": arguments.model,
         "base": arguments.base,
         "encoder": arguments.encoder,
@@ -307,25 +281,13 @@ def settings_of(arguments, questions: QuestionSet) -> dict:
         "questions": f"{len(seen)} questions ({digest[:16]})",
         "prior": questions.condition,
         "image_folder": str(questions.folder.root),
-        "batch_size": arguments.batch_size,
-        **asdict(sample.options_of(arguments)),
+        "batch_size": size,
+        **asdict(options),
     }
 
-
-def earlier_settings(answers: Path, sidecar: Path, settings: dict) -> dict:
-    """What the sidecar of unfinished or finished answers records; a batch size need not be given again.
-
-    FileExistsError or ValueError if there is none, or if it differs from `settings`.
-    """
-    files = [path for path in (answers, *work_files(answers)) if path.exists()]
-    if not sidecar.exists():
-        raise FileExistsError(f"{files[0]} exists, but no {sidecar.name} says how it was made: delete or move it")
-    begun, changed = read_json(sidecar), []
-    for name, value in settings.items():
-        same = begun.get(name) == value or (name == "batch_size" and value is None)
-        if not same:
-            changed.append(f"{name} {begun.get(name)}, not {value}")
-    if changed:
+    # 3) both must be the same
+    changed = [f"{name} {begun.get(name)}, not {value}" for name, value in settings.items() if begun.get(name) != value]
+    if begun and changed:
         delete = ", ".join(map(str, [*files, sidecar]))
         raise ValueError(f"{answers} was made with {'; '.join(changed)}: give another file, or delete {delete}")
-    return begun
+    return settings

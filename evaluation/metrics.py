@@ -101,28 +101,20 @@ def ngrams(tokens: list[str], n: int) -> Counter:
 def rouge_l(prediction: str, reference: str) -> float:
     """F1 of the longest common subsequence (LCS) of the words of two texts, in [0, 1].
 
-    One integer holds a row of the LCS table, a bit for each word of the reference (Hyyrö, "Bit-parallel LCS-length
-    computation revisited", 2004). A bit is 0 where the LCS grows at that word, so that the zeros count it:
-
-        reference        a b c d
-        start            1 1 1 1
-        after "b"        1 0 1 1    the LCS is 1
-        after "b d"      1 0 1 0    the LCS is 2
+        reference           a b c d
+        after "b"         0 0 1 1 1    the LCS with the first 0 to 4 words of the reference
+        after "b d"       0 0 1 1 2
     """
     predicted, wanted = words(prediction), words(reference)
-    # word -> its places in the reference, as bits
-    places = {}
-    for i, word in enumerate(wanted):
-        places[word] = places.get(word, 0) | 1 << i
-
-    all_ones = (1 << len(wanted)) - 1
-    row = all_ones
-    # one step for each word of the prediction: V becomes (V + (V & M)) | (V & ~M), M the word's places
+    row = [0] * (len(wanted) + 1)
     for word in predicted:
-        hits = row & places.get(word, 0)
-        row = (row + hits | row - hits) & all_ones
-    common = len(wanted) - row.bit_count()
-    return 2 * common / max(1, len(predicted) + len(wanted))
+        above, row = row, [0]
+        for i, other in enumerate(wanted):
+            if word == other:
+                row.append(above[i] + 1)
+            else:
+                row.append(max(above[i + 1], row[i]))
+    return 2 * row[-1] / max(1, len(predicted) + len(wanted))
 
 
 def temporal_f1(predicted: set[str], wanted: set[str]) -> float:
@@ -168,17 +160,15 @@ def meteor_scorer() -> Callable[[str, str], float]:
 
 def bertscore(predictions: list[str], references: list[str]) -> list[float]:
     """BERTScore's F1 of each pair, in about [0, 1]; 0 if a text is empty. ValueError says what to install."""
-    model = "distilbert-base-uncased"
-    f1 = np.zeros(len(predictions))
+    model, f1 = "distilbert-base-uncased", np.zeros(len(predictions))
     # with transformers 5 the package fails on empty texts
-    full = [i for i in range(len(predictions)) if all((predictions[i], references[i]))]
+    full = [i for i in range(len(predictions)) if predictions[i] and references[i]]
     try:
         from bert_score import score
 
         if full:
-            ours = [predictions[i] for i in full]
-            theirs = [references[i] for i in full]
-            *_, f1[full] = score(ours, theirs, model_type=model)  # precision, recall, F1
+            pairs = [[texts[i] for i in full] for texts in (predictions, references)]
+            *_, f1[full] = score(*pairs, model_type=model)  # precision, recall, F1
     except ImportError:
         raise ValueError("BERTScore needs a package: pip install bert-score") from None
     except OSError:
@@ -280,15 +270,6 @@ class Interval:
         return f"{value} [{', '.join(ends)}]" if ends else value
 
 
-@dataclass(frozen=True)
-class Difference:
-    """The scores of two answer files A and B on the same studies; difference: the interval of B - A."""
-
-    a: float
-    b: float
-    difference: Interval
-
-
 def resample(table: Table, seed: int) -> dict[str, np.ndarray]:
     """{key: [N, k]} -> {key: [RESAMPLES]}: every score on the same resamples of the N pairs, drawn by the seed."""
     columns = np.concatenate(list(table.values()), axis=1)  # [N, sum of all k]
@@ -322,8 +303,8 @@ def intervals(table: Table, groups: Groups, seed: int = 0) -> dict[str, dict[str
     return result
 
 
-def differences(a: Table, b: Table, groups: Groups, seed: int = 0) -> dict[str, dict[str, Difference]]:
-    """Two tables of the same N studies -> {key: {group: Difference}}, paired."""
+def differences(a: Table, b: Table, groups: Groups, seed: int = 0) -> dict[str, dict[str, dict]]:
+    """Tables of A and B, the same N studies -> {key: {group: {"a", "b": score, "difference": Interval of B - A}}}."""
     result = {key: {} for key in a if key in b and key != FLOOR}
     for group, members in groups.items():
         # one table of both, so that both are resampled together
@@ -335,5 +316,5 @@ def differences(a: Table, b: Table, groups: Groups, seed: int = 0) -> dict[str, 
         for key in result:
             score_a, score_b = corpus_score(both[key, "a"]), corpus_score(both[key, "b"])
             ends = percentiles(resampled[key, "b"] - resampled[key, "a"])
-            result[key][group] = Difference(score_a, score_b, Interval(score_b - score_a, *ends))
+            result[key][group] = {"a": score_a, "b": score_b, "difference": Interval(score_b - score_a, *ends)}
     return result

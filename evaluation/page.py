@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from evaluation.metrics import WORDS_OF_CHANGE
+from evaluation.metrics import FLOOR, WORDS_OF_CHANGE, score_of
 from plumbing.cli import progress
 from plumbing.files import atomic
 from plumbing.image import load_image
@@ -50,11 +50,11 @@ def thumbnails(names: list[str], folder) -> dict[str, str]:
     return images
 
 
-def write(path, *, title, subtitle, groups, scores, notes, pairs, values, folder=None):
+def write(path, *, title, subtitle, groups, scores, notes, pairs, table, folder=None):
     """Write the page.
 
     groups: {name: number of studies}; scores: {key: {group: Interval}}; notes: {key: what the score is};
-    values: {key: [N]}, the scores of each of the N `Pair`s; folder: where the images are, None for a page without any.
+    table: {key: [N, k]}, rows of the N `Pair`s as in `metrics`; folder: where the images are, None for none.
     """
     # 1) every image once; a study names its images by their numbers
     images = {}
@@ -68,6 +68,8 @@ def write(path, *, title, subtitle, groups, scores, notes, pairs, values, folder
         note = notes.get(key, "")
         ends = {group: list(vars(interval).values()) for group, interval in found.items()}
         lines.append({"key": key, "note": note, "values": ends})
+    # hits and chances [N, 2] make no score of a single study, the floor none of the study's own
+    values = {key: score_of(rows, 1) for key, rows in table.items() if rows.shape[1] != 2 and key != FLOOR}
     studies = []
     for i, pair in enumerate(pairs):
         study = {

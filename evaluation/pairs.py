@@ -45,23 +45,20 @@ def read_pairs(references, predictions, chosen: Collection[str] | None = None) -
         questions = {id: questions[id] for id in chosen}
         answers = {id: answer for id, answer in answers.items() if id not in ignored}
     # every question has one answer, every answer a question
-    missing = [id for id in questions if id not in answers]
-    extra = [id for id in answers if id not in questions]
-    require_none(missing, f"of {references} are missing in {predictions}")
-    require_none(extra, f"of {predictions} are not in {references}")
+    require_none([id for id in questions if id not in answers], f"of {references} are missing in {predictions}")
+    require_none([id for id in answers if id not in questions], f"of {predictions} are not in {references}")
 
-    # an error in a line names its file and its id
     pairs = []
     for id, question in questions.items():
+        # an error in a line names its file and its id
+        file = references
         try:
             reference = text_of(question, ("reference", "findings", "impression"))
             images = tuple(image_names(question))
-        except ValueError as error:
-            raise ValueError(f"{references}: {id}: {error}") from None
-        try:
+            file = predictions
             prediction = text_of(answers[id], ("findings", "impression", "text"))
         except ValueError as error:
-            raise ValueError(f"{predictions}: {id}: {error}") from None
+            raise ValueError(f"{file}: {id}: {error}") from None
         prompt, model = str(question.get("text") or ""), answers[id].get("model_id")
         pairs.append(Pair(id, reference, prediction, prompt, images=images, model=model))
     return pairs
@@ -108,15 +105,18 @@ def groups_of(pairs: list[Pair]) -> Groups:
     groups = {"all": np.ones(len(pairs), bool)}
     if any(pair.images for pair in pairs):
         prior = np.array([pair.has_prior for pair in pairs])
-        split = {"with prior": prior, "without prior": ~prior}
-        groups |= {name: members for name, members in split.items() if members.any()}
-    return groups
+        groups |= {"with prior": prior, "without prior": ~prior}
+    return {name: members for name, members in groups.items() if members.any()}
 
 
-def statistics_of(pairs: list[Pair], bertscore: bool = False) -> Table:
+def sizes_of(groups: Groups) -> dict[str, int]:
+    return {group: int(members.sum()) for group, members in groups.items()}
+
+
+def statistics_of(pairs: list[Pair], bertscore: bool = False, label: str = "scoring") -> Table:
     """The rows of all metrics, see `metrics.statistics`."""
     predictions, references = [pair.prediction for pair in pairs], [pair.reference for pair in pairs]
-    return statistics(predictions, references, bertscore, progress("scoring"))
+    return statistics(predictions, references, bertscore, progress(label))
 
 
 def write_export(path, pairs: list[Pair]):
@@ -142,14 +142,13 @@ def read_merge(paths, count: int) -> tuple[Table, dict[str, float]]:
             if key in VARIANTS or key in columns or key in values:
                 raise ValueError(f"{path}: there is a score {key} already: rename it or leave the file out")
             # a number for all pairs, or a list of one for each
-            single = not isinstance(value, list)
-            numbers = [value] if single else value
+            numbers = value if isinstance(value, list) else [value] * count
             finite = all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
-            if finite and single:
-                values[key] = float(value)
-            elif finite and len(numbers) == count:
-                columns[key] = np.array(numbers, dtype=float)[:, None]  # [N, 1]
-            else:
+            if not finite or len(numbers) != count:
                 wanted = f"neither a number nor {count:,} numbers, one for each study"
                 raise ValueError(f"{path}: {key} is {wanted}: score the file that --export wrote, without details")
+            if isinstance(value, list):
+                columns[key] = np.array(value, dtype=float)[:, None]  # [N, 1]
+            else:
+                values[key] = float(value)
     return columns, values

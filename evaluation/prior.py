@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evaluation.metrics import FLOOR, Interval, Table, differences, intervals, statistics, words_of_change
+from evaluation.metrics import FLOOR, Interval, Table, differences, intervals, words_of_change
+from evaluation.pairs import Pair, statistics_of
 from evaluation.truth import severity_flips, truth_statistics
-from plumbing.cli import progress
 
 # the words of change that name a direction by themselves, whatever they are said of
 WORSE = frozenset(
@@ -45,44 +45,44 @@ class Cell(Interval):
     difference: Interval | None = None
 
 
-def prior_scores(texts: dict, references: list[str], truths: list[dict] | None, seed: int) -> dict:
+def prior_scores(pairs: dict[str, list[Pair]], truths: list[dict] | None, seed: int) -> dict[str, dict[str, Cell]]:
     """Returns {score: {condition: Cell}}, all intervals over the same resamples of the N studies.
 
-    texts: {condition: N reports}, the condition "true" first; references: N; truths: N of the phantom hospital's.
+    pairs: {condition: N pairs}, the condition "true" first; truths: N of the phantom hospital's.
     """
-    groups = {"all": np.ones(len(references), bool)}
-    result, true_table = {}, None
-    for condition, predictions in texts.items():
+    groups, result, tables = {"all": np.ones(len(pairs["true"]), bool)}, {}, {}
+    for condition, answered in pairs.items():
         # 1) one table [N, k] for each score; the floor depends on the references alone
-        table = statistics(predictions, references, show=progress(f"scoring {condition}"))
+        table = statistics_of(answered, label=f"scoring {condition}")
         if truths:
+            predictions = [pair.prediction for pair in answered]
             scores = truth_statistics(predictions, truths)
             table |= {key: scores[key] for key in ("findings F1", "devices F1", "direction of change")}
         if condition != "true":
             del table[FLOOR]
-            table |= reactions(texts["true"], predictions, truths)
+            table |= reactions(pairs["true"], answered, truths)
 
         # 2) intervals of the scores that had a chance
         scores = intervals(table, groups, seed)
-        table = {key: table[key] for key in table if scores[key]}
+        tables[condition] = {key: table[key] for key in table if scores[key]}
 
-        # 3) differences to the true prior, which comes first
+        # 3) differences to the true prior
         gaps = {}
-        if true_table:
-            gaps = differences(true_table, table, groups, seed)
-        else:
-            true_table = table
-        for key in table:
-            gap = gaps[key]["all"].difference if key in gaps else None
+        if condition != "true":
+            gaps = differences(tables["true"], tables[condition], groups, seed)
+        for key in tables[condition]:
+            gap = gaps[key]["all"]["difference"] if key in gaps else None
             cell = Cell(**vars(scores[key]["all"]), difference=gap)
             result.setdefault(key, {})[condition] = cell
     return result
 
 
-def reactions(true: list[str], other: list[str], truths: list[dict] | None) -> Table:
+def reactions(true: list[Pair], other: list[Pair], truths: list[dict] | None) -> Table:
     """How N reports differ from those under the true prior: rows [N, k] as in `metrics`."""
-    changed = [[0 if one == two else 100] for one, two in zip(true, other, strict=True)]
-    table = {"reports changed": changed, "directions flipped": list(map(flips, true, other))}
+    texts = [pair.prediction for pair in true]
+    others = [pair.prediction for pair in other]
+    changed = [[0 if one == two else 100] for one, two in zip(texts, others, strict=True)]
+    table = {"reports changed": changed, "directions flipped": list(map(flips, texts, others))}
     if truths:
-        table["severity changes turned round"] = list(map(severity_flips, true, other, truths))
+        table["severity changes turned round"] = list(map(severity_flips, texts, others, truths))
     return {key: np.array(rows, dtype=float) for key, rows in table.items()}

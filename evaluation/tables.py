@@ -4,7 +4,8 @@ import csv
 import json
 from pathlib import Path
 
-from evaluation.metrics import FLOOR, VARIANTS, Difference, Interval
+from evaluation.answering import CONDITIONS
+from evaluation.metrics import Interval
 from evaluation.prior import BETTER, WORSE, Cell
 from plumbing.cli import print_table
 from plumbing.files import atomic
@@ -15,41 +16,34 @@ def print_json(result: dict):
     print(json.dumps(result, default=vars))
 
 
-def print_scores(scores: dict[str, dict[str, Interval]], sizes: dict[str, int]):
-    """Print a column for each group of studies; sizes: {group: number of studies}."""
-    lines = [["", *(f"{group} ({size:,})" for group, size in sizes.items())]]
-    for key, found in scores.items():
-        lines.append([key, *(found.get(group, "") for group in sizes)])
+def print_scores(scores: dict[str, dict[str, Interval]], columns: dict[str, str]):
+    """Print a line for each score and a column for each name in `columns`, {name: heading}.
+
+    A `Cell` with a difference to the true prior has it on a second line.
+    """
+    lines = [["", *columns.values()]]
+    for key, cells in scores.items():
+        lines.append([key, *(cells.get(name, "") for name in columns)])
+        gaps = [getattr(cells.get(name), "difference", None) for name in columns]
+        if any(gaps):
+            lines.append(["  minus true", *(gap.format("+") if gap else "" for gap in gaps)])
     print_table(lines)
-    print(f"{FLOOR}: {VARIANTS[FLOOR]}")
 
 
-def print_differences(scores: dict[str, dict[str, Difference]], sizes: dict[str, int]):
+def print_differences(scores: dict[str, dict[str, dict]], sizes: dict[str, int]):
     """Print a table for each group of studies."""
     for group, size in sizes.items():
-        lines = [["", "A", "B", "B - A [95 % interval, paired]"]]
-        for key, found in scores.items():
-            lines.append([key, f"{found[group].a:.2f}", f"{found[group].b:.2f}", found[group].difference])
         print(f"\n{group} ({size:,})")
+        lines = [["", "A", "B", "B - A [95 % interval, paired]"]]
+        for key, groups in scores.items():
+            found = groups[group]
+            lines.append([key, Interval(found["a"]), Interval(found["b"]), found["difference"]])
         print_table(lines)
 
 
-def print_prior(scores: dict[str, dict[str, Cell]], conditions: dict[str, str]):
-    """Print a column for each condition, and what the columns and the words of direction are."""
-    lines = [["", *conditions]]
-    for key, cells in scores.items():
-        values, gaps = [key], ["  minus true"]
-        for condition in conditions:
-            cell = cells.get(condition)
-            values.append(cell or "")
-            gaps.append(cell.difference.format("+") if cell and cell.difference else "")
-        lines.append(values)
-        # some scores have no value under the true prior, and so no differences
-        if any(gaps[1:]):
-            lines.append(gaps)
-    print_table(lines)
-    print("; ".join(f"{condition}: {image}" for condition, image in conditions.items()))
-    # what is counted, as it is no published score
+def print_prior_notes(conditions: list[str]):
+    """Print what the conditions are and what `evaluation.prior` counts, as it is no published score."""
+    print("; ".join(f"{condition}: {CONDITIONS[condition]}" for condition in conditions))
     print("directions flipped: share of the words of direction in the reports under true that the other report lacks")
     print("while it has a word of the opposite direction that the first lacks")
     print(f"worse: {', '.join(sorted(WORSE))}\nbetter: {', '.join(sorted(BETTER))}")

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from data import FINDINGS_PROMPT
 from plumbing.cli import progress
-from sources.records import SPLITS, decode, directory, missing, one_line, only_one, plan, read_csv, writer
+from sources.records import SPLITS, decode, directory, one_line, only_one, plan, read_csv, writer
 
 SECTIONS = ("findings", "impression")  # what a model learns to write
 HEADER = re.compile(r"\n ([A-Z ()/,-]+):\s")
@@ -70,13 +70,11 @@ class Part(NamedTuple):
 def section_name(header: str) -> str:
     """The section that a header opens. A header to which no rule applies is its own name."""
     header = header.lower().strip()
-    for name, headers in HEADERS.items():
-        if header in headers.split("|"):
-            return name
-    for name in CONTAINS:
-        if name in header:
-            return name
-    return "findings" if FINDINGS.search(header) else header
+    names = [name for name, headers in HEADERS.items() if header in headers.split("|")]
+    names += [name for name in CONTAINS if name in header]
+    if FINDINGS.search(header):
+        names.append("findings")
+    return names[0] if names else header
 
 
 def split_report(text: str) -> list[Part]:
@@ -112,15 +110,14 @@ def study_sections(study: str, text: str, skipped: Counter) -> dict[str, str]:
     """
     sections = {part.name: part.text.strip() for part in split_report(text)}
     places = [name for name, studies in MISPLACED.items() if study in studies.split()]
-    if study in SPANS:
-        start, end = SPANS[study]
-        findings, exception = text[start:end].strip(), "findings by span"
-    elif places:
-        findings, exception = sections.get(places[0], ""), "misplaced findings"
-    else:
+    if not places and study not in SPANS:
         return sections
+    exception = "misplaced findings" if places else "findings by span"
     skipped[f"studies with an exception of the official preparation: {exception}"] += 1
-    return {"findings": findings}
+    if places:
+        return {"findings": sections.get(places[0], "")}
+    start, end = SPANS[study]
+    return {"findings": text[start:end].strip()}
 
 
 class Image(NamedTuple):
@@ -137,6 +134,10 @@ class Image(NamedTuple):
     @property
     def study_path(self) -> str:
         return f"files/p{self.subject[:2]}/p{self.subject}/s{self.study}"
+
+    @property
+    def stem(self) -> str:
+        return f"{self.study_path}/{self.dicom}"
 
 
 def priors(images: list[Image]) -> list[tuple[Image, Image | None]]:
@@ -172,8 +173,7 @@ class Mimic:
     def __init__(self, root, reports=None):
         self.root, self.skipped = directory(f"{root}/files").parent, Counter()
         self.reports = directory(f"{reports or root}/files").parent
-        self.images: dict[str, Image] = {}  # by DICOM id
-        self.splits: dict[str, str] = {}  # by DICOM id
+        self.images, self.splits = {}, {}  # by DICOM id
 
     def read_tables(self):
         """Read the metadata and the split into memory. If a DICOM id occurs twice, the first row counts."""
@@ -203,7 +203,7 @@ class Mimic:
                 self.skipped["images that are not frontal (view AP or PA)"] += 1
             elif split not in SPLITS:
                 self.skipped[f"frontal images outside of {', '.join(SPLITS)}"] += 1
-            elif path := on_disk(self.root, f"{image.study_path}/{image.dicom}"):
+            elif path := on_disk(self.root, image.stem):
                 patients[split, image.subject].append(image._replace(path=path))
             else:
                 self.skipped["frontal images missing or empty on disk"] += 1
@@ -248,8 +248,9 @@ def prepare_sections(root, out, reports=None, section: str = "both", no_context:
     mimic, suffix = Mimic(root, reports), "_no_context" if no_context else ""
     names = SECTIONS if section == "both" else (section,)
     outputs = plan(out, [name + suffix for name in names])
-    if missing(outputs):
-        mimic.read_tables()
+    if all(path.exists() for path in outputs):
+        return outputs, {}, {}
+    mimic.read_tables()
     with writer(outputs) as write:
         for split, image, prior, report in mimic.visits():
             for name in names:
@@ -260,5 +261,5 @@ def prepare_sections(root, out, reports=None, section: str = "both", no_context:
                     continue
                 images = [image.path, prior.path] if prior else [image.path]
                 question = PROMPTS[name] if no_context else prompt(name, report)
-                write(name + suffix, split, id=image.dicom, images=images, question=question, answer=answer)
+                write(f"{name}{suffix}_{split}", image.dicom, images, question=question, answer=answer)
     return outputs, mimic.skipped, {}

@@ -18,8 +18,8 @@ from data import Question, Record, Records
 from plumbing.files import atomic
 from tokenizer import IMAGE_TEXT
 
-# the kinds of files that are made of a split: training reads records, evaluation reads questions
-SPLITS = {"train": ("records",), "validate": ("records", "questions"), "test": ("questions",)}
+# endings of the files that are made of a split: training reads records, evaluation reads questions
+SPLITS = {"train": [""], "validate": ["", "_questions"], "test": ["_questions"]}
 
 
 def directory(path) -> Path:
@@ -76,48 +76,42 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def plan(out, names, splits=SPLITS) -> dict[tuple[str, str, str], Path]:
-    """{(name, split, kind): file}, NAME_SPLIT.jsonl or NAME_SPLIT_questions.jsonl. Says on stderr which files exist."""
-    outputs = {}
-    for split, kinds in splits.items():
+def plan(out, names, splits=SPLITS) -> list[Path]:
+    """The files NAME_SPLIT.jsonl and NAME_SPLIT_questions.jsonl. Says on stderr which of them exist."""
+    outputs = []
+    for split, endings in splits.items():
         for name in names:
-            for kind in kinds:
-                ending = "" if kind == "records" else "_questions"
-                outputs[name, split, kind] = Path(out) / f"{name}_{split}{ending}.jsonl"
-    existing = ", ".join(path.name for path in outputs.values() if path.exists())
+            outputs += [Path(out) / f"{name}_{split}{ending}.jsonl" for ending in endings]
+    existing = ", ".join(path.name for path in outputs if path.exists())
     if existing:
         print(f"kept, because they exist: {existing} (delete a file to make it again)", file=sys.stderr)
     return outputs
 
 
-def missing(outputs: dict) -> dict:
-    return {key: path for key, path in outputs.items() if not path.exists()}
-
-
 @contextmanager
-def writer(outputs: dict):
-    """Yields write, which adds a line to the missing files of a name and a split.
+def writer(outputs: list[Path]):
+    """Yields write, which adds a line to the missing files of NAME_SPLIT.
 
     images: [current, prior] or [current]. answer: None for a question without a reference. The files appear together
     at the end; one without a line does not appear.
     """
-    todo, files = missing(outputs), {}  # files: those that have a line
+    todo, files = {path.stem: path for path in outputs if not path.exists()}, {}
     with ExitStack() as stack:
 
-        def write(name, split, id, images, question, answer):
+        def add(stem: str, line: dict):
+            if stem not in todo:
+                return
+            if stem not in files:
+                todo[stem].parent.mkdir(parents=True, exist_ok=True)
+                files[stem] = stack.enter_context(atomic(todo[stem]))
+            files[stem].write(json.dumps(line) + "\n")
+
+        def write(name_split, id, images, question, answer):
             human = {"from": "human", "value": f"{IMAGE_TEXT}\n{question}"}
             gpt = {"from": "gpt", "value": answer}
+            add(name_split, {"id": id, "image": images, "conversations": [human, gpt]})
             reference = {} if answer is None else {"reference": answer}
-            line = {
-                "records": {"id": id, "image": images, "conversations": [human, gpt]},
-                "questions": {"question_id": id, "image": images, "text": question, **reference},
-            }
-            for (a_name, a_split, kind), path in todo.items():
-                if (a_name, a_split) == (name, split):
-                    if path not in files:
-                        path.parent.mkdir(parents=True, exist_ok=True)
-                        files[path] = stack.enter_context(atomic(path))
-                    files[path].write(json.dumps(line[kind]) + "\n")
+            add(f"{name_split}_questions", {"question_id": id, "image": images, "text": question, **reference})
 
         yield write
 
@@ -129,11 +123,11 @@ def kind_of(records: Records) -> type[Record] | type[Question]:
 def summary(records: Records) -> dict[str, object]:
     """{column: cell} of a file without errors. MIMIC-CXR's folders name patients and studies."""
     kind = kind_of(records)
-    patients, studies, pairs = set(), set(), set()
-    questions, with_prior, words = 0, 0, []
+    patients, studies, pairs, words = set(), set(), set(), []
+    questions, with_prior = 0, 0
     for record in map(kind.parse, records):
         # files/p10/p10000032/s50414267/…
-        folders = re.match(r"files/(p\d+/p\d+)/s\d+/", record.images[0] if record.images else "")
+        folders = re.match(r"files/(p\d+/p\d+)/s\d+/", "".join(record.images[:1]))
         if folders:
             patients.add(folders[1])
             studies.add(folders[0])

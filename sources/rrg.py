@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from plumbing.files import atomic
-from sources.records import missing, one_line, plan, require, writer
+from sources.records import one_line, plan, require, writer
 
 COLUMNS = ("main_image", "prior_image", "default_prompt")
 
@@ -16,8 +16,8 @@ COLUMNS = ("main_image", "prior_image", "default_prompt")
 def prepare_rrg(out, source: str, configuration: str, split: str, reference: str | None = None):
     """One question for each row. reference: the column of the true text; without it questions have no reference."""
     out, skipped = Path(out), Counter()
-    outputs = plan(out, [configuration], {split: ("questions",)})
-    if not missing(outputs):
+    outputs, name = plan(out, [configuration], {split: ["_questions"]}), f"{configuration}_{split}"
+    if all(path.exists() for path in outputs):
         return outputs, {}, {}
     columns = [*COLUMNS, reference] if reference else COLUMNS
     with writer(outputs) as write:
@@ -25,16 +25,15 @@ def prepare_rrg(out, source: str, configuration: str, split: str, reference: str
             try:
                 current = save_image(out, row["main_image"], source)
                 prior = save_image(out, row["prior_image"], source)
+                if not current:
+                    raise OSError
             except (OSError, Image.DecompressionBombError):
-                current = ""
-            if not current:
                 skipped["rows whose image is missing or cannot be read"] += 1
                 continue
             # a study without a prior may name its current image again
             images = [current] if prior in ("", current) else [current, prior]
             answer = one_line(row[reference] or "") if reference else None
-            id, question = f"{configuration}_{split}_{number}", row["default_prompt"]
-            write(configuration, split, id=id, images=images, question=question, answer=answer)
+            write(name, f"{name}_{number}", images, question=row["default_prompt"], answer=answer)
     return outputs, skipped, {}
 
 
@@ -50,8 +49,8 @@ def published_rows(source: str, configuration: str, split: str, columns):
         raise ValueError("this data set needs another package: pip install datasets") from None
     if Path(source).is_dir():
         # a copy of the hub's repository has a folder for each configuration
-        files = sorted(Path(source, configuration).glob(f"{split}*.parquet"))
-        files = files or sorted(Path(source).glob(f"{split}*.parquet"))
+        pattern = f"{split}*.parquet"
+        files = sorted(Path(source, configuration).glob(pattern)) or sorted(Path(source).glob(pattern))
         if not files:
             raise ValueError(f"no {split}*.parquet in {source} or its {configuration}: check --source and --split")
         files = {"train": [str(file) for file in files]}

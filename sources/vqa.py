@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data import Records
 from sources.mimic import Mimic, on_disk
-from sources.records import SPLITS, directory, missing, one_line, only_one, plan, read_csv, require, writer
+from sources.records import SPLITS, directory, one_line, only_one, plan, read_csv, require, writer
 
 # columns, from public descriptions of the data sets
 DIFF_VQA = ("study_id", "subject_id", "ref_id", "question_type", "question", "answer", "split")
@@ -22,7 +22,7 @@ def prepare_diff_vqa(root, out, questions, question_type: str | None = None):
     """
     name, types, mimic = question_type or "diff_vqa", Counter(), Mimic(root)
     outputs, skipped = plan(out, [name]), mimic.skipped
-    if not missing(outputs):
+    if all(path.exists() for path in outputs):
         return outputs, {}, {}
     mimic.read_tables()
     studies = defaultdict(list)
@@ -34,11 +34,8 @@ def prepare_diff_vqa(root, out, questions, question_type: str | None = None):
         """The path of a study's last frontal image on disk, or ""."""
         # a study may be written 50414267, s50414267 or 50414267.0
         study = study.removeprefix("s").removesuffix(".0")
-        for image in sorted(studies[study], reverse=True):
-            path = on_disk(mimic.root, f"{image.study_path}/{image.dicom}")
-            if image.frontal and path:
-                return path
-        return ""
+        paths = [on_disk(mimic.root, image.stem) for image in sorted(studies[study]) if image.frontal]
+        return next(filter(None, reversed(paths)), "")
 
     with writer(outputs) as write:
         rows = read_csv(Path(questions), DIFF_VQA, skipped)
@@ -55,7 +52,7 @@ def prepare_diff_vqa(root, out, questions, question_type: str | None = None):
                 skipped["questions about a study, or beside one, without a frontal image on disk"] += 1
             else:
                 types[kind] += 1
-                write(name, split, id=f"diff_vqa_{number}", images=images, question=question, answer=answer)
+                write(f"{name}_{split}", f"diff_vqa_{number}", images, question=question, answer=answer)
         # an error inside the writer leaves no files
         if question_type and not types:
             raise ValueError(f"{questions} has no question of type {question_type!r} that can be used")
@@ -71,7 +68,7 @@ def prepare_cxr_vqa(root, out, questions):
         if not any(folder.glob(pattern)):
             skipped[f"missing file {pattern}"] += 1
             continue
-        rows = Records(only_one(folder, pattern))
+        rows, name = Records(only_one(folder, pattern)), f"cxr_vqa_{split}"
         with writer(outputs) as write:
             for number, row in enumerate(rows):
                 require(CXR_VQA, row, rows.place(number))
@@ -87,6 +84,6 @@ def prepare_cxr_vqa(root, out, questions):
                 else:
                     for kind, counts in kinds.items():
                         counts[str(row[kind])] += 1
-                    id, question = f"cxr_vqa_{split}_{number}", one_line(str(row["question"]))
-                    write("cxr_vqa", split, id=id, images=[path], question=question, answer=answer)
+                    question = one_line(str(row["question"]))
+                    write(name, f"{name}_{number}", [path], question=question, answer=answer)
     return outputs, skipped, kinds

@@ -165,6 +165,7 @@ def test_a_csv_file_of_others_is_refused_and_left_alone(score, tmp_path, capsys)
     ("scores", "scores"),
     ("score --references q", "--predictions --compare"),
     ("score --references q --compare a b --csv c", "--csv"),
+    ("score --references q --predictions a --image-folder i", "--html"),
     ("score --references q --predictions a --htlm c", "did you mean --html"),
     ("answer --questions q", "--model, --image-folder, --answers"),
     ("answer --model m --questions q --image-folder i --answers a --limit 0", "--limit"),

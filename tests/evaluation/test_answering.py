@@ -15,18 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from conftest import GOLDEN, ROOT, load, one_line, read_lines, write_lines
 from PIL import Image
 
 import eval as cli
 import sample
 from data import Question, Study
-from decoder import Cache
 from evaluation import answering
-from plumbing import checkpoint
-from plumbing.distributed import World
-from sample import Options, generate
+from sample import generate
 
 MODEL, IMAGES = GOLDEN / "libra-7b" / "model", GOLDEN / "images"
 WORDS = ("Describe", "the", "heart,", "lungs", "and", "bones;", "say", "what", "changed", "since", "prior")
@@ -114,17 +110,8 @@ def test_ids_and_limit_choose(questions, tmp_path, capsys):
     assert "q.jsonl has no question 10" in one_line(capsys)
 
 
-def test_a_batch_is_what_fits_half_the_memory(monkeypatch):
-    libra, options = load("libra-7b"), Options(num_beams=3, max_new_tokens=64)
-    cache = Cache(libra.decoder.config, 1, 100, "cpu", torch.float32)
-    cache.start(3)
-    for _ in range(64):
-        libra.decode_step(cache, [[5, 5, 5]])
-    size = sum(keys.nbytes + values.nbytes for keys, values in cache.prefix) + sum(x.nbytes for x in cache.suffix)
-    one = size + 3 * 4 * 4 * libra.vocabulary
-    for free, batch in {0: 1, 2 * one: 1, 2 * 7 * one + 1: 7, 2 * 7 * one - 1: 6, 10**12: 16}.items():
-        monkeypatch.setattr(checkpoint, "free_memory", lambda device, free=free: free)
-        assert answering.fitting_batch_size(libra, 100, options, World()) == batch
+def test_the_batch_size_depends_on_the_beams_alone():
+    assert [answering.default_batch_size(beams) for beams in (1, 4, 10, 100)] == [16, 16, 6, 1]
 
 
 SLOW = ("--batch-size", 2, "--num-beams", 8, "--max-new-tokens", 50)
@@ -237,7 +224,7 @@ def test_nothing_answered_is_nothing_to_mix_with(questions, answered, tmp_path):
     (lambda q: q[3].pop("text"), (), "line 4: "),
     (lambda q: q[3].update(text="word " * 3000), (), "question 3: "),
     (lambda q: q.clear(), (), "q.jsonl is empty"),
-    (lambda q: None, ("--answers", "/nowhere/a"), "/nowhere"),
+    (lambda q: None, ("--answers", "/nowhere/a"), "no folder /nowhere"),
     (lambda q: None, ("--image-folder", "/nowhere"), "/nowhere"),
     (lambda q: None, ("--model", "/nowhere"), "/nowhere"),
     (lambda q: None, ("--template", "x"), "template"),

@@ -37,7 +37,7 @@ def write(path, pairs, meteor=0, rouge=0, folder=GOLDEN / "images"):
         scores={"ROUGE-L": {"all": Interval(50, 40, 60), "with prior": Interval(1)}},
         notes={"ROUGE-L": "<u>variant</u>"},
         pairs=pairs,
-        values={"METEOR": np.resize(meteor, len(pairs)), "ROUGE-L": np.resize(rouge, len(pairs))},
+        table={"METEOR": np.resize(meteor, (len(pairs), 1)), "ROUGE-L": np.resize(rouge, (len(pairs), 1))},
         folder=folder,
     )
     return path
