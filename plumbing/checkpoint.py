@@ -1,10 +1,7 @@
 """Hugging Face folders and hub repositories <-> named tensors.
 
-A checkpoint is a folder, or a hub repository that is downloaded into one. It has a `config.json` and its weights: a
-`model.safetensors`, shards that `model.safetensors.index.json` lists, or the older `pytorch_model*.bin`.
-
-Loading takes two passes. The first reads names and shapes alone, so that a wrong checkpoint is refused early. The second
-copies one tensor at a time, from memory-mapped files into a model that was built without memory.
+Loading takes two passes. The first reads names and shapes alone, so that a wrong checkpoint is refused early. The
+second copies one tensor at a time, from memory-mapped files into a model that was built without memory.
 
 Errors are ValueError, OSError or MemoryError with one line: what is wrong, where, and what to do.
 """
@@ -23,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -46,33 +43,22 @@ class Source(NamedTuple):
     def __str__(self):
         return self.repository or str(self.folder)
 
-    def fetch(self, names: Iterable[str]) -> Path:
-        """Downloads files of a hub repository, names may have wildcards, into the hub's cache. Returns the folder.
-
-        The hub's environment variables, such as HF_HUB_OFFLINE, are respected.
-        """
+    def fetch(self, patterns: Iterable[str]) -> Path:
+        """Downloads files of a hub repository into the hub's cache; its variables, such as HF_HUB_OFFLINE, count."""
         if not self.repository:
             return self.folder
         try:
-            return Path(snapshot_download(self.repository, allow_patterns=list(names)))
+            return Path(snapshot_download(self.repository, allow_patterns=list(patterns)))
         except RepositoryNotFoundError:
-            raise FileNotFoundError(
-                f"no folder {self.repository}, and the hub has no such repository (or it needs a login): check the name"
-            ) from None
-        except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+            raise FileNotFoundError(f"no folder {self}, and the hub shows no such repository: check the name") from None
+        except OSError as error:
             reason = str(error).strip().split("\n")[0]
-            raise OSError(
-                f"{self.repository} is not in the local hub cache and could not be downloaded ({reason}): connect to "
-                "the network, or download it elsewhere and give its folder"
-            ) from None
+            advice = "connect to the network, or download it elsewhere and give its folder"
+            raise OSError(f"{self} is not cached and could not be downloaded ({reason}): {advice}") from None
 
 
 def locate(place, relative_to: Path | None = None) -> Source:
-    """Finds a checkpoint by its path or hub id, and downloads a hub repository's config files.
-
-    relative_to: a folder where a relative path may start, tried before the current one.
-    """
-    # 1) a folder
+    """Finds a checkpoint by its path, first relative to a folder, or by its hub id. Its config files are downloaded."""
     candidates = [Path(place).expanduser()]
     if relative_to:
         candidates.insert(0, Path(relative_to, place))
@@ -81,7 +67,7 @@ def locate(place, relative_to: Path | None = None) -> Source:
             return Source(folder)
         if folder.exists():
             raise NotADirectoryError(f"{folder} is a file: give the model folder that holds its config.json")
-    # 2) owner/name
+    # owner/name
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(place)):
         raise FileNotFoundError(f"no model folder {place} (and it is not a hub id like owner/name): check the path")
     folder = Source(Path(), str(place)).fetch(CONFIG_FILES)
@@ -89,12 +75,10 @@ def locate(place, relative_to: Path | None = None) -> Source:
 
 
 def find_file(source: Source, names: Iterable[str]) -> Path | None:
-    """Returns the first of these files that a checkpoint has. A hub repository's are downloaded, all of them."""
+    """Returns the first of these files that a checkpoint has. All of a hub repository's are downloaded."""
     source.fetch(names)
-    for name in names:
-        if (source.folder / name).exists():
-            return source.folder / name
-    return None
+    files = [source.folder / name for name in names if (source.folder / name).is_file()]
+    return files[0] if files else None
 
 
 def has_weights(source: Source) -> bool:
@@ -103,14 +87,10 @@ def has_weights(source: Source) -> bool:
 
 
 def weight_files(source: Source) -> list[Path]:
-    """Returns the files of a checkpoint's weights, downloaded if need be.
-
-    The index names them, never a pattern: RAD-DINO's repository has three safetensors files, and one is the model.
-    """
-    folder = source.folder
+    """Returns the files of a checkpoint's weights, downloaded if need be."""
     for name, index_name in zip(WEIGHT_FILES, INDEX_FILES, strict=True):
-        # 1) which files, by their names in the index
-        index, names = folder / index_name, [name]
+        # the index names them, never a pattern: RAD-DINO's repository has three safetensors files, and one is the model
+        index, names = source.folder / index_name, [name]
         if index.exists():
             names = sorted(set(read_json(index)["weight_map"].values()))
         for name in names:
@@ -118,15 +98,14 @@ def weight_files(source: Source) -> list[Path]:
             if Path(name).name != name:
                 raise ValueError(f"{index} names a file outside its folder ({name}): refused")
 
-        # 2) are they complete? Without an index, the older layout has its turn
+        # are they complete? Without an index, the older kind of file is next
         source.fetch(names)
-        missing = [name for name in names if not (folder / name).exists()]
+        missing = [name for name in names if not (source.folder / name).exists()]
         if not missing:
-            return [folder / name for name in names]
+            return [source.folder / name for name in names]
         if index.exists():
-            count = f"{len(missing)} missing of the {len(names)} shards"
-            raise FileNotFoundError(f"{folder} lacks {missing[0]}, one of {count} in {index_name}: fetch it again")
-    raise FileNotFoundError(f"{folder} holds no weights ({' or '.join(WEIGHT_FILES)}, or their index): fetch it again")
+            raise FileNotFoundError(f"{index} lists {missing[0]}, one of {len(missing)} missing shards: fetch it again")
+    raise FileNotFoundError(f"{source.folder} holds no weights ({' or '.join(WEIGHT_FILES)}): fetch it again")
 
 
 # ------------------------------------------------------------------------------------------ tensors on disk
@@ -161,8 +140,8 @@ def file_tensors(file: Path) -> dict[str, StoredTensor]:
 
 def read_tensor(stored: StoredTensor) -> torch.Tensor:
     """Returns the tensor itself, memory-mapped, in its type on disk."""
-    # Open the file for every tensor anew. Pages that were read count as resident memory until they are unmapped, so a
-    # file that stays open would cost its whole size beside the model's (measured in test_checkpoint).
+    # Open the file anew: pages that were read count as resident memory until they are unmapped, so a file that stays
+    # open would cost its whole size (measured in test_checkpoint).
     if stored.file.suffix != ".safetensors":
         return _open_pickle(stored.file)[stored.name][stored.rows]
     with _open_safetensors(stored.file) as opened:
@@ -177,7 +156,6 @@ def _open_safetensors(file: Path):
 
 
 def _open_pickle(file: Path) -> dict[str, torch.Tensor]:
-    # 1) read it, without running code that it may hold
     try:
         # files from before PyTorch 1.6 are no zip archives and cannot be mapped
         tensors = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
@@ -187,7 +165,7 @@ def _open_pickle(file: Path) -> dict[str, torch.Tensor]:
         reason = (str(error) or "it ends early").splitlines()[0]
         raise ValueError(f"{file} is truncated or damaged ({reason}): fetch it again") from None
 
-    # 2) find the tensors, which open_clip's trainer puts one level down
+    # open_clip's trainer puts the tensors one level down
     if isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):
         tensors = tensors["state_dict"]
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
@@ -229,29 +207,20 @@ def rename_tensors(
             if f".{fused}." in name:
                 parts = [name.replace(f".{fused}.", f".{projection}.") for projection in projections]
 
-        # 2) keep what is not fused, and a name whose parts the module lacks, which check_fit reports
-        if not parts or not all(part in parameters for part in parts):
-            renamed[name] = tensor
+        # 2) not fused; or as many rows as in each part: LoRA's matrix A, which all parts share
+        counts = [len(parameters.get(part, ())) for part in parts]
+        if not parts or set(counts) == {tensor.shape[0]}:
+            renamed |= dict.fromkeys(parts or [name], tensor)
             continue
 
-        # 3) as many rows as in each part: LoRA's matrix A, which all parts share
-        rows = [len(parameters[part]) for part in parts]
-        if set(rows) == {tensor.shape[0]}:
-            renamed |= dict.fromkeys(parts, tensor)
-            continue
-
-        # 4) the parts one below the other
+        # 3) the parts one below the other; check_fit reports those that have too few rows, or no parameter
         start = 0
-        for part, count in zip(parts, rows, strict=True):
-            # fewer than `count` where the shapes do not fit, which check_fit reports as well
-            available = min(start + count, tensor.shape[0]) - start
-            shape = (available, *tensor.shape[1:])
-            renamed[part] = tensor._replace(shape=shape, rows=slice(start, start + count))
+        for part, count in zip(parts, counts, strict=True):
+            rows = slice(start, start + count)
+            height = len(range(tensor.shape[0])[rows])
+            renamed[part] = tensor._replace(shape=(height, *tensor.shape[1:]), rows=rows)
             start += count
     return renamed
-
-
-# ------------------------------------------------------------------------------------------ loading
 
 
 def check_fit(parameters: dict[str, torch.Tensor], tensors: dict[str, StoredTensor], complaint: str):
@@ -259,7 +228,6 @@ def check_fit(parameters: dict[str, torch.Tensor], tensors: dict[str, StoredTens
 
     ValueError: the complaint, counts, and the first five names of each kind of problem.
     """
-    # 1) compare
     wrong_shapes = []
     for name, parameter in parameters.items():
         shape = list(parameter.shape)
@@ -271,7 +239,7 @@ def check_fit(parameters: dict[str, torch.Tensor], tensors: dict[str, StoredTens
         "wrongly shaped": wrong_shapes,
     }
 
-    # 2) describe what is wrong, in one line
+    # one line: counts, and a few names
     counts, examples = [], []
     for kind, names in problems.items():
         if names:
@@ -279,8 +247,8 @@ def check_fit(parameters: dict[str, torch.Tensor], tensors: dict[str, StoredTens
             counts.append(f"{len(names)} {kind}")
             examples.append(f"{kind}: {', '.join(names[:5])}{more}")
     if counts:
-        summary = f"{complaint}: {', '.join(counts)} tensors ({'; '.join(examples)})"
-        raise ValueError(f"{summary}; check that they belong together, or fetch them again")
+        problem = f"{', '.join(counts)} tensors ({'; '.join(examples)})"
+        raise ValueError(f"{complaint}: {problem}; check that they belong together, or fetch them again")
 
 
 def _strip_ones(shape) -> list[int]:
@@ -294,9 +262,9 @@ def load_tensors(
     tensors: dict[str, StoredTensor],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ):
-    """Copies tensors into the parameters of the same names, in the parameters' type and on their device.
+    """Copies tensors into the parameters of the same names, whatever their type and device. Call `check_fit` first.
 
-    Call `check_fit` first. progress(bytes done, bytes in all) is called after each tensor.
+    progress(bytes done, bytes in all) is called after each tensor.
     """
     total, done = sum(parameter.nbytes for parameter in parameters.values()), 0
     for name, parameter in parameters.items():
@@ -309,12 +277,9 @@ def check_memory(needed: int, device: torch.device, dtype: torch.dtype):
     """MemoryError if a device has fewer than `needed` bytes free."""
     free = free_memory(device)
     if needed > free:
-        smaller = "--dtype bfloat16, " if dtype.itemsize > 2 else ""
-        weights = f"{needed / 2**30:.1f} GiB in {str(dtype).removeprefix('torch.')}"
-        raise MemoryError(
-            f"the weights need {weights}, and {free / 2**30:.1f} GiB are free on {device}: try {smaller}a smaller "
-            "model, or a machine with more memory"
-        )
+        smaller = "--dtype bfloat16 or " if dtype.itemsize > 2 else ""
+        figures = f"{needed / 2**30:.1f} GiB in {dtype}, and {free / 2**30:.1f} GiB are free on {device}"
+        raise MemoryError(f"the weights need {figures}: try {smaller}a smaller model")
 
 
 def free_memory(device: torch.device) -> int:
@@ -348,33 +313,33 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], sha
     tensors: pairs of a published name and a tensor. No more than one shard's tensors are kept in memory.
     """
     # 1) write shards under numbers, since their count is not known yet
-    sizes: list[dict[str, int]] = []  # for each shard: name -> bytes
+    shards: list[list[str]] = []  # the names in each
     shard: dict[str, torch.Tensor] = {}
+    total = filled = 0
 
     def close_shard():
-        write_safetensors(folder / f"{len(sizes)}.safetensors", shard)
-        sizes.append({name: tensor.nbytes for name, tensor in shard.items()})
+        write_safetensors(folder / f"{len(shards)}.safetensors", shard)
+        shards.append(list(shard))
         shard.clear()
 
     for name, tensor in tensors:
-        filled = sum(other.nbytes for other in shard.values())
         if shard and filled + tensor.nbytes > shard_size:
             close_shard()
+            filled = 0
         shard[name] = tensor
+        filled += tensor.nbytes
+        total += tensor.nbytes
     close_shard()
 
-    # 2) a single one needs no index
-    if len(sizes) == 1:
+    # 2) a single one needs no index; several get their published names and one
+    if len(shards) == 1:
         (folder / "0.safetensors").rename(folder / WEIGHT_FILES[0])
         return
-
-    # 3) give them their published names, and write the index
-    weight_map, total = {}, 0
-    for number, names in enumerate(sizes):
-        file = f"model-{number + 1:05}-of-{len(sizes):05}.safetensors"
+    weight_map = {}
+    for number, names in enumerate(shards):
+        file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
         (folder / f"{number}.safetensors").rename(folder / file)
         weight_map |= dict.fromkeys(names, file)
-        total += sum(names.values())
     write_json(folder / INDEX_FILES[0], {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 

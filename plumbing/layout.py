@@ -41,15 +41,12 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )  # fmt: skip
 
-# what stands before the names of tensors: in PEFT's files, and of an encoder inside a checkpoint
+# prefixes of the names of tensors: in PEFT's files, and of an encoder inside a checkpoint
 PEFT_PREFIX = "base_model.model."
 ENCODER_PREFIX = "model.vision_tower.vision_tower."
 
 DEVICES = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-# ------------------------------------------------------------------------------------------ config.json
 
 
 @dataclass(frozen=True)
@@ -130,8 +127,7 @@ class ModelFiles:
 def find_model_files(place, base=None, relative_to: Path | None = None) -> ModelFiles:
     """Finds the files of a whole checkpoint, a PEFT adapter, a connector's folder or a connector's file.
 
-    base: the model below an adapter or a connector, instead of the recorded one. The topmost config.json of a Libra
-    counts, as in the published builder.
+    base: the model below an adapter or a connector, instead of the recorded one. The topmost config.json counts.
     """
     # 1) a connector's file, or a folder whose files tell what it is
     place, overlay, is_adapter = Path(place), None, False
@@ -188,17 +184,15 @@ class EncoderFiles(NamedTuple):
 
 def find_encoder_files(config: LibraConfig, source: Source, encoder=None) -> EncoderFiles:
     """Finds the image encoder of a checkpoint; encoder: a folder or a hub id to use instead."""
-    # 1) a folder of its own
+    # a folder of its own
     if encoder or not config.mm_vision_tower_config:
         tower = checkpoint.locate(encoder) if encoder else checkpoint.locate(config.mm_vision_tower, source.folder)
         return EncoderFiles(tower, read_json(tower.folder / "config.json"), checkpoint.list_tensors(tower))
 
-    # 2) the two files of an open_clip encoder, at the paths in the checkpoint's config or beside that config
+    # the two files of an open_clip encoder, at the paths in the checkpoint's config or beside that config
     files = []
     for name in (config.mm_vision_tower_config, config.mm_vision_tower_checkpoint or ""):
-        file = source.folder / name
-        if not file.is_file():
-            file = checkpoint.find_file(source, [file.name])
+        file = checkpoint.find_file(source, (name, Path(name).name))
         if file is None:
             raise FileNotFoundError(f"{source} lacks the encoder's file {name}, also beside its config.json: fetch it")
         files.append(file)
@@ -244,8 +238,8 @@ def read_model(
 ) -> dict:
     """Reads a model without its adapters; returns the arguments of `Libra`.
 
-    fresh_connector: the connector gets torch's random initial values and is not read. changes: fields of config.json
-    that differ from those on disk, as a training run sets them; the config then names its template, too.
+    fresh_connector: do not read the connector, keep torch's random initial values. changes: fields of config.json to
+    set, as a new model or a training run does; the config then names its template, too.
     """
     # 1) configs
     device, folder = find_device(device), files.config_source.folder
@@ -254,13 +248,12 @@ def read_model(
     decoder_settings = decoder_config(files.config, folder)
     tokenizer = Tokenizer(files.weights.folder, sentencepiece_first=files.config["model_type"] == "libra")
 
-    # 2) where every tensor is
+    # 2) where every tensor is; the weights of an encoder that was trained replace the stock ones
     tensors = _tensors_by_part(files)
     if decoder_settings.tie_word_embeddings:
         tensors["decoder"].pop("lm_head.weight", None)
     tower = find_encoder_files(config, files.config_source, encoder)
     if config.unfreeze_mm_vision_tower and not tower.is_open_clip:
-        # the encoder was trained: its weights in the checkpoint replace the stock ones
         tower = tower._replace(tensors=tower.tensors | tensors["encoder"])
 
     # 3) modules without memory, except a fresh connector
@@ -270,7 +263,7 @@ def read_model(
         modules["encoder"] = Encoder(encoder_settings)
         modules["decoder"] = Decoder(decoder_settings)
     with torch.device("cpu" if fresh_connector else "meta"):
-        modules["connector"] = new_connector(config, encoder_settings, decoder_settings)
+        modules["connector"] = _new_connector(config, encoder_settings, decoder_settings)
 
     # 4) do names and shapes fit?
     tensors["encoder"] = encoder_tensors(modules["encoder"], tower.tensors)
@@ -288,22 +281,19 @@ def read_model(
     # 5) memory, then data
     count = sum(parameter.numel() for parameter in modules.parameters())
     checkpoint.check_memory(count * dtype.itemsize, device, dtype)
-    modules.to(dtype)
-    if fresh_connector:
-        modules["connector"].to(device)
     stored = {}
-    for part in complaints:
-        modules[part].to_empty(device=device)
-        stored |= {f"{part}.{name}": tensor for name, tensor in tensors[part].items()}
+    for part, module in modules.to(dtype).items():
+        if part in complaints:
+            module.to_empty(device=device)
+            stored |= {f"{part}.{name}": tensor for name, tensor in tensors[part].items()}
+    modules.to(device)
     parameters = {name: parameter for name, parameter in modules.named_parameters() if name in stored}
     checkpoint.load_tensors(parameters, stored, progress)
 
-    # 6) tokens, pixels, and what a new model or a training run adds to the config
+    # 6) what is no tensor
     if changes is not None:
-        added = dict(
-            mm_hidden_size=encoder_settings.hidden_size,
-            mm_conversation_template=template_of(config.json | changes, tokenizer),
-        )
+        template = template_of(config.json | changes, tokenizer)
+        added = dict(mm_hidden_size=encoder_settings.hidden_size, mm_conversation_template=template)
         config = libra_config(config.json | added | changes, folder)
     _add_image_tokens(tokenizer, config, decoder_settings.vocab_size, folder)
     if tower.is_open_clip:
@@ -312,15 +302,10 @@ def read_model(
         preprocessor = read_json(tower.source.folder / "preprocessor_config.json")
         pixels = pixel_config(preprocessor, tower.source, config.pad)
     return dict(
-        config=config,
-        **modules,
-        tokenizer=tokenizer,
-        pixels=pixels,
-        eos_token_ids=eos_token_ids(files.weights.folder, files.config),
-        base=files.weights,
-        weights=files.weights,
-        encoder_files=tower._replace(tensors=tensors["encoder"]),
-    )
+        **modules, config=config, tokenizer=tokenizer, pixels=pixels,
+        eos_token_ids=_eos_token_ids(files.weights.folder, files.config),
+        base=files.weights, weights=files.weights, encoder_files=tower._replace(tensors=tensors["encoder"]),
+    )  # fmt: skip
 
 
 def _tensors_by_part(files: ModelFiles) -> dict[str, dict[str, StoredTensor]]:
@@ -343,21 +328,18 @@ def _tensors_by_part(files: ModelFiles) -> dict[str, dict[str, StoredTensor]]:
     for file in files.overlays:
         add(checkpoint.file_tensors(file))
     # published checkpoints may have their connector in a file beside the weights
-    beside = None if tensors["connector"] else checkpoint.find_file(files.weights, CONNECTOR_FILES)
-    if beside:
-        add(checkpoint.file_tensors(beside))
+    if not tensors["connector"]:
+        file = checkpoint.find_file(files.weights, CONNECTOR_FILES)
+        add(checkpoint.file_tensors(file) if file else {})
     return tensors
 
 
-def new_connector(config: LibraConfig, encoder: EncoderConfig, decoder) -> nn.Module:
-    """Makes the connector that a config names, with torch's random values. ValueError if it has no such layer."""
-    layer, depth = config.mm_vision_select_layer, encoder.num_hidden_layers
+def _new_connector(config: LibraConfig, encoder: EncoderConfig, decoder) -> nn.Module:
+    layer, depth, heads = config.mm_vision_select_layer, encoder.num_hidden_layers, decoder.num_attention_heads
     if layer != "all" and not -depth - 1 <= layer <= depth:
         raise ValueError(f"mm_vision_select_layer {layer} is none of the encoder's {depth} layers")
     layers = depth if layer == "all" else 1
-    return make_connector(
-        config.mm_projector_type, layers, encoder.hidden_size, decoder.num_attention_heads, decoder.hidden_size
-    )
+    return make_connector(config.mm_projector_type, layers, encoder.hidden_size, heads, decoder.hidden_size)
 
 
 def _add_image_tokens(tokenizer: Tokenizer, config: LibraConfig, rows: int, folder: Path):
@@ -379,11 +361,8 @@ NEUTRAL = dict(  # settings of generation_config.json that `generate` does not h
 )  # fmt: skip
 
 
-def eos_token_ids(folder: Path, config: dict) -> list[int]:
-    """Returns the ids that end a report, from generation_config.json, else config.json.
-
-    Warns about other settings of generation_config.json that would change a report.
-    """
+def _eos_token_ids(folder: Path, config: dict) -> list[int]:
+    """Returns the ids that end a report. Warns about settings of generation_config.json that would change a report."""
     file = folder / "generation_config.json"
     generation = read_json(file) if file.exists() else {}
     for name, neutral in NEUTRAL.items():
@@ -397,8 +376,6 @@ def eos_token_ids(folder: Path, config: dict) -> list[int]:
     return []
 
 
-# ------------------------------------------------------------------------------------------ adapters
-
 LORA_SUPPORTED = dict(  # fields of adapter_config.json that change the result -> the only value we compute with
     peft_type="LORA", bias="none", use_dora=False, fan_in_fan_out=False, lora_bias=False, rank_pattern={},
     alpha_pattern={}, modules_to_save=None, layers_to_transform=None, layer_replication=None, use_qalora=False,
@@ -406,10 +383,7 @@ LORA_SUPPORTED = dict(  # fields of adapter_config.json that change the result -
 
 
 def load_adapter(libra, source: Source):
-    """Puts an adapter in PEFT's layout beside the layers of a model, unmerged.
-
-    ValueError names the field that is not supported, or the tensors that do not fit.
-    """
+    """Puts an adapter in PEFT's layout beside the layers of a model, unmerged. ValueError names what is unsupported."""
     # 1) its config
     where = source.folder / "adapter_config.json"
     json = read_json(where)
@@ -420,15 +394,15 @@ def load_adapter(libra, source: Source):
         if name not in json:
             raise ValueError(f"{where} lacks {name}")
 
-    # 2) its tensors, with names as PEFT saves them or as trainers do:
-    #    base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight -> layers.0.self_attn.q_proj.lora_A.weight
+    # 2) its tensors, whose names have a longer form in a trainer's files:
+    #    base_model.model.model.layers.0.mlp.up_proj.lora_A.default.weight -> layers.0.mlp.up_proj.lora_A.weight
     file = checkpoint.find_file(source, ADAPTER_FILES)
     if file is None:
         raise FileNotFoundError(f"{source} holds no adapter ({' or '.join(ADAPTER_FILES)}): fetch it again")
     stored = {}
     for name, tensor in checkpoint.file_tensors(file).items():
-        name = name.removeprefix(f"{PEFT_PREFIX}model.")
-        stored[re.sub(r"(?<=lora_[AB])\.default(?=\.weight$)", "", name)] = tensor
+        name = name.removeprefix(f"{PEFT_PREFIX}model.").replace(".default.weight", ".weight")
+        stored[name] = tensor
 
     # 3) the modules that have it; a list in the config must name the same
     targets = sorted({name.split(".lora_")[0].split(".")[-1] for name in stored})
@@ -453,21 +427,20 @@ def write_model(libra, folder, dtype: torch.dtype | None, shard_size: int, with_
     is_open_clip = libra.encoder_files.is_open_clip
     if with_encoder and is_open_clip:
         raise ValueError("an open_clip encoder is two files of its own: it is named, not copied")
+    config = _config_for(libra, folder)
+    config["torch_dtype"] = str(dtype or libra.dtype).removeprefix("torch.")
+    named = [_decoder_tensors(libra), _connector_tensors(libra)]
+    # published loading ignores an open_clip encoder inside a checkpoint
+    if libra.config.unfreeze_mm_vision_tower and not is_open_clip:
+        named.append(_encoder_tensors(libra, ENCODER_PREFIX))
+    tensors = ((name, tensor.to(dtype or tensor.dtype)) for name, tensor in itertools.chain(*named))
+
     with atomic_folder(folder) as partial:
-        # 1) configs and tokenizer
-        config = _config_for(libra, folder)
-        config["torch_dtype"] = str(dtype or libra.dtype).removeprefix("torch.")
         if with_encoder:
             config["mm_vision_tower"] = "encoder"
             write_encoder(libra, partial / "encoder")
         write_json(partial / "config.json", config)
         _copy_files(libra.weights.folder, TOKENIZER_FILES, partial)
-
-        # 2) tensors; published loading ignores an open_clip encoder inside a checkpoint
-        named = [_decoder_tensors(libra), _connector_tensors(libra)]
-        if libra.config.unfreeze_mm_vision_tower and not is_open_clip:
-            named.append(_encoder_tensors(libra, ENCODER_PREFIX))
-        tensors = ((name, tensor.to(dtype or tensor.dtype)) for name, tensor in itertools.chain(*named))
         checkpoint.write_tensors(partial, tensors, shard_size)
 
 
@@ -483,7 +456,7 @@ def write_language_model(libra, folder):
     # drop the fields that make it a Libra
     ours = re.compile("mm_.*|use_mm_proj|image_aspect_ratio|unfreeze_mm_vision_tower")
     config = {name: value for name, value in libra.config.json.items() if not ours.fullmatch(name)}
-    config["model_type"] = family_of(libra.config.json)
+    config["model_type"] = family_of(config)
     with atomic_folder(folder) as partial:
         write_json(partial / "config.json", config)
         _copy_files(libra.weights.folder, TOKENIZER_FILES, partial)
@@ -518,7 +491,7 @@ def write_adapter(libra, folder):
 
 
 def _config_for(libra, folder) -> dict:
-    """Returns the config.json for a folder, where paths of this machine are relative to it."""
+    # config.json with paths relative to a folder
     config = dict(libra.config.json)
     config.pop("base_model_name_or_path", None)
     tower = _place_for(libra.encoder_files.source, folder)
@@ -531,7 +504,7 @@ def _config_for(libra, folder) -> dict:
 
 
 def _place_for(source: Source, folder) -> str:
-    """Returns a checkpoint's hub id, or its path relative to a folder."""
+    # a hub id, or a path relative to a folder
     return source.repository or os.path.relpath(source.folder.resolve(), Path(folder).resolve())
 
 
@@ -539,9 +512,6 @@ def _copy_files(source: Path, names, folder: Path):
     for name in names:
         if (source / name).exists():
             shutil.copy(source / name, folder)
-
-
-# The published names and the tensors of each part.
 
 
 def _connector_tensors(libra) -> Iterator[tuple[str, torch.Tensor]]:
