@@ -136,9 +136,8 @@ def find_model_files(place, base=None, relative_to: Path | None = None) -> Model
     else:
         source = checkpoint.locate(place, relative_to)
         is_adapter = (source.folder / "adapter_config.json").exists()
-    config = {}
-    if (source.folder / "config.json").exists():
-        config = read_json(source.folder / "config.json")
+    file = source.folder / "config.json"
+    config = read_json(file) if file.exists() else {}
     if is_adapter:
         overlay = checkpoint.find_file(source, TRAINED_FILES)
     elif not overlay and not checkpoint.has_weights(source):
@@ -148,7 +147,7 @@ def find_model_files(place, base=None, relative_to: Path | None = None) -> Model
     if not (overlay or is_adapter):
         if base:
             raise ValueError(f"{source} is a whole checkpoint: --base goes with an adapter or a connector")
-        return ModelFiles(source, read_json(source.folder / "config.json"), source)
+        return ModelFiles(source, read_json(file), source)
 
     # 3) an adapter or a connector needs the model below
     record = read_json(source.folder / "adapter_config.json") if is_adapter else config
@@ -256,41 +255,35 @@ def read_model(
     if config.unfreeze_mm_vision_tower and not tower.is_open_clip:
         tower = tower._replace(tensors=tower.tensors | tensors["encoder"])
 
-    # 3) modules without memory, except a fresh connector
+    # 3) modules without memory, and the tensors that belong into them
     encoder_settings = encoder_config(tower.config, tower.source, tower.tensors, config.use_maira_feature_norm)
     modules = nn.ModuleDict()
     with torch.device("meta"):
         modules["encoder"] = Encoder(encoder_settings)
-        modules["decoder"] = Decoder(decoder_settings)
-    with torch.device("cpu" if fresh_connector else "meta"):
         modules["connector"] = _new_connector(config, encoder_settings, decoder_settings)
-
-    # 4) do names and shapes fit?
+        modules["decoder"] = Decoder(decoder_settings)
     tensors["encoder"] = encoder_tensors(modules["encoder"], tower.tensors)
     tensors["decoder"] = checkpoint.rename_tensors(tensors["decoder"], names_of(files.config), modules["decoder"])
-    complaints = {
-        "encoder": f"the weights in {tower.source} do not fit their config.json",
-        "decoder": f"the weights in {files.weights} do not fit {folder}/config.json",
-    }
-    if not fresh_connector:
-        place = next((tensor.file for tensor in tensors["connector"].values()), folder)
-        complaints["connector"] = f"the connector in {place} is no {config.mm_projector_type}, as {folder} names it"
-    for part, complaint in complaints.items():
-        checkpoint.check_fit(dict(modules[part].named_parameters()), tensors[part], complaint)
+    if fresh_connector:
+        del modules["connector"]
+
+    # 4) do names and shapes fit?
+    stored = {}
+    for part in modules:
+        stored |= {f"{part}.{name}": tensor for name, tensor in tensors[part].items()}
+    places = ", ".join(map(str, [files.weights, *files.overlays, tower.source]))
+    complaint = f"{places} do not fit {folder}/config.json and its connector {config.mm_projector_type}"
+    checkpoint.check_fit(dict(modules.named_parameters()), stored, complaint)
 
     # 5) memory, then data
     count = sum(parameter.numel() for parameter in modules.parameters())
     checkpoint.check_memory(count * dtype.itemsize, device, dtype)
-    stored = {}
-    for part, module in modules.to(dtype).items():
-        if part in complaints:
-            module.to_empty(device=device)
-            stored |= {f"{part}.{name}": tensor for name, tensor in tensors[part].items()}
-    modules.to(device)
-    parameters = {name: parameter for name, parameter in modules.named_parameters() if name in stored}
-    checkpoint.load_tensors(parameters, stored, progress)
+    modules.to(dtype).to_empty(device=device)
+    checkpoint.load_tensors(dict(modules.named_parameters()), stored, progress)
+    if fresh_connector:
+        modules["connector"] = _new_connector(config, encoder_settings, decoder_settings).to(device, dtype)
 
-    # 6) what is no tensor
+    # 6) settings
     if changes is not None:
         template = template_of(config.json | changes, tokenizer)
         added = dict(mm_hidden_size=encoder_settings.hidden_size, mm_conversation_template=template)
@@ -390,29 +383,24 @@ def load_adapter(libra, source: Source):
     for name, value in LORA_SUPPORTED.items():
         if json.get(name) and json[name] != value:
             raise ValueError(f"{where}: {name} {json[name]!r} is not supported, only {value!r}")
-    for name in ("r", "lora_alpha"):
-        if name not in json:
-            raise ValueError(f"{where} lacks {name}")
 
     # 2) its tensors, whose names have a longer form in a trainer's files:
     #    base_model.model.model.layers.0.mlp.up_proj.lora_A.default.weight -> layers.0.mlp.up_proj.lora_A.weight
     file = checkpoint.find_file(source, ADAPTER_FILES)
     if file is None:
         raise FileNotFoundError(f"{source} holds no adapter ({' or '.join(ADAPTER_FILES)}): fetch it again")
-    stored = {}
-    for name, tensor in checkpoint.file_tensors(file).items():
-        name = name.removeprefix(f"{PEFT_PREFIX}model.").replace(".default.weight", ".weight")
-        stored[name] = tensor
+    stored = checkpoint.file_tensors(file)
+    names = {name: name.removeprefix(f"{PEFT_PREFIX}model.").replace(".default.", ".") for name in stored}
+    stored = {names[name]: tensor for name, tensor in stored.items()}
 
-    # 3) the modules that have it; a list in the config must name the same
-    targets = sorted({name.split(".lora_")[0].split(".")[-1] for name in stored})
-    recorded = json.get("target_modules", targets)
-    if isinstance(recorded, list) and sorted(recorded) != targets:
-        raise ValueError(f"{where} names the targets {sorted(recorded)}, {file.name} holds {targets}: fetch both again")
-
-    # 4) put it into the model
+    # 3) put it into the model, with PEFT's defaults where the config is silent
+    targets = json.get("target_modules")
+    if not isinstance(targets, list):
+        # PEFT takes a pattern as well: see which modules have tensors
+        targets = {name.split(".lora_")[0].split(".")[-1] for name in stored}
     dropout, rslora = json.get("lora_dropout") or 0.0, bool(json.get("use_rslora"))
-    libra.add_lora(LoRAConfig(json["r"], json["lora_alpha"], tuple(targets), dropout, rslora))
+    rank, alpha = json.get("r", 8), json.get("lora_alpha", 8)
+    libra.add_lora(LoRAConfig(rank, alpha, tuple(sorted(targets)), lora_dropout=dropout, use_rslora=rslora))
     parameters = lora_parameters(libra.decoder)
     tensors = checkpoint.rename_tensors(stored, names_of(libra.config.json), libra.decoder)
     checkpoint.check_fit(parameters, tensors, f"the adapter in {source} does not fit its base {libra.base}")
