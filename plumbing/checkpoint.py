@@ -7,7 +7,6 @@ Errors are ValueError, OSError or MemoryError with one line: what is wrong, wher
 """
 
 import io
-import itertools
 import os
 import pickle
 import re
@@ -228,10 +227,12 @@ def check_fit(parameters: dict[str, torch.Tensor], tensors: dict[str, StoredTens
 
     ValueError: the complaint, counts, and the first five names of each kind of problem.
     """
+    # dimensions of 1 do not count, since families differ in them
+    sizes = lambda shape: [size for size in shape if size != 1]
     wrong_shapes = []
     for name, parameter in parameters.items():
         shape = list(parameter.shape)
-        if name in tensors and _strip_ones(tensors[name].shape) != _strip_ones(shape):
+        if name in tensors and sizes(tensors[name].shape) != sizes(shape):
             wrong_shapes.append(f"{name} {list(tensors[name].shape)} instead of {shape}")
     problems = {
         "missing": [name for name in parameters if name not in tensors],
@@ -239,7 +240,6 @@ def check_fit(parameters: dict[str, torch.Tensor], tensors: dict[str, StoredTens
         "wrongly shaped": wrong_shapes,
     }
 
-    # one line: counts, and a few names
     counts, examples = [], []
     for kind, names in problems.items():
         if names:
@@ -249,11 +249,6 @@ def check_fit(parameters: dict[str, torch.Tensor], tensors: dict[str, StoredTens
     if counts:
         problem = f"{', '.join(counts)} tensors ({'; '.join(examples)})"
         raise ValueError(f"{complaint}: {problem}; check that they belong together, or fetch them again")
-
-
-def _strip_ones(shape) -> list[int]:
-    """(1, 1, 8) -> [8]. Families differ in leading dimensions of 1."""
-    return list(itertools.dropwhile(lambda size: size == 1, shape))
 
 
 @torch.no_grad()

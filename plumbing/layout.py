@@ -45,7 +45,6 @@ TOKENIZER_FILES = (
 PEFT_PREFIX = "base_model.model."
 ENCODER_PREFIX = "model.vision_tower.vision_tower."
 
-DEVICES = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -188,7 +187,7 @@ def find_encoder_files(config: LibraConfig, source: Source, encoder=None) -> Enc
         tower = checkpoint.locate(encoder) if encoder else checkpoint.locate(config.mm_vision_tower, source.folder)
         return EncoderFiles(tower, read_json(tower.folder / "config.json"), checkpoint.list_tensors(tower))
 
-    # the two files of an open_clip encoder, at the paths in the checkpoint's config or beside that config
+    # the two files of an open_clip encoder, at the paths in the config or beside it
     files = []
     for name in (config.mm_vision_tower_config, config.mm_vision_tower_checkpoint or ""):
         file = checkpoint.find_file(source, (name, Path(name).name))
@@ -200,7 +199,7 @@ def find_encoder_files(config: LibraConfig, source: Source, encoder=None) -> Enc
 
 def find_device(name: str) -> torch.device:
     """auto (cuda, else mps, else cpu), cpu, cuda, cuda:1 or mps -> a device; ValueError where there is none."""
-    available = [device for device, is_available in DEVICES.items() if is_available()]
+    available = [device for device in ("cuda", "mps", "cpu") if getattr(torch, device).is_available()]
     if name == "auto":
         name = available[0]
     if name.split(":")[0] not in available:
@@ -289,11 +288,9 @@ def read_model(
         added = dict(mm_hidden_size=encoder_settings.hidden_size, mm_conversation_template=template)
         config = libra_config(config.json | added | changes, folder)
     _add_image_tokens(tokenizer, config, decoder_settings.vocab_size, folder)
-    if tower.is_open_clip:
-        pixels = open_clip_pixels(encoder_settings.image_size, config.pad)
-    else:
-        preprocessor = read_json(tower.source.folder / "preprocessor_config.json")
-        pixels = pixel_config(preprocessor, tower.source, config.pad)
+    pixels = open_clip_pixels(encoder_settings.image_size, config.pad)
+    if not tower.is_open_clip:
+        pixels = pixel_config(read_json(tower.source.folder / "preprocessor_config.json"), tower.source, config.pad)
     return dict(
         **modules, config=config, tokenizer=tokenizer, pixels=pixels,
         eos_token_ids=_eos_token_ids(files.weights.folder, files.config),
@@ -321,9 +318,9 @@ def _tensors_by_part(files: ModelFiles) -> dict[str, dict[str, StoredTensor]]:
     for file in files.overlays:
         add(checkpoint.file_tensors(file))
     # published checkpoints may have their connector in a file beside the weights
-    if not tensors["connector"]:
-        file = checkpoint.find_file(files.weights, CONNECTOR_FILES)
-        add(checkpoint.file_tensors(file) if file else {})
+    beside = None if tensors["connector"] else checkpoint.find_file(files.weights, CONNECTOR_FILES)
+    if beside:
+        add(checkpoint.file_tensors(beside))
     return tensors
 
 
@@ -342,7 +339,6 @@ def _add_image_tokens(tokenizer: Tokenizer, config: LibraConfig, rows: int, fold
     if config.mm_use_im_start_end:
         marks = [IMAGE_START, IMAGE_END]
         tokenizer.add_special(marks)
-        # unlike <im_patch>, these are in every prompt
         if any(tokenizer.backend.token_to_id(mark) >= rows for mark in marks):
             raise ValueError(f"{folder}: mm_use_im_start_end is set, but the embeddings have no rows for {marks}")
 
@@ -361,7 +357,6 @@ def _eos_token_ids(folder: Path, config: dict) -> list[int]:
     for name, neutral in NEUTRAL.items():
         if generation.get(name) not in (None, neutral):
             warnings.warn(f"{file}: {name} {generation[name]!r} is not applied", stacklevel=2)
-    # one id, several, or none
     for settings in (generation, config):
         eos = settings.get("eos_token_id")
         if eos is not None:
@@ -389,9 +384,8 @@ def load_adapter(libra, source: Source):
     file = checkpoint.find_file(source, ADAPTER_FILES)
     if file is None:
         raise FileNotFoundError(f"{source} holds no adapter ({' or '.join(ADAPTER_FILES)}): fetch it again")
-    stored = checkpoint.file_tensors(file)
-    names = {name: name.removeprefix(f"{PEFT_PREFIX}model.").replace(".default.", ".") for name in stored}
-    stored = {names[name]: tensor for name, tensor in stored.items()}
+    our_name = lambda name: name.removeprefix(f"{PEFT_PREFIX}model.").replace(".default.weight", ".weight")
+    stored = {our_name(name): tensor for name, tensor in checkpoint.file_tensors(file).items()}
 
     # 3) put it into the model, with PEFT's defaults where the config is silent
     targets = json.get("target_modules")
@@ -467,15 +461,17 @@ def write_adapter(libra, folder):
     record = LORA_SUPPORTED | asdict(libra.lora) | dict(task_type="CAUSAL_LM", inference_mode=True)
     record["base_model_name_or_path"] = _place_for(libra.base, folder)
     record["target_modules"] = list(libra.lora.target_modules)
+
     # what else was trained, with the prefix that PEFT puts before every name
-    trained = list(_connector_tensors(libra))
+    named = list(_connector_tensors(libra))
     if libra.config.unfreeze_mm_vision_tower:
-        trained += _encoder_tensors(libra, ENCODER_PREFIX)
+        named += _encoder_tensors(libra, ENCODER_PREFIX)
+    trained = {PEFT_PREFIX + name: tensor for name, tensor in named}
     with atomic_folder(folder) as partial:
         write_json(partial / "config.json", _config_for(libra, folder))
         write_json(partial / "adapter_config.json", record)
         checkpoint.write_safetensors(partial / ADAPTER_FILES[0], _lora_tensors(libra))
-        checkpoint.write_bin(partial / TRAINED_FILES[0], {PEFT_PREFIX + name: tensor for name, tensor in trained})
+        checkpoint.write_bin(partial / TRAINED_FILES[0], trained)
 
 
 def _config_for(libra, folder) -> dict:
@@ -532,7 +528,6 @@ def _decoder_tensors(libra) -> Iterator[tuple[str, torch.Tensor]]:
             fused_name = name.replace(f".{first}.", f".{fused}.")
             makers[fused_name] = lambda parts=parts: torch.cat([make() for make in parts])
 
-    # 3) make them
     for name, make in makers.items():
         yield name if name == "lm_head.weight" else f"model.{name}", make()
 

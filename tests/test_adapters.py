@@ -11,19 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import (
-    FAMILIES,
-    GOLDEN,
-    ROOT,
-    change,
-    last_logits,
-    load,
-    read,
-    read_again,
-    relative,
-    same_weights,
-    study_of,
-)  # fmt: skip
+from conftest import FAMILIES, GOLDEN, ROOT, change, last_logits, load, read_again, relative, same_weights, study_of
 from safetensors.torch import load_file, save_file
 
 from lora import LoRAConfig, LoRALinear, lora_parameters
@@ -34,7 +22,7 @@ from sample import generate, prefill
 
 ADAPTERS, SEVEN, ENCODER = GOLDEN / "adapters", GOLDEN / "libra-7b" / "model", GOLDEN / "libra-7b" / "encoder-dinov2"
 EXPECTED = load_file(ADAPTERS / "expected.safetensors")
-STUDY = study_of(read("adapters", "expected.json"))
+STUDY = study_of(json.loads((ADAPTERS / "expected.json").read_text()))
 GIVEN = {  # --model and --base -> the golden logits
     "projector": (ADAPTERS / "projector", SEVEN, "projector_logits"),
     "projector file": (ADAPTERS / "projector" / "mm_projector.bin", SEVEN, "projector_logits"),
