@@ -1,9 +1,6 @@
 """Hugging Face folders and hub repositories <-> named tensors.
 
-A checkpoint is a folder, or a hub repository that is downloaded into one. It holds `config.json` and its weights: in
-`model.safetensors`, in shards listed by `model.safetensors.index.json`, or in the older `pytorch_model*.bin`.
-
-Loading has two passes. The first reads names, shapes and types alone, so that a wrong checkpoint is refused early. The
+Loading takes two passes. The first reads names and shapes alone, so that a wrong checkpoint is refused early. The
 second copies one tensor at a time, from memory-mapped files into a model that was built without memory.
 
 Errors are ValueError, OSError or MemoryError with one line: what is wrong, where, and what to do.
@@ -17,23 +14,20 @@ import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import EllipsisType
 from typing import NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from plumbing.files import read_json, write_json
 
 CONFIG_FILES = ("*.json", "tokenizer.model")  # small files, among them the indices of the weights
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that exists; FILE.index.json lists its shards
-
-SAFETENSORS_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that exists counts
+INDEX_FILES = tuple(f"{name}.index.json" for name in WEIGHT_FILES)  # each lists the shards of one of them
 
 
 # ------------------------------------------------------------------------------------------ where a checkpoint is
@@ -48,32 +42,22 @@ class Source(NamedTuple):
     def __str__(self):
         return self.repository or str(self.folder)
 
-    def fetch(self, names: Iterable[str]) -> Path:
-        """Downloads the files whose names match into the hub's cache, if this is a repository. Returns the folder.
-
-        The hub's environment variables, such as HF_HUB_OFFLINE, are respected.
-        """
+    def fetch(self, patterns: Iterable[str]) -> Path:
+        """Downloads files of a hub repository into the hub's cache; its variables, such as HF_HUB_OFFLINE, count."""
         if not self.repository:
             return self.folder
         try:
-            return Path(snapshot_download(self.repository, allow_patterns=list(names)))
+            return Path(snapshot_download(self.repository, allow_patterns=list(patterns)))
         except RepositoryNotFoundError:
-            raise FileNotFoundError(
-                f"no folder {self.repository}, and the hub has no such repository (or it needs a login): check the name"
-            ) from None
-        except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+            raise FileNotFoundError(f"no folder {self}, and the hub shows no such repository: check the name") from None
+        except OSError as error:
             reason = str(error).strip().split("\n")[0]
-            raise OSError(
-                f"{self.repository} is not in the local hub cache and could not be downloaded ({reason}): connect to "
-                "the network, or download it elsewhere and give its folder"
-            ) from None
+            advice = "connect to the network, or download it elsewhere and give its folder"
+            raise OSError(f"{self} is not cached and could not be downloaded ({reason}): {advice}") from None
 
 
 def locate(place, relative_to: Path | None = None) -> Source:
-    """Finds a checkpoint by its path or hub id; a relative path may start at another checkpoint's folder.
-
-    Of a hub repository, the config files are downloaded.
-    """
+    """Finds a checkpoint by its path, first relative to a folder, or by its hub id. Its config files are downloaded."""
     candidates = [Path(place).expanduser()]
     if relative_to:
         candidates.insert(0, Path(relative_to, place))
@@ -82,6 +66,7 @@ def locate(place, relative_to: Path | None = None) -> Source:
             return Source(folder)
         if folder.exists():
             raise NotADirectoryError(f"{folder} is a file: give the model folder that holds its config.json")
+    # owner/name
     if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(place)):
         raise FileNotFoundError(f"no model folder {place} (and it is not a hub id like owner/name): check the path")
     folder = Source(Path(), str(place)).fetch(CONFIG_FILES)
@@ -89,64 +74,53 @@ def locate(place, relative_to: Path | None = None) -> Source:
 
 
 def find_file(source: Source, names: Iterable[str]) -> Path | None:
-    """The first of these files that a checkpoint has. Files of a hub repository are downloaded."""
+    """Returns the first of these files that a checkpoint has. All of a hub repository's are downloaded."""
     source.fetch(names)
-    for name in names:
-        if (source.folder / name).exists():
-            return source.folder / name
-    return None
+    files = [source.folder / name for name in names if (source.folder / name).is_file()]
+    return files[0] if files else None
 
 
 def has_weights(source: Source) -> bool:
-    """Whether this is a whole checkpoint. Of a sharded one only the index is downloaded."""
-    for name in WEIGHT_FILES:
-        if (source.folder / f"{name}.index.json").exists():
-            return True
-    return find_file(source, WEIGHT_FILES) is not None
+    """Tells whether this is a whole checkpoint. Only the index of a sharded one is downloaded."""
+    return bool(find_file(source, INDEX_FILES) or find_file(source, WEIGHT_FILES))
 
 
 def weight_files(source: Source) -> list[Path]:
-    """The files that hold a checkpoint's weights; those of a hub repository are downloaded.
-
-    The names come from the index, never from a pattern: RAD-DINO's repository has three safetensors files, and only
-    one of them is the model.
-    """
-    folder = source.folder
-    for single in WEIGHT_FILES:
-        index = folder / f"{single}.index.json"
-        names = [single]
+    """Returns the files of a checkpoint's weights, downloaded if need be."""
+    for name, index_name in zip(WEIGHT_FILES, INDEX_FILES, strict=True):
+        # the index names them, never a pattern: RAD-DINO's repository has three safetensors files, and one is the model
+        index, names = source.folder / index_name, [name]
         if index.exists():
             names = sorted(set(read_json(index)["weight_map"].values()))
         for name in names:
+            # a damaged or malicious index must not reach other folders
             if Path(name).name != name:
                 raise ValueError(f"{index} names a file outside its folder ({name}): refused")
+
+        # are they complete? Without an index, the older kind of file is next
         source.fetch(names)
-        missing = [name for name in names if not (folder / name).exists()]
+        missing = [name for name in names if not (source.folder / name).exists()]
         if not missing:
-            return [folder / name for name in names]
+            return [source.folder / name for name in names]
         if index.exists():
-            raise FileNotFoundError(
-                f"{folder} lacks {missing[0]}, one of {len(missing)} missing of the {len(names)} shards that "
-                f"{index.name} lists: fetch it again"
-            )
-    raise FileNotFoundError(f"{folder} holds no weights ({' or '.join(WEIGHT_FILES)}, or their index): fetch it again")
+            raise FileNotFoundError(f"{index} lists {missing[0]}, one of {len(missing)} missing shards: fetch it again")
+    raise FileNotFoundError(f"{source.folder} holds no weights ({' or '.join(WEIGHT_FILES)}): fetch it again")
 
 
 # ------------------------------------------------------------------------------------------ tensors on disk
 
 
 class StoredTensor(NamedTuple):
-    """A tensor on disk, or some of its rows. Nothing of it is in memory."""
+    """A tensor on disk, or some of its rows. Its data is not in memory."""
 
     file: Path
     name: str
     shape: tuple[int, ...]
-    dtype: torch.dtype
-    rows: slice | None = None
+    rows: slice | EllipsisType = ...  # all of them
 
 
 def list_tensors(source: Source) -> dict[str, StoredTensor]:
-    """All tensors of a checkpoint by their names. No data is read."""
+    """Lists all tensors of a checkpoint by their names. No data is read."""
     tensors = {}
     for file in weight_files(source):
         tensors |= file_tensors(file)
@@ -154,32 +128,22 @@ def list_tensors(source: Source) -> dict[str, StoredTensor]:
 
 
 def file_tensors(file: Path) -> dict[str, StoredTensor]:
-    """All tensors of one .safetensors or .bin file by their names. No data is read."""
-    tensors = {}
-    if file.suffix != ".safetensors":
-        for name, tensor in _open_pickle(file).items():
-            tensors[name] = StoredTensor(file, name, tuple(tensor.shape), tensor.dtype)
-        return tensors
-    with _open_safetensors(file) as opened:
-        for name in opened.keys():  # noqa: SIM118 (not a dict)
-            header = opened.get_slice(name)
-            dtype = SAFETENSORS_DTYPES[header.get_dtype()]
-            tensors[name] = StoredTensor(file, name, tuple(header.get_shape()), dtype)
-    return tensors
+    """Lists all tensors of one .safetensors or .bin file by their names. No data is read."""
+    if file.suffix == ".safetensors":
+        with _open_safetensors(file) as opened:
+            shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118 (not a dict)
+    else:
+        shapes = {name: tensor.shape for name, tensor in _open_pickle(file).items()}
+    return {name: StoredTensor(file, name, tuple(shape)) for name, shape in shapes.items()}
 
 
 def read_tensor(stored: StoredTensor) -> torch.Tensor:
-    """The tensor itself, memory-mapped.
-
-    The file is opened again for every tensor. Pages that were read count as resident memory until they are unmapped,
-    so a file that stays open would cost its whole size beside the model's (measured in test_checkpoint).
-    """
+    """Returns the tensor itself, memory-mapped, in its type on disk."""
+    # Open the file anew: pages that were read count as resident memory until they are unmapped, so a file that stays
+    # open would cost its whole size (measured in test_checkpoint).
     if stored.file.suffix != ".safetensors":
-        tensor = _open_pickle(stored.file)[stored.name]
-        return tensor if stored.rows is None else tensor[stored.rows]
+        return _open_pickle(stored.file)[stored.name][stored.rows]
     with _open_safetensors(stored.file) as opened:
-        if stored.rows is None:
-            return opened.get_tensor(stored.name)
         return opened.get_slice(stored.name)[stored.rows]
 
 
@@ -199,7 +163,8 @@ def _open_pickle(file: Path) -> dict[str, torch.Tensor]:
     except (RuntimeError, EOFError) as error:
         reason = (str(error) or "it ends early").splitlines()[0]
         raise ValueError(f"{file} is truncated or damaged ({reason}): fetch it again") from None
-    # open_clip's trainer puts the weights one level down
+
+    # open_clip's trainer puts the tensors one level down
     if isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):
         tensors = tensors["state_dict"]
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
@@ -224,85 +189,66 @@ def rename_tensors(
 ) -> dict[str, StoredTensor]:
     """Tensors by their names on disk -> by the names of a module's parameters.
 
-    A fused tensor becomes one entry for each part, with the part's rows:
+    A fused tensor becomes one entry for each part, with the part's rows. Only these rows are read later:
 
         qkv_proj.weight [12, C]  ->  q_proj.weight rows 0-7, k_proj.weight rows 8-9, v_proj.weight rows 10-11
-
-    Only these rows are read later, so splitting costs no memory.
     """
     parameters = dict(module.named_parameters(remove_duplicate=False))
     renamed = {}
     for name, tensor in stored.items():
+        # 1) our name, and those of the parts if it is fused
         if re.search(names.dropped, name):
             continue
         for pattern, replacement in names.keys:
             name = re.sub(pattern, replacement, name)
-        parts = _parts_of(name, names.fused)
-        if not parts or not all(part in parameters for part in parts):
-            renamed[name] = tensor
+        parts = []
+        for fused, projections in names.fused.items():
+            if f".{fused}." in name:
+                parts = [name.replace(f".{fused}.", f".{projection}.") for projection in projections]
+
+        # 2) not fused; or as many rows as in each part: LoRA's matrix A, which all parts share
+        counts = [len(parameters.get(part, ())) for part in parts]
+        if not parts or set(counts) == {tensor.shape[0]}:
+            renamed |= dict.fromkeys(parts or [name], tensor)
             continue
 
-        rows = [len(parameters[part]) for part in parts]
-        if all(count == tensor.shape[0] for count in rows):
-            # as many rows as each part: LoRA's matrix A, which all parts share
-            renamed |= dict.fromkeys(parts, tensor)
-            continue
+        # 3) the parts one below the other; check_fit reports those that have too few rows, or no parameter
         start = 0
-        for part, count in zip(parts, rows, strict=True):
-            # fewer than `count` where the shapes do not fit, which check_fit reports
-            available = min(start + count, tensor.shape[0]) - start
-            shape = (available, *tensor.shape[1:])
-            renamed[part] = tensor._replace(shape=shape, rows=slice(start, start + count))
+        for part, count in zip(parts, counts, strict=True):
+            rows = slice(start, start + count)
+            height = len(range(tensor.shape[0])[rows])
+            renamed[part] = tensor._replace(shape=(height, *tensor.shape[1:]), rows=rows)
             start += count
     return renamed
-
-
-def _parts_of(name: str, fused: dict) -> list[str]:
-    """The names of the parameters that a fused tensor holds; [] where it is not fused."""
-    for module, parts in fused.items():
-        if f".{module}." in name:
-            return [name.replace(f".{module}.", f".{part}.") for part in parts]
-    return []
-
-
-# ------------------------------------------------------------------------------------------ loading
 
 
 def check_fit(parameters: dict[str, torch.Tensor], tensors: dict[str, StoredTensor], complaint: str):
     """Checks that `tensors` fill exactly these parameters, by names and shapes. No data is read.
 
-    Leading dimensions of 1 do not count, since families differ in them. ValueError: the complaint, counts, and the
-    first five names of each kind of problem.
+    ValueError: the complaint, counts, and the first five names of each kind of problem.
     """
+    # dimensions of 1 do not count, since families differ in them
+    sizes = lambda shape: [size for size in shape if size != 1]
     wrong_shapes = []
     for name, parameter in parameters.items():
-        shape = tuple(parameter.shape)
-        if name in tensors and _strip_ones(tensors[name].shape) != _strip_ones(shape):
-            wrong_shapes.append(f"{name} {list(tensors[name].shape)} instead of {list(shape)}")
+        shape = list(parameter.shape)
+        if name in tensors and sizes(tensors[name].shape) != sizes(shape):
+            wrong_shapes.append(f"{name} {list(tensors[name].shape)} instead of {shape}")
     problems = {
         "missing": [name for name in parameters if name not in tensors],
         "unexpected": [name for name in tensors if name not in parameters],
         "wrongly shaped": wrong_shapes,
     }
-    problems = {kind: names for kind, names in problems.items() if names}
-    if not problems:
-        return
-    counts = ", ".join(f"{len(names)} {kind}" for kind, names in problems.items())
-    examples = []
+
+    counts, examples = [], []
     for kind, names in problems.items():
-        more = ", …" if len(names) > 5 else ""
-        examples.append(f"{kind}: {', '.join(names[:5])}{more}")
-    raise ValueError(
-        f"{complaint}: {counts} tensors ({'; '.join(examples)}); check that they belong together, or fetch them again"
-    )
-
-
-def _strip_ones(shape) -> tuple[int, ...]:
-    """(1, 1, 8) -> (8,)"""
-    shape = tuple(shape)
-    while shape and shape[0] == 1:
-        shape = shape[1:]
-    return shape
+        if names:
+            more = ", …" if len(names) > 5 else ""
+            counts.append(f"{len(names)} {kind}")
+            examples.append(f"{kind}: {', '.join(names[:5])}{more}")
+    if counts:
+        problem = f"{', '.join(counts)} tensors ({'; '.join(examples)})"
+        raise ValueError(f"{complaint}: {problem}; check that they belong together, or fetch them again")
 
 
 @torch.no_grad()
@@ -311,9 +257,9 @@ def load_tensors(
     tensors: dict[str, StoredTensor],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ):
-    """Copies tensors into the parameters of the same names, in the parameters' type and on their device.
+    """Copies tensors into the parameters of the same names, whatever their type and device. Call `check_fit` first.
 
-    Call `check_fit` first. progress(bytes done, bytes in all) is called after each tensor.
+    progress(bytes done, bytes in all) is called after each tensor.
     """
     total, done = sum(parameter.nbytes for parameter in parameters.values()), 0
     for name, parameter in parameters.items():
@@ -323,31 +269,33 @@ def load_tensors(
 
 
 def check_memory(needed: int, device: torch.device, dtype: torch.dtype):
-    """MemoryError where a device has fewer than `needed` bytes free."""
+    """MemoryError if a device has fewer than `needed` bytes free."""
     free = free_memory(device)
     if needed > free:
-        smaller = "--dtype bfloat16, " if dtype.itemsize > 2 else ""
-        raise MemoryError(
-            f"the weights need {needed / 2**30:.1f} GiB in {str(dtype).removeprefix('torch.')}, and {free / 2**30:.1f} "
-            f"GiB are free on {device}: try {smaller}a smaller model, or a machine with more memory"
-        )
+        smaller = "--dtype bfloat16 or " if dtype.itemsize > 2 else ""
+        figures = f"{needed / 2**30:.1f} GiB in {dtype}, and {free / 2**30:.1f} GiB are free on {device}"
+        raise MemoryError(f"the weights need {figures}: try {smaller}a smaller model")
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on a device; on the CPU within the container's limit."""
+    """Returns the bytes that can still be allocated on a device; on the CPU within the container's limit."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    if not os.path.exists("/proc/meminfo"):  # macOS tells only its size
+
+    # the machine: macOS reports only its size
+    if not os.path.exists("/proc/meminfo"):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     free = 1024 * int(re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())[1])
+
+    # the container: cached files make room when memory is needed
     group = Path("/sys/fs/cgroup")
     try:
         limit = int((group / "memory.max").read_text())
         used = int((group / "memory.current").read_text())
         cached = re.findall(r"^(?:in)?active_file (\d+)", (group / "memory.stat").read_text(), re.M)
-    except (OSError, ValueError):  # no cgroup, or no limit ("max")
+    except (OSError, ValueError):
+        # no container, or no limit ("max")
         return free
-    # cached files make room when memory is needed
     return min(free, limit - used + sum(map(int, cached)))
 
 
@@ -360,48 +308,46 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], sha
     tensors: pairs of a published name and a tensor. No more than one shard's tensors are kept in memory.
     """
     # 1) write shards under numbers, since their count is not known yet
-    sizes: list[dict[str, int]] = []  # for each shard: name -> bytes
+    shards: list[list[str]] = []  # the names in each
     shard: dict[str, torch.Tensor] = {}
+    total = filled = 0
 
     def close_shard():
-        write_safetensors(folder / f"{len(sizes)}.safetensors", shard)
-        sizes.append({name: tensor.nbytes for name, tensor in shard.items()})
+        write_safetensors(folder / f"{len(shards)}.safetensors", shard)
+        shards.append(list(shard))
         shard.clear()
 
     for name, tensor in tensors:
-        filled = sum(other.nbytes for other in shard.values())
         if shard and filled + tensor.nbytes > shard_size:
             close_shard()
+            filled = 0
         shard[name] = tensor
+        filled += tensor.nbytes
+        total += tensor.nbytes
     close_shard()
-    if len(sizes) == 1:
+
+    # 2) a single one needs no index; several get their published names and one
+    if len(shards) == 1:
         (folder / "0.safetensors").rename(folder / WEIGHT_FILES[0])
         return
-
-    # 2) give them their published names, and write the index
     weight_map = {}
-    for number, names in enumerate(sizes):
-        file = f"model-{number + 1:05}-of-{len(sizes):05}.safetensors"
+    for number, names in enumerate(shards):
+        file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
         (folder / f"{number}.safetensors").rename(folder / file)
         weight_map |= dict.fromkeys(names, file)
-    total = sum(sum(names.values()) for names in sizes)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_json(folder / f"{WEIGHT_FILES[0]}.index.json", index)
+    write_json(folder / INDEX_FILES[0], {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def write_safetensors(file: Path, tensors: dict[str, torch.Tensor]):
-    """Writes one .safetensors file."""
+    """Writes one .safetensors file. OSError if that fails, as on a full disk."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
         # `transformers` requires the format in the metadata
         save_file(tensors, file, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(f"{file.parent} could not be written ({error}): is the disk full?") from None
-    # safetensors lets only the owner read its files; give them the mode of other new files. The umask can only be read
-    # by setting it.
-    mask = os.umask(0)
-    os.umask(mask)
-    file.chmod(0o666 & ~mask)
+    # safetensors lets only the owner read its files: let those read them who may read the folder
+    file.chmod(file.parent.stat().st_mode & 0o666)
 
 
 def write_bin(file: Path, tensors: dict[str, torch.Tensor]):

@@ -1,12 +1,12 @@
 """Which published file holds which part of a model: finding, reading and writing them.
 
-A folder or a hub repository is one of three things, and its files tell which:
+A folder or a hub repository is one of three things, which its files tell:
 
     a whole checkpoint     config.json, model*.safetensors or pytorch_model*.bin, tokenizer files
     a PEFT adapter         adapter_config.json, adapter_model.*, and non_lora_trainables.bin with the connector
-    a connector            mm_projector.* or mm_tac_projector.bin, with a config.json or without
+    a connector            mm_projector.* or mm_tac_projector.bin, with or without a config.json
 
-An adapter or a connector names its base model, which may be an adapter again. What we write has the same layouts.
+An adapter or a connector names its base model, which may be an adapter again. We write the same layouts.
 """
 
 import itertools
@@ -15,7 +15,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +28,7 @@ from lora import LoRAConfig, lora_parameters
 from plumbing import checkpoint
 from plumbing.checkpoint import Source, StoredTensor
 from plumbing.files import atomic_folder, check_supported, read_json, write_json
-from plumbing.pixels import PixelConfig, open_clip_pixels, pixel_config
+from plumbing.pixels import open_clip_pixels, pixel_config
 from tac import make_connector
 from tokenizer import IMAGE_END, IMAGE_START, Tokenizer, template_of
 
@@ -41,24 +41,16 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )  # fmt: skip
 
-PREFIXES = {  # parameter names: published -> ours; the first that matches
-    "model.mm_projector.": "connector.",
-    "model.vision_tower.vision_tower.": "encoder.",
-    "model.": "decoder.",
-    "lm_head.": "decoder.lm_head.",
-}
+# prefixes of the names of tensors: in PEFT's files, and of an encoder inside a checkpoint
 PEFT_PREFIX = "base_model.model."
+ENCODER_PREFIX = "model.vision_tower.vision_tower."
 
-DEVICES = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "cpu": lambda: True}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-# ------------------------------------------------------------------------------------------ config.json
 
 
 @dataclass(frozen=True)
 class LibraConfig:
-    """config.json of a Libra: the fields that tie encoder, connector and decoder together, with published defaults."""
+    """The fields of config.json that tie encoder, connector and decoder together, with the published defaults."""
 
     json: dict  # the whole file
     mm_vision_tower: str
@@ -80,11 +72,8 @@ class LibraConfig:
         return self.mm_image_pad or ("mean" if self.image_aspect_ratio == "pad" else "none")
 
 
-CONFIG_VALUES = dict(  # fields of config.json -> the values that we support
-    mm_vision_select_feature=("patch", "cls_patch"),
-    mm_image_pad=("mean", "black", "none"),
-)
-LIBRA_KEYS = ("use_mm_proj", "image_aspect_ratio", "unfreeze_mm_vision_tower")  # ours in a config.json, beside mm_…
+# the values that we support
+CONFIG_VALUES = dict(mm_vision_select_feature=("patch", "cls_patch"), mm_image_pad=("mean", "black", "none"))
 
 
 def libra_config(json: dict, source) -> LibraConfig:
@@ -93,35 +82,31 @@ def libra_config(json: dict, source) -> LibraConfig:
     if "mm_vision_tower" not in json:
         raise ValueError(f"{where}: no mm_vision_tower: this is a language model, not a Libra checkpoint")
     check_supported(json, CONFIG_VALUES, where)
+    values = {field.name: json[field.name] for field in fields(LibraConfig) if field.name in json}
 
-    names = [field.name for field in fields(LibraConfig) if field.name != "json"]
-    values = {name: json[name] for name in names if name in json}
-    layer = values.get("mm_vision_select_layer", -2)
+    # some published files have the number as text
+    layer = str(values.get("mm_vision_select_layer", -2))
+    if not re.fullmatch(r"all|-?\d+", layer):
+        raise ValueError(f"{where}: mm_vision_select_layer {layer!r} is neither 'all' nor a number")
     if layer != "all":
-        try:
-            values["mm_vision_select_layer"] = int(layer)
-        except (TypeError, ValueError):
-            raise ValueError(f"{where}: mm_vision_select_layer {layer!r} is neither 'all' nor a number") from None
-    return LibraConfig(json, **values)
+        values["mm_vision_select_layer"] = int(layer)
+    return LibraConfig(**values | {"json": json})
 
 
 def new_config(source: Source, tower: Source, connector: str, select_layer: int, pad: str) -> dict:
-    """The config.json of a new model: a stock language model's, and what ties it to an encoder and a connector."""
+    """Returns the config.json of a new model: the language model's, and what ties it to an encoder and a connector."""
     json = read_json(source.folder / "config.json")
-    decoder_config(json, source.folder)  # an unsupported family fails here, before its name changes
+    # refuse an unsupported family here, before its name changes
+    decoder_config(json, source.folder)
     family = family_of(json)
+    select_layer = "all" if connector == "TAC" else select_layer
     return json | dict(
         model_type="libra" if family == "llama" else f"libra_{family}",
         mm_vision_tower=tower.repository or str(tower.folder.resolve()),
-        mm_projector_type=connector,
-        mm_vision_select_layer="all" if connector == "TAC" else select_layer,
-        mm_vision_select_feature="patch",
-        mm_use_im_start_end=False,
-        mm_use_im_patch_token=False,
-        use_mm_proj=True,
-        image_aspect_ratio="pad",
-        mm_image_pad=pad,
-    )
+        mm_projector_type=connector, mm_vision_select_layer=select_layer, mm_vision_select_feature="patch",
+        mm_use_im_start_end=False, mm_use_im_patch_token=False, use_mm_proj=True,
+        image_aspect_ratio="pad", mm_image_pad=pad,
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------ finding files
@@ -131,7 +116,7 @@ def new_config(source: Source, tower: Source, connector: str, select_layer: int,
 class ModelFiles:
     """The files of a model: a folder of weights, the config that counts, and what replaces some of the weights."""
 
-    weights: Source  # decoder and tokenizer; also the connector and the encoder where it is a whole checkpoint
+    weights: Source  # decoder and tokenizer; a whole checkpoint has the connector and may have the encoder, too
     config: dict
     config_source: Source
     overlays: tuple[Path, ...] = ()  # files of tensors that replace those of the weights; the last one wins
@@ -141,48 +126,46 @@ class ModelFiles:
 def find_model_files(place, base=None, relative_to: Path | None = None) -> ModelFiles:
     """Finds the files of a whole checkpoint, a PEFT adapter, a connector's folder or a connector's file.
 
-    base: the model under an adapter or a connector, instead of the recorded one. The topmost config.json counts, as in
-    the published builder.
+    base: the model below an adapter or a connector, instead of the recorded one. The topmost config.json counts.
     """
-    # 1) what is this place?
-    connector, is_adapter = None, False
-    if Path(place).is_file() and CONNECTOR_FILE.fullmatch(Path(place).name):
-        source, connector = Source(Path(place).parent), Path(place)
+    # 1) a connector's file, or a folder whose files tell what it is
+    place, overlay, is_adapter = Path(place), None, False
+    if place.is_file() and CONNECTOR_FILE.fullmatch(place.name):
+        source, overlay = Source(place.parent), place
     else:
         source = checkpoint.locate(place, relative_to)
         is_adapter = (source.folder / "adapter_config.json").exists()
-    needs_config = connector is None and not is_adapter
-    config = {}
-    if needs_config or (source.folder / "config.json").exists():
-        config = read_json(source.folder / "config.json")
-    if needs_config and not checkpoint.has_weights(source):
-        connector = checkpoint.find_file(source, CONNECTOR_FILES)
+    file = source.folder / "config.json"
+    config = read_json(file) if file.exists() else {}
+    if is_adapter:
+        overlay = checkpoint.find_file(source, TRAINED_FILES)
+    elif not overlay and not checkpoint.has_weights(source):
+        overlay = checkpoint.find_file(source, CONNECTOR_FILES)
 
     # 2) a whole checkpoint has everything
-    if connector is None and not is_adapter:
+    if not (overlay or is_adapter):
         if base:
             raise ValueError(f"{source} is a whole checkpoint: --base goes with an adapter or a connector")
-        return ModelFiles(source, config, source)
+        return ModelFiles(source, read_json(file), source)
 
-    # 3) find the model below an adapter or a connector, and add to it
-    recorded = read_json(source.folder / "adapter_config.json") if is_adapter else config
-    recorded = recorded.get("base_model_name_or_path")
-    if not (base or recorded):
-        kind = "an adapter" if is_adapter else "a connector"
-        raise ValueError(f"{connector or source} is {kind} and names no base model: give it with --base")
+    # 3) an adapter or a connector needs the model below
+    record = read_json(source.folder / "adapter_config.json") if is_adapter else config
+    below = base or record.get("base_model_name_or_path")
+    if not below:
+        raise ValueError(f"{overlay or source} names no base model: give it with --base")
     try:
-        below = find_model_files(base) if base else find_model_files(recorded, relative_to=source.folder)
+        files = find_model_files(below, relative_to=None if base else source.folder)
     except RecursionError:
-        raise ValueError(f"{connector or source} names itself as its base: give its base with --base") from None
-    overlay = checkpoint.find_file(source, TRAINED_FILES) if is_adapter else connector
-    overlays, adapters = below.overlays, below.adapters
+        raise ValueError(f"{overlay or source} names itself as its base: give its base with --base") from None
+
+    # 4) put this one on top
     if overlay:
-        overlays += (overlay,)
+        files = replace(files, overlays=(*files.overlays, overlay))
     if is_adapter:
-        adapters += (source,)
+        files = replace(files, adapters=(*files.adapters, source))
     if "mm_vision_tower" in config:
-        return ModelFiles(below.weights, config, source, overlays, adapters)
-    return ModelFiles(below.weights, below.config, below.config_source, overlays, adapters)
+        files = replace(files, config=config, config_source=source)
+    return files
 
 
 class EncoderFiles(NamedTuple):
@@ -198,18 +181,16 @@ class EncoderFiles(NamedTuple):
 
 
 def find_encoder_files(config: LibraConfig, source: Source, encoder=None) -> EncoderFiles:
-    """Finds the image encoder of a checkpoint; encoder: a folder or a hub id to use instead.
-
-    An open_clip encoder is two files, at the paths in the checkpoint's config or beside that config.
-    """
+    """Finds the image encoder of a checkpoint; encoder: a folder or a hub id to use instead."""
+    # a folder of its own
     if encoder or not config.mm_vision_tower_config:
         tower = checkpoint.locate(encoder) if encoder else checkpoint.locate(config.mm_vision_tower, source.folder)
         return EncoderFiles(tower, read_json(tower.folder / "config.json"), checkpoint.list_tensors(tower))
+
+    # the two files of an open_clip encoder, at the paths in the config or beside it
     files = []
     for name in (config.mm_vision_tower_config, config.mm_vision_tower_checkpoint or ""):
-        file = source.folder / name
-        if not file.is_file():
-            file = checkpoint.find_file(source, [file.name])
+        file = checkpoint.find_file(source, (name, Path(name).name))
         if file is None:
             raise FileNotFoundError(f"{source} lacks the encoder's file {name}, also beside its config.json: fetch it")
         files.append(file)
@@ -218,7 +199,7 @@ def find_encoder_files(config: LibraConfig, source: Source, encoder=None) -> Enc
 
 def find_device(name: str) -> torch.device:
     """auto (cuda, else mps, else cpu), cpu, cuda, cuda:1 or mps -> a device; ValueError where there is none."""
-    available = [device for device, is_available in DEVICES.items() if is_available()]
+    available = [device for device in ("cuda", "mps", "cpu") if getattr(torch, device).is_available()]
     if name == "auto":
         name = available[0]
     if name.split(":")[0] not in available:
@@ -228,13 +209,13 @@ def find_device(name: str) -> torch.device:
 
 def find_dtype(name: str, device: torch.device, config: dict) -> torch.dtype:
     """auto (float32 on the CPU, else the checkpoint's 16-bit type), stored (the checkpoint's) or a name -> a type."""
-    recorded = config.get("torch_dtype") or config.get("dtype")
-    if name == "auto" and device.type == "cpu":
+    recorded = config.get("torch_dtype") or config.get("dtype") or "float32"
+    if name == "stored":
+        name = recorded
+    elif name == "auto" and device.type == "cpu":
         name = "float32"
     elif name == "auto":
         name = recorded if recorded in ("float16", "bfloat16") else "bfloat16"
-    elif name == "stored":
-        name = recorded or "float32"
     if name not in DTYPES:
         raise ValueError(f"dtype {name!r} is not one of auto, stored, {', '.join(DTYPES)}")
     return DTYPES[name]
@@ -255,8 +236,8 @@ def read_model(
 ) -> dict:
     """Reads a model without its adapters; returns the arguments of `Libra`.
 
-    fresh_connector: the connector gets torch's random initial values and is not read. changes: fields of config.json
-    that differ from those on disk, as a training run sets them; the config then names its template, too.
+    fresh_connector: do not read the connector, keep torch's random initial values. changes: fields of config.json to
+    set, as a new model or a training run does; the config then names its template, too.
     """
     # 1) configs
     device, folder = find_device(device), files.config_source.folder
@@ -265,113 +246,90 @@ def read_model(
     decoder_settings = decoder_config(files.config, folder)
     tokenizer = Tokenizer(files.weights.folder, sentencepiece_first=files.config["model_type"] == "libra")
 
-    # 2) where every tensor is
-    tensors = _tensors_by_part(files, config, decoder_settings.tie_word_embeddings)
-    connector_from = (files.overlays or (folder,))[-1]
-    if not tensors["connector"] and not fresh_connector:
-        beside = checkpoint.find_file(files.weights, CONNECTOR_FILES)
-        if beside:
-            connector_from = beside
-            for name, tensor in checkpoint.file_tensors(beside).items():
-                tensors["connector"][name.split("mm_projector.")[-1]] = tensor
+    # 2) where every tensor is; the weights of an encoder that was trained replace the stock ones
+    tensors = _tensors_by_part(files)
+    if decoder_settings.tie_word_embeddings:
+        tensors["decoder"].pop("lm_head.weight", None)
     tower = find_encoder_files(config, files.config_source, encoder)
     if config.unfreeze_mm_vision_tower and not tower.is_open_clip:
-        # the encoder was trained: its weights in the checkpoint replace the stock ones
         tower = tower._replace(tensors=tower.tensors | tensors["encoder"])
 
-    # 3) modules without memory
+    # 3) modules without memory, and the tensors that belong into them
     encoder_settings = encoder_config(tower.config, tower.source, tower.tensors, config.use_maira_feature_norm)
-    modules: dict[str, nn.Module] = {}
+    modules = nn.ModuleDict()
     with torch.device("meta"):
         modules["encoder"] = Encoder(encoder_settings)
-        modules["connector"] = new_connector(config, encoder_settings, decoder_settings)
+        modules["connector"] = _new_connector(config, encoder_settings, decoder_settings)
         modules["decoder"] = Decoder(decoder_settings)
-
-    # 4) do names and shapes fit?
     tensors["encoder"] = encoder_tensors(modules["encoder"], tower.tensors)
     tensors["decoder"] = checkpoint.rename_tensors(tensors["decoder"], names_of(files.config), modules["decoder"])
-    complaints = {
-        "connector": f"the connector in {connector_from} is no {config.mm_projector_type}, as {folder} names it",
-        "encoder": f"the weights in {tower.source} do not fit their config.json",
-        "decoder": f"the weights in {files.weights} do not fit {folder}/config.json",
-    }
     if fresh_connector:
-        del complaints["connector"]
-    for part, complaint in complaints.items():
-        checkpoint.check_fit(dict(modules[part].named_parameters()), tensors[part], complaint)
+        del modules["connector"]
+
+    # 4) do names and shapes fit?
+    stored = {}
+    for part in modules:
+        stored |= {f"{part}.{name}": tensor for name, tensor in tensors[part].items()}
+    places = ", ".join(map(str, [files.weights, *files.overlays, tower.source]))
+    complaint = f"{places} do not fit {folder}/config.json and its connector {config.mm_projector_type}"
+    checkpoint.check_fit(dict(modules.named_parameters()), stored, complaint)
 
     # 5) memory, then data
-    count = sum(parameter.numel() for module in modules.values() for parameter in module.parameters())
+    count = sum(parameter.numel() for parameter in modules.parameters())
     checkpoint.check_memory(count * dtype.itemsize, device, dtype)
-    for part in modules:
-        modules[part].to(dtype).to_empty(device=device)
+    modules.to(dtype).to_empty(device=device)
+    checkpoint.load_tensors(dict(modules.named_parameters()), stored, progress)
     if fresh_connector:
-        modules["connector"] = new_connector(config, encoder_settings, decoder_settings).to(device, dtype)
-    parameters, sources = {}, {}
-    for part in ("encoder", "connector", "decoder"):
-        if part in complaints:
-            parameters |= {f"{part}.{name}": p for name, p in modules[part].named_parameters()}
-            sources |= {f"{part}.{name}": tensor for name, tensor in tensors[part].items()}
-    checkpoint.load_tensors(parameters, sources, progress)
+        modules["connector"] = _new_connector(config, encoder_settings, decoder_settings).to(device, dtype)
 
-    # 6) what is no tensor
+    # 6) settings
     if changes is not None:
-        # what a fresh model or a training run adds to the config
-        added = dict(
-            mm_hidden_size=encoder_settings.hidden_size,
-            mm_conversation_template=template_of(config.json | changes, tokenizer),
-        )
+        template = template_of(config.json | changes, tokenizer)
+        added = dict(mm_hidden_size=encoder_settings.hidden_size, mm_conversation_template=template)
         config = libra_config(config.json | added | changes, folder)
     _add_image_tokens(tokenizer, config, decoder_settings.vocab_size, folder)
+    pixels = open_clip_pixels(encoder_settings.image_size, config.pad)
+    if not tower.is_open_clip:
+        pixels = pixel_config(read_json(tower.source.folder / "preprocessor_config.json"), tower.source, config.pad)
     return dict(
-        config=config,
-        **modules,
-        tokenizer=tokenizer,
-        pixels=_read_pixels(tower, encoder_settings, config.pad),
-        eos_token_ids=eos_token_ids(files.weights.folder, files.config),
-        base=files.weights,
-        weights=files.weights,
-        encoder_files=tower._replace(tensors=tensors["encoder"]),
-    )
+        **modules, config=config, tokenizer=tokenizer, pixels=pixels,
+        eos_token_ids=_eos_token_ids(files.weights.folder, files.config),
+        base=files.weights, weights=files.weights, encoder_files=tower._replace(tensors=tensors["encoder"]),
+    )  # fmt: skip
 
 
-def _tensors_by_part(files: ModelFiles, config: LibraConfig, tied: bool) -> dict[str, dict[str, StoredTensor]]:
-    """{"connector", "encoder", "decoder"} -> tensors by their names within the part."""
-    stored = checkpoint.list_tensors(files.weights)
+def _tensors_by_part(files: ModelFiles) -> dict[str, dict[str, StoredTensor]]:
+    """{"encoder", "connector", "decoder"} -> tensors by their names within the part."""
+    tensors: dict[str, dict[str, StoredTensor]] = {"encoder": {}, "connector": {}, "decoder": {}}
+
+    def add(stored: dict[str, StoredTensor]):
+        for name, tensor in stored.items():
+            # what PEFT and the trainers put in front does not count
+            name = name.removeprefix(PEFT_PREFIX)
+            if "mm_projector." in name:
+                tensors["connector"][name.split("mm_projector.", 1)[1]] = tensor
+            elif name.startswith(ENCODER_PREFIX):
+                tensors["encoder"][name.removeprefix(ENCODER_PREFIX)] = tensor
+            else:
+                tensors["decoder"][name.removeprefix("model.")] = tensor
+
+    # files on top replace the tensors below
+    add(checkpoint.list_tensors(files.weights))
     for file in files.overlays:
-        for name, tensor in checkpoint.file_tensors(file).items():
-            stored[_published_name(name)] = tensor
-    tensors = {"connector": {}, "encoder": {}, "decoder": {}}
-    for name, tensor in stored.items():
-        for published, ours in PREFIXES.items():
-            if name.startswith(published):
-                name = ours + name.removeprefix(published)
-                break
-        else:
-            name = f"decoder.{name}"
-        part, name = name.split(".", 1)
-        tensors[part][name] = tensor
-    if tied:
-        tensors["decoder"].pop("lm_head.weight", None)
+        add(checkpoint.file_tensors(file))
+    # published checkpoints may have their connector in a file beside the weights
+    beside = None if tensors["connector"] else checkpoint.find_file(files.weights, CONNECTOR_FILES)
+    if beside:
+        add(checkpoint.file_tensors(beside))
     return tensors
 
 
-def _published_name(name: str) -> str:
-    """A tensor's name without what PEFT and the trainers put before it."""
-    if "mm_projector." in name:
-        return f"model.mm_projector.{name.split('mm_projector.', 1)[1]}"
-    return name.removeprefix(PEFT_PREFIX)
-
-
-def new_connector(config: LibraConfig, encoder: EncoderConfig, decoder) -> nn.Module:
-    """The connector that a config names, with torch's random initial values. ValueError where sizes do not fit."""
-    layer, depth = config.mm_vision_select_layer, encoder.num_hidden_layers
+def _new_connector(config: LibraConfig, encoder: EncoderConfig, decoder) -> nn.Module:
+    layer, depth, heads = config.mm_vision_select_layer, encoder.num_hidden_layers, decoder.num_attention_heads
     if layer != "all" and not -depth - 1 <= layer <= depth:
         raise ValueError(f"mm_vision_select_layer {layer} is none of the encoder's {depth} layers")
     layers = depth if layer == "all" else 1
-    return make_connector(
-        config.mm_projector_type, layers, encoder.hidden_size, decoder.num_attention_heads, decoder.hidden_size
-    )
+    return make_connector(config.mm_projector_type, layers, encoder.hidden_size, heads, decoder.hidden_size)
 
 
 def _add_image_tokens(tokenizer: Tokenizer, config: LibraConfig, rows: int, folder: Path):
@@ -385,42 +343,26 @@ def _add_image_tokens(tokenizer: Tokenizer, config: LibraConfig, rows: int, fold
             raise ValueError(f"{folder}: mm_use_im_start_end is set, but the embeddings have no rows for {marks}")
 
 
-def _read_pixels(tower: EncoderFiles, encoder: EncoderConfig, pad: str) -> PixelConfig:
-    if tower.is_open_clip:
-        return open_clip_pixels(encoder.image_size, pad)
-    settings = read_json(tower.source.folder / "preprocessor_config.json")
-    return pixel_config(settings, tower.source, pad)
+NEUTRAL = dict(  # settings of generation_config.json that `generate` does not have -> the values that change nothing
+    repetition_penalty=1.0, encoder_repetition_penalty=1.0, min_length=0, min_new_tokens=0, min_p=0, typical_p=1.0,
+    epsilon_cutoff=0, eta_cutoff=0, diversity_penalty=0, penalty_alpha=0, early_stopping=False, guidance_scale=None,
+    bad_words_ids=None, force_words_ids=None, forced_eos_token_id=None, suppress_tokens=None, sequence_bias=None,
+)  # fmt: skip
 
 
-NEUTRAL = {  # settings of generation_config.json that `generate` does not have -> the values that change nothing
-    "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "min_length": 0, "min_new_tokens": 0, "min_p": 0,
-    "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "diversity_penalty": 0.0, "num_beam_groups": 1,
-    "early_stopping": False, "renormalize_logits": False, "penalty_alpha": 0,
-    "bad_words_ids": None, "force_words_ids": None, "forced_bos_token_id": None, "forced_eos_token_id": None,
-    "suppress_tokens": None, "begin_suppress_tokens": None, "sequence_bias": None,
-    "exponential_decay_length_penalty": None, "guidance_scale": None,
-}  # fmt: skip
-
-
-def eos_token_ids(folder: Path, config: dict) -> list[int]:
-    """The ids that end a report, from generation_config.json, else config.json.
-
-    Warns about other settings of generation_config.json that would change a report.
-    """
+def _eos_token_ids(folder: Path, config: dict) -> list[int]:
+    """Returns the ids that end a report. Warns about settings of generation_config.json that would change a report."""
     file = folder / "generation_config.json"
     generation = read_json(file) if file.exists() else {}
     for name, neutral in NEUTRAL.items():
         if generation.get(name) not in (None, neutral):
             warnings.warn(f"{file}: {name} {generation[name]!r} is not applied", stacklevel=2)
-    eos = generation.get("eos_token_id")
-    if eos is None:
-        eos = config.get("eos_token_id")
-    if eos is None:
-        return []
-    return eos if isinstance(eos, list) else [eos]
+    for settings in (generation, config):
+        eos = settings.get("eos_token_id")
+        if eos is not None:
+            return eos if isinstance(eos, list) else [eos]
+    return []
 
-
-# ------------------------------------------------------------------------------------------ adapters
 
 LORA_SUPPORTED = dict(  # fields of adapter_config.json that change the result -> the only value we compute with
     peft_type="LORA", bias="none", use_dora=False, fan_in_fan_out=False, lora_bias=False, rank_pattern={},
@@ -428,46 +370,33 @@ LORA_SUPPORTED = dict(  # fields of adapter_config.json that change the result -
 )  # fmt: skip
 
 
-class Adapter(NamedTuple):
-    """A LoRA adapter in PEFT's layout."""
-
-    config: LoRAConfig
-    tensors: dict[str, StoredTensor]  # by their names on disk, without PEFT's prefix
-
-
-def read_adapter(source: Source) -> Adapter:
-    """Reads an adapter's config and finds its tensors. ValueError names the field that is not supported."""
+def load_adapter(libra, source: Source):
+    """Puts an adapter in PEFT's layout beside the layers of a model, unmerged. ValueError names what is unsupported."""
+    # 1) its config
     where = source.folder / "adapter_config.json"
     json = read_json(where)
     for name, value in LORA_SUPPORTED.items():
         if json.get(name) and json[name] != value:
             raise ValueError(f"{where}: {name} {json[name]!r} is not supported, only {value!r}")
-    missing = [name for name in ("r", "lora_alpha") if name not in json]
-    if missing:
-        raise ValueError(f"{where} lacks {' and '.join(missing)}")
+
+    # 2) its tensors, whose names have a longer form in a trainer's files:
+    #    base_model.model.model.layers.0.mlp.up_proj.lora_A.default.weight -> layers.0.mlp.up_proj.lora_A.weight
     file = checkpoint.find_file(source, ADAPTER_FILES)
     if file is None:
         raise FileNotFoundError(f"{source} holds no adapter ({' or '.join(ADAPTER_FILES)}): fetch it again")
+    our_name = lambda name: name.removeprefix(f"{PEFT_PREFIX}model.").replace(".default.weight", ".weight")
+    stored = {our_name(name): tensor for name, tensor in checkpoint.file_tensors(file).items()}
 
-    # base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight -> layers.0.self_attn.q_proj.lora_A.weight
-    tensors = {}
-    for name, tensor in checkpoint.file_tensors(file).items():
-        name = name.removeprefix(f"{PEFT_PREFIX}model.")
-        tensors[re.sub(r"(?<=lora_[AB])\.default(?=\.weight$)", "", name)] = tensor
-    targets = sorted({name.split(".lora_")[0].split(".")[-1] for name in tensors})
-    recorded = json.get("target_modules", targets)
-    if isinstance(recorded, list) and sorted(recorded) != targets:
-        raise ValueError(f"{where} names the targets {sorted(recorded)}, {file.name} holds {targets}: fetch both again")
+    # 3) put it into the model, with PEFT's defaults where the config is silent
+    targets = json.get("target_modules")
+    if not isinstance(targets, list):
+        # PEFT takes a pattern as well: see which modules have tensors
+        targets = {name.split(".lora_")[0].split(".")[-1] for name in stored}
     dropout, rslora = json.get("lora_dropout") or 0.0, bool(json.get("use_rslora"))
-    return Adapter(LoRAConfig(json["r"], json["lora_alpha"], tuple(targets), dropout, rslora), tensors)
-
-
-def load_adapter(libra, source: Source):
-    """Puts an adapter beside the layers of a model, unmerged. ValueError where it does not fit."""
-    adapter = read_adapter(source)
-    libra.add_lora(adapter.config)
+    rank, alpha = json.get("r", 8), json.get("lora_alpha", 8)
+    libra.add_lora(LoRAConfig(rank, alpha, tuple(sorted(targets)), lora_dropout=dropout, use_rslora=rslora))
     parameters = lora_parameters(libra.decoder)
-    tensors = checkpoint.rename_tensors(adapter.tensors, names_of(libra.config.json), libra.decoder)
+    tensors = checkpoint.rename_tensors(stored, names_of(libra.config.json), libra.decoder)
     checkpoint.check_fit(parameters, tensors, f"the adapter in {source} does not fit its base {libra.base}")
     checkpoint.load_tensors(parameters, tensors)
 
@@ -477,22 +406,23 @@ def load_adapter(libra, source: Source):
 
 def write_model(libra, folder, dtype: torch.dtype | None, shard_size: int, with_encoder: bool):
     """Writes a whole checkpoint with LoRA merged; see `Libra.save_pretrained`."""
-    if with_encoder and libra.encoder_files.is_open_clip:
+    is_open_clip = libra.encoder_files.is_open_clip
+    if with_encoder and is_open_clip:
         raise ValueError("an open_clip encoder is two files of its own: it is named, not copied")
+    config = _config_for(libra, folder)
+    config["torch_dtype"] = str(dtype or libra.dtype).removeprefix("torch.")
+    named = [_decoder_tensors(libra), _connector_tensors(libra)]
+    # published loading ignores an open_clip encoder inside a checkpoint
+    if libra.config.unfreeze_mm_vision_tower and not is_open_clip:
+        named.append(_encoder_tensors(libra, ENCODER_PREFIX))
+    tensors = ((name, tensor.to(dtype or tensor.dtype)) for name, tensor in itertools.chain(*named))
+
     with atomic_folder(folder) as partial:
-        config = _config_for(libra, Path(folder))
-        config["torch_dtype"] = str(dtype or libra.dtype).removeprefix("torch.")
         if with_encoder:
             config["mm_vision_tower"] = "encoder"
             write_encoder(libra, partial / "encoder")
         write_json(partial / "config.json", config)
         _copy_files(libra.weights.folder, TOKENIZER_FILES, partial)
-
-        named = [_decoder_tensors(libra), _connector_tensors(libra)]
-        # published loading ignores an open_clip encoder inside a checkpoint
-        if libra.config.unfreeze_mm_vision_tower and not libra.encoder_files.is_open_clip:
-            named.append(_trained_encoder_tensors(libra))
-        tensors = ((name, tensor.to(dtype or tensor.dtype)) for name, tensor in itertools.chain(*named))
         checkpoint.write_tensors(partial, tensors, shard_size)
 
 
@@ -505,11 +435,10 @@ def write_encoder(libra, folder):
 
 def write_language_model(libra, folder):
     """Writes the decoder and the tokenizer as a stock language model."""
-    config = {}
-    for name, value in libra.config.json.items():
-        if not name.startswith("mm_") and name not in LIBRA_KEYS:
-            config[name] = value
-    config["model_type"] = family_of(libra.config.json)
+    # drop the fields that make it a Libra
+    ours = re.compile("mm_.*|use_mm_proj|image_aspect_ratio|unfreeze_mm_vision_tower")
+    config = {name: value for name, value in libra.config.json.items() if not ours.fullmatch(name)}
+    config["model_type"] = family_of(config)
     with atomic_folder(folder) as partial:
         write_json(partial / "config.json", config)
         _copy_files(libra.weights.folder, TOKENIZER_FILES, partial)
@@ -518,7 +447,7 @@ def write_language_model(libra, folder):
 
 def write_connector(libra, folder):
     """Writes the connector alone, in both published formats, and a config.json that records the model below it."""
-    config = _config_for(libra, Path(folder)) | _base_for(libra, Path(folder))
+    config = _config_for(libra, folder) | {"base_model_name_or_path": _place_for(libra.base, folder)}
     with atomic_folder(folder) as partial:
         write_json(partial / "config.json", config)
         tensors = dict(_connector_tensors(libra))
@@ -528,37 +457,39 @@ def write_connector(libra, folder):
 
 def write_adapter(libra, folder):
     """Writes LoRA in PEFT's layout, and non_lora_trainables.bin with the connector and a trained encoder."""
+    # PEFT's fields: those with one supported value, ours, and the model below
     record = LORA_SUPPORTED | asdict(libra.lora) | dict(task_type="CAUSAL_LM", inference_mode=True)
-    record |= _base_for(libra, Path(folder)) | {"target_modules": list(libra.lora.target_modules)}
-    trained = list(_connector_tensors(libra))
+    record["base_model_name_or_path"] = _place_for(libra.base, folder)
+    record["target_modules"] = list(libra.lora.target_modules)
+
+    # what else was trained, with the prefix that PEFT puts before every name
+    named = list(_connector_tensors(libra))
     if libra.config.unfreeze_mm_vision_tower:
-        trained += _trained_encoder_tensors(libra)
+        named += _encoder_tensors(libra, ENCODER_PREFIX)
+    trained = {PEFT_PREFIX + name: tensor for name, tensor in named}
     with atomic_folder(folder) as partial:
-        write_json(partial / "config.json", _config_for(libra, Path(folder)))
+        write_json(partial / "config.json", _config_for(libra, folder))
         write_json(partial / "adapter_config.json", record)
         checkpoint.write_safetensors(partial / ADAPTER_FILES[0], _lora_tensors(libra))
-        checkpoint.write_bin(partial / TRAINED_FILES[0], {PEFT_PREFIX + name: tensor for name, tensor in trained})
+        checkpoint.write_bin(partial / TRAINED_FILES[0], trained)
 
 
-def _config_for(libra, folder: Path) -> dict:
-    """config.json for a folder: paths of this machine become relative to it."""
-    config = {name: value for name, value in libra.config.json.items() if name != "base_model_name_or_path"}
+def _config_for(libra, folder) -> dict:
+    # config.json with paths relative to a folder
+    config = dict(libra.config.json)
+    config.pop("base_model_name_or_path", None)
     tower = _place_for(libra.encoder_files.source, folder)
-    if not libra.encoder_files.is_open_clip:
+    if libra.encoder_files.is_open_clip:
+        for name in ("mm_vision_tower_config", "mm_vision_tower_checkpoint"):
+            config[name] = f"{tower}/{Path(config[name]).name}"
+    else:
         config["mm_vision_tower"] = tower
-        return config
-    for name in ("mm_vision_tower_config", "mm_vision_tower_checkpoint"):
-        config[name] = f"{tower}/{Path(config[name]).name}"
     return config
 
 
-def _base_for(libra, folder: Path) -> dict:
-    return {"base_model_name_or_path": _place_for(libra.base, folder)}
-
-
-def _place_for(source: Source, folder: Path) -> str:
-    """A checkpoint's hub id, or its path relative to a folder."""
-    return source.repository or os.path.relpath(source.folder.resolve(), folder.resolve())
+def _place_for(source: Source, folder) -> str:
+    # a hub id, or a path relative to a folder
+    return source.repository or os.path.relpath(source.folder.resolve(), Path(folder).resolve())
 
 
 def _copy_files(source: Path, names, folder: Path):
@@ -567,29 +498,21 @@ def _copy_files(source: Path, names, folder: Path):
             shutil.copy(source / name, folder)
 
 
-# Pairs of a published name and a tensor, one part of the model each.
-
-
 def _connector_tensors(libra) -> Iterator[tuple[str, torch.Tensor]]:
     for name, parameter in libra.connector.named_parameters():
         yield f"model.mm_projector.{name}", parameter
 
 
-def _encoder_tensors(libra) -> Iterator[tuple[str, torch.Tensor]]:
-    """Names as in the encoder's own repository."""
+def _encoder_tensors(libra, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    # names and shapes as in the encoder's own repository
     for name, parameter in libra.encoder.named_parameters():
         stored = libra.encoder_files.tensors[name]
-        yield stored.name.removeprefix("model.vision_tower.vision_tower."), parameter.view(stored.shape)
-
-
-def _trained_encoder_tensors(libra) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, tensor in _encoder_tensors(libra):
-        yield f"model.vision_tower.vision_tower.{name}", tensor
+        yield prefix + stored.name.removeprefix(ENCODER_PREFIX), parameter.view(stored.shape)
 
 
 def _decoder_tensors(libra) -> Iterator[tuple[str, torch.Tensor]]:
     """LoRA is merged and fused modules are stacked one tensor at a time, so memory does not grow with the model."""
-    # 1) how to get each of our tensors
+    # 1) how to make each of our tensors
     makers: dict[str, Callable[[], torch.Tensor]] = {}
     for name, parameter in libra.decoder.named_parameters():
         if name.endswith(".base_layer.weight"):
@@ -598,23 +521,22 @@ def _decoder_tensors(libra) -> Iterator[tuple[str, torch.Tensor]]:
         elif ".lora_" not in name:
             makers[name.replace(".base_layer.", ".")] = lambda parameter=parameter: parameter
 
-    # 2) modules that the family fuses on disk: q_proj, k_proj, v_proj -> qkv_proj
+    # 2) stack what the family fuses on disk: q_proj, k_proj, v_proj -> qkv_proj
     for fused, (first, *others) in names_of(libra.config.json).fused.items():
         for name in [name for name in makers if f".{first}." in name]:
             parts = [makers.pop(name.replace(f".{first}.", f".{part}.")) for part in (first, *others)]
             fused_name = name.replace(f".{first}.", f".{fused}.")
             makers[fused_name] = lambda parts=parts: torch.cat([make() for make in parts])
 
-    # 3) make them
     for name, make in makers.items():
         yield name if name == "lm_head.weight" else f"model.{name}", make()
 
 
 def _lora_tensors(libra) -> dict[str, torch.Tensor]:
-    """PEFT's names. Projections that are one module on disk share A; their B are stacked."""
     fused = names_of(libra.config.json).fused
     parts: dict[str, list[torch.Tensor]] = {}
     for name, parameter in lora_parameters(libra.decoder).items():
+        # layers.0.self_attn.q_proj.lora_A.weight -> layers.0.self_attn, q_proj, A.weight
         module, matrix = name.split(".lora_")
         block, projection = module.rsplit(".", 1)
         for on_disk, projections in fused.items():
@@ -622,4 +544,5 @@ def _lora_tensors(libra) -> dict[str, torch.Tensor]:
                 projection = on_disk
         published = f"{PEFT_PREFIX}model.{block}.{projection}.lora_{matrix}"
         parts.setdefault(published, []).append(parameter)
+    # projections that are one module on disk share A; their B are stacked
     return {name: tensors[0] if ".lora_A." in name else torch.cat(tensors) for name, tensors in parts.items()}

@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from data import Study  # noqa: E402
 from model import Libra  # noqa: E402
+from tokenizer import TEMPLATES, render  # noqa: E402
 
 FAMILIES = sorted(folder.parent.name for folder in GOLDEN.glob("*/model"))
 LIBRA = ["libra-7b", "libra-3b"]
@@ -34,6 +35,32 @@ LIBRA = ["libra-7b", "libra-3b"]
 def load(family: str) -> Libra:
     """A golden checkpoint in float32 on the CPU, read once. Tests must not change it."""
     return Libra.from_pretrained(GOLDEN / family / "model", device="cpu", dtype="float32")
+
+
+def read_again(source, **options) -> Libra:
+    """Any model in float32 on the CPU, read anew, so that a test may change it."""
+    return Libra.from_pretrained(source, **dict(device="cpu", dtype="float32") | options)
+
+
+@torch.no_grad()
+def last_logits(libra: Libra, study: Study) -> torch.Tensor:
+    """The logits [V] of the first token of a study's report, computed without a cache."""
+    prompt = render([(f"{libra.image_text}\n{study.query}", None)], TEMPLATES[libra.template], libra.tokenizer)
+    embeddings = libra.splice(prompt.ids, libra.embed_images(libra.preprocess(study.images())))
+    return libra.logits(libra.decoder(embeddings[None], torch.arange(len(embeddings))[None])[0, -1])
+
+
+def same_weights(one: Libra, other: Libra):
+    """Both have the same parameters, bit for bit."""
+    one, other = dict(one.named_parameters()), dict(other.named_parameters())
+    assert one.keys() == other.keys()
+    for name, parameter in one.items():
+        assert parameter.dtype == other[name].dtype and torch.equal(parameter, other[name]), name
+
+
+def change(file: Path, **fields):
+    """Set fields of a JSON file."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
 
 
 def seconds_of_children() -> float:

@@ -1,3 +1,4 @@
+"""The oracles: the language models of `transformers`, the adapters of `peft`, and whole rows computed at once."""
 
 import peft
 import pytest
@@ -82,10 +83,9 @@ def random_ids(*shape):
     return torch.randint(97, shape, generator=torch.Generator().manual_seed(1))
 
 
-@torch.no_grad()
-def logits_of(decoder, ids, attend=None):
+def logits_of(decoder, ids):
     positions = torch.arange(ids.shape[1]).expand(len(ids), -1)
-    return decoder.head(decoder(decoder.embed_tokens(ids), positions, attend), 97)
+    return decoder.head(decoder(decoder.embed_tokens(ids), positions), 97)
 
 
 @pytest.mark.parametrize("length", [33, 20, 5])  # around longrope's original length and the windows'
@@ -163,6 +163,8 @@ UNSUPPORTED = [
     ("mistral", dict(hidden_act="relu"), "hidden_act"),
     ("qwen2", dict(rope_scaling=dict(type="yarn", factor=4.0)), "yarn"),
     ("phi3", dict(rope_scaling=dict(type="longrope", long_factor=[1.0])), "short_factor"),
+    ("llama", dict(rope_scaling=dict(type="linear", factor=2.0)), "linear"),
+    ("llama", dict(rope_scaling=dict(rope_type="llama3", factor=8.0)), "low_freq_factor"),
 ]  # fmt: skip
 
 
@@ -182,6 +184,18 @@ TARGETS = {
 CASES = [(row, targets, rslora) for row in TARGETS for targets in TARGETS[row] for rslora in (False, True)]
 
 
+def lora_of_peft(theirs, names):
+    """(our name, PEFT's parameter, our names of its parts) of every LoRA parameter of a model of `peft`."""
+    for name, weight in theirs.named_parameters():
+        if ".lora_" in name:
+            name = name.removeprefix("base_model.model.model.").replace(".default", "")
+            parts = [name]
+            for fused, projections in names.fused.items():
+                if f".{fused}." in name:
+                    parts = [name.replace(f".{fused}.", f".{projection}.") for projection in projections]
+            yield name, weight, parts
+
+
 @pytest.fixture(params=CASES, ids=lambda case: f"{case[0]} {len(case[1])} {'rslora' * case[2]}")
 def adapted(request, tmp_path):
     """(a model of `peft`, our decoder with the same random adapter, how the family names its parameters)."""
@@ -189,53 +203,49 @@ def adapted(request, tmp_path):
     theirs = random_model(row)
     theirs.save_pretrained(tmp_path)
     ours, names = read(tmp_path)
-    config = LoRAConfig(r=3, lora_alpha=7.0, target_modules=targets, lora_dropout=0.0, use_rslora=rslora)
+    settings = dict(r=3, lora_alpha=7.0, lora_dropout=0.0, use_rslora=rslora)
     theirs = peft.get_peft_model(
-        theirs,
-        peft.LoraConfig(r=3, lora_alpha=7.0, target_modules=list(targets), use_rslora=rslora, task_type="CAUSAL_LM"),
-    )
-    add_lora(ours, names, config)
+        theirs, peft.LoraConfig(**settings, target_modules=list(targets), task_type="CAUSAL_LM")
+    ).eval()
+    add_lora(ours, names, LoRAConfig(**settings, target_modules=targets))
     parameters = lora_parameters(ours)
-    for name, weight in theirs.named_parameters():
-        if ".lora_" not in name:
-            continue
+    for name, weight, parts in lora_of_peft(theirs, names):
         torch.nn.init.normal_(weight, std=0.3)
-        name = name.removeprefix("base_model.model.model.").replace(".default", "")
-        fused = next((fused for fused in names.fused if f".{fused}." in name), None)
-        parts = [name.replace(f".{fused}.", f".{part}.") for part in names.fused.get(fused, ())] or [name]
+        # parts of a fused module share A and split B's rows
+        values = [weight] * len(parts)
+        if "lora_B" in name:
+            values = weight.split([len(parameters[part]) for part in parts])
         with torch.no_grad():
-            rows = [len(parameters[part]) for part in parts]
-            split = weight.split(rows) if "lora_B" in name else [weight] * len(parts)
-            for part, values in zip(parts, split, strict=True):
-                parameters[part].copy_(values)
-    return theirs.eval(), ours, names
+            for part, value in zip(parts, values, strict=True):
+                parameters[part].copy_(value)
+    return theirs, ours, names
 
 
 def test_lora_is_peft_s_forward_backward_and_merged(adapted):
     theirs, ours, names = adapted
-    theirs, ours = theirs.double(), ours.double()  # else rounding alone comes near the limit in some draws
+    # in float64: rounding alone comes near the limit in some draws
+    theirs, ours = theirs.double(), ours.double()
     ids = random_ids(2, 11)
-    positions = torch.arange(11).expand(2, -1)
-    logits = ours.head(ours(ours.embed_tokens(ids), positions), 97)
-    expected = theirs(ids).logits
+    logits, expected = logits_of(ours, ids), theirs(ids).logits
     assert relative(logits.detach(), expected.detach()) < 1e-5
+
+    # the gradients of a random sum of the logits
     weights = torch.randn(logits.shape)
     (logits * weights).sum().backward()
     (expected * weights).sum().backward()
-    found = {name: p.grad for name, p in lora_parameters(ours).items()}
-    assert {name for name, p in ours.named_parameters() if p.requires_grad} <= found.keys()
-    for name, weight in theirs.named_parameters():
-        if ".lora_" in name:
-            name = name.removeprefix("base_model.model.model.").replace(".default", "")
-            fused = next((fused for fused in names.fused if f".{fused}." in name), None)
-            parts = [name.replace(f".{fused}.", f".{part}.") for part in names.fused.get(fused, ())] or [name]
-            grad = torch.cat([found[part] for part in parts]) if "lora_B" in name else found[parts[0]]
-            assert relative(grad, weight.grad) < 1e-4, name
-    unmerged = logits.detach()
+    gradients = {name: parameter.grad for name, parameter in lora_parameters(ours).items()}
+    assert {name for name, parameter in ours.named_parameters() if parameter.requires_grad} <= gradients.keys()
+    for name, weight, parts in lora_of_peft(theirs, names):
+        gradient = gradients[parts[0]]
+        if "lora_B" in name:
+            gradient = torch.cat([gradients[part] for part in parts])
+        assert relative(gradient, weight.grad) < 1e-4, name
+
     merge_lora(ours)
     assert not any(isinstance(module, LoRALinear) for module in ours.modules())
-    assert relative(logits_of(ours, ids), unmerged) < 1e-5
-    assert relative(logits_of(ours, ids), theirs.merge_and_unload()(ids).logits.detach()) < 1e-5
+    with torch.no_grad():
+        assert relative(logits_of(ours, ids), expected) < 1e-5
+        assert relative(logits_of(ours, ids), theirs.merge_and_unload()(ids).logits) < 1e-5
 
 
 def test_a_fresh_adapter_changes_nothing_and_starts_as_peft_s(tmp_path):

@@ -1,163 +1,129 @@
+"""The oracles: the tensors that were written, and a hub of a few files that counts what is asked of it."""
+
 import http.server
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
-from collections import OrderedDict
-from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 import torch
-from conftest import GOLDEN, ROOT
+from conftest import GOLDEN, ROOT, change
 from safetensors.torch import save_file
 from torch import nn
 
 import sample
 from plumbing import checkpoint
 from plumbing.checkpoint import Source
-from plumbing.files import atomic_folder, read_json, write_json
+from plumbing.files import read_json, write_json
 
-CPU = torch.device("cpu")
 SEED = torch.Generator().manual_seed(0)
-TENSORS = {
+FIRST = {
     "f16": torch.randn(3, 5, generator=SEED).half(),
     "bf16": torch.randn(3, 5, generator=SEED).bfloat16(),
     "single": torch.randn(2, 3, 4, generator=SEED),
     "f64": torch.randn(7, generator=SEED).double(),
+}
+SECOND = {
     "scalar": torch.tensor(0.1),
     "empty": torch.empty(0, 4),
     "counts": torch.arange(9),
     "special": torch.tensor([float("nan"), float("inf"), -0.0, 1e-45]),
 }
-HALVES = [dict(list(TENSORS.items())[:4]), dict(list(TENSORS.items())[4:])]
+TENSORS = FIRST | SECOND
+LAYOUTS = {  # the four published layouts -> their files
+    "model.safetensors": {"model.safetensors": TENSORS},
+    "shards of model.safetensors": {"model-1-of-2.safetensors": FIRST, "model-2-of-2.safetensors": SECOND},
+    "pytorch_model.bin": {"pytorch_model.bin": TENSORS},
+    "shards of pytorch_model.bin": {"pytorch_model-1-of-2.bin": FIRST, "pytorch_model-2-of-2.bin": SECOND},
+}
+every_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
-def write_index(folder, name, shards):
-    """The index file of shards {file name: tensors}."""
-    places = {tensor: file for file, tensors in shards.items() for tensor in tensors}
-    (folder / f"{name}.index.json").write_text(json.dumps({"metadata": {"total_size": 0}, "weight_map": places}))
+def write_layout(folder, layout):
+    files = LAYOUTS[layout]
+    for file, tensors in files.items():
+        write = save_file if file.endswith(".safetensors") else torch.save
+        write(tensors, folder / file)
+    if len(files) > 1:
+        write_index(folder, layout.removeprefix("shards of "), files)
 
 
-def one_safetensors(folder):
-    save_file(TENSORS, folder / "model.safetensors")
-
-
-def shards_of_safetensors(folder):
-    shards = {f"model-0000{number}-of-00002.safetensors": half for number, half in enumerate(HALVES, 1)}
-    for file, tensors in shards.items():
-        save_file(tensors, folder / file)
-    write_index(folder, "model.safetensors", shards)
-
-
-def one_bin(folder):
-    torch.save(OrderedDict(TENSORS), folder / "pytorch_model.bin")
-
-
-def shards_of_bin(folder):
-    shards = {f"pytorch_model-0000{number}-of-00002.bin": half for number, half in enumerate(HALVES, 1)}
-    for file, tensors in shards.items():
-        torch.save(tensors, folder / file)
-    write_index(folder, "pytorch_model.bin", shards)
-
-
-LAYOUTS = [one_safetensors, shards_of_safetensors, one_bin, shards_of_bin]
+def write_index(folder, name, files):
+    weight_map = {}
+    for file, tensors in files.items():
+        weight_map |= dict.fromkeys(tensors, file)
+    write_json(folder / f"{name}.index.json", {"metadata": {"total_size": 0}, "weight_map": weight_map})
 
 
 def same_bits(a, b):
-    view = lambda tensor: tensor.contiguous().view(torch.uint8) if tensor.dim() else tensor[None].view(torch.uint8)
-    return (a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(view(a), view(b))
+    as_bytes = lambda tensor: tensor.contiguous().flatten().view(torch.uint8)
+    return (a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(as_bytes(a), as_bytes(b))
 
 
-@contextmanager
-def refusal(kinds, *words):
-    """The block raises one line that holds the words."""
-    with pytest.raises(kinds) as caught:
-        yield
-    assert "\n" not in str(caught.value)
-    assert all(word in str(caught.value) for word in words), caught.value
+def fill(module, stored):
+    """Copy tensors into a module, by its parameters' names."""
+    parameters = dict(module.named_parameters())
+    checkpoint.check_fit(parameters, stored, "")
+    checkpoint.load_tensors(parameters, stored)
 
 
-# ------------------------------------------------------------------------------------------------- files
+# --------------------------------------------------------------------------------------------- layouts
 
 
-@pytest.mark.parametrize("write", LAYOUTS)
-def test_every_layout_gives_names_shapes_types_and_values(tmp_path, write):
-    write(tmp_path)
+@every_layout
+def test_every_layout_gives_names_shapes_and_values(tmp_path, layout):
+    write_layout(tmp_path, layout)
     stored = checkpoint.list_tensors(checkpoint.locate(tmp_path))
-    assert {name: (s.shape, s.dtype) for name, s in stored.items()} == {
-        name: (tuple(tensor.shape), tensor.dtype) for name, tensor in TENSORS.items()
-    }
+    assert stored.keys() == TENSORS.keys()
     for name, tensor in TENSORS.items():
+        assert stored[name].shape == tensor.shape
         assert same_bits(checkpoint.read_tensor(stored[name]), tensor), name
 
 
-@pytest.mark.parametrize("write", LAYOUTS)
-def test_a_module_is_filled_in_the_type_that_is_asked_for(tmp_path, write):
-    write(tmp_path)
-    names = ["f16", "bf16", "single", "f64", "scalar", "empty", "special"]
-    module = nn.ParameterDict({name: nn.Parameter(torch.empty_like(TENSORS[name], device="meta")) for name in names})
-    stored = {name: s for name, s in checkpoint.list_tensors(Source(tmp_path)).items() if name in names}
-    parameters = dict(module.float().to_empty(device="cpu").named_parameters())
+@every_layout
+def test_a_module_is_filled_in_its_own_type_with_progress_in_bytes(tmp_path, layout):
+    write_layout(tmp_path, layout)
+    stored = checkpoint.list_tensors(Source(tmp_path))
+    parameters = {name: torch.empty(tensor.shape) for name, tensor in TENSORS.items()}  # float32
     checkpoint.check_fit(parameters, stored, "")
     progress = []
     checkpoint.load_tensors(parameters, stored, lambda *state: progress.append(state))
-    for name in names:
-        assert same_bits(module[name].detach(), TENSORS[name].float()), name
-    assert progress == sorted(progress) and len(progress) == len(names)
-    assert progress[-1] == (4 * 66, 4 * 66)  # 15 + 15 + 24 + 7 + 1 + 0 + 4 numbers in float32
+    for name, tensor in TENSORS.items():
+        assert same_bits(parameters[name], tensor.float()), name
+    assert progress == sorted(progress) and len(progress) == len(TENSORS)
+    assert progress[-1] == (4 * 75, 4 * 75)  # 15 + 15 + 24 + 7 + 1 + 0 + 9 + 4 numbers
 
 
-@pytest.mark.parametrize("write", LAYOUTS)
-def test_other_weights_beside_the_checkpoint_are_not_read(tmp_path, write):
-    write(tmp_path)
+@every_layout
+def test_other_weights_beside_the_checkpoint_are_not_read(tmp_path, layout):
+    write_layout(tmp_path, layout)
     for name in ("aaa.safetensors", "model-00001-of-00009.safetensors", "dino_head.safetensors"):
         save_file({"single": torch.zeros(1), "other": torch.zeros(1)}, tmp_path / name)
     torch.save({"other": torch.zeros(1)}, tmp_path / "training_args.bin")
-    stored = checkpoint.list_tensors(Source(tmp_path))
-    assert set(stored) == set(TENSORS)
-    assert same_bits(checkpoint.read_tensor(stored["single"]), TENSORS["single"])
+    assert checkpoint.list_tensors(Source(tmp_path)).keys() == TENSORS.keys()
 
 
-def test_safetensors_go_before_bin_and_an_index_before_a_single_file(tmp_path):
-    shards_of_safetensors(tmp_path)
+def test_safetensors_win_over_bin_and_an_index_over_a_single_file(tmp_path):
+    write_layout(tmp_path, "shards of model.safetensors")
     save_file({"other": torch.zeros(1)}, tmp_path / "model.safetensors")
     torch.save({"other": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
-    assert set(checkpoint.list_tensors(Source(tmp_path))) == set(TENSORS)
+    assert checkpoint.list_tensors(Source(tmp_path)).keys() == TENSORS.keys()
 
 
-# --------------------------------------------------------------------------------------------- refusals
+# -------------------------------------------------------------------------------------------- mistakes
 
 
-def refused(folder, *words):
-    """Reading the names of a folder's tensors is refused with one line that holds the words."""
-    with refusal((ValueError, OSError), *words):
-        checkpoint.list_tensors(checkpoint.locate(folder))
-
-
-def test_no_weights_and_missing_shards_are_named(tmp_path):
-    refused(tmp_path, "holds no weights", "fetch it again")
-    shards_of_safetensors(tmp_path)
-    (tmp_path / "model-00002-of-00002.safetensors").unlink()
-    refused(tmp_path, "model-00002-of-00002.safetensors", "one of 1 missing", "fetch it again")
-
-
-@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/outside.safetensors", "a/b.safetensors"])
-def test_an_index_that_leaves_its_folder_is_refused(tmp_path, name):
-    write_index(tmp_path, "model.safetensors", {name: {"weight": None}})
-    refused(tmp_path, name, "refused")
-
-
-@pytest.mark.parametrize("write", [one_safetensors, one_bin])
-@pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.99])
-def test_a_truncated_file_is_refused(tmp_path, write, share):
-    write(tmp_path)
-    (file,) = tmp_path.iterdir()
-    file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
-    refused(tmp_path, str(file), "fetch it again")
+def refused(kinds, culprit, function, *arguments):
+    """The call fails with one line that names the culprit."""
+    with pytest.raises(kinds) as caught:
+        function(*arguments)
+    assert "\n" not in str(caught.value) and culprit in str(caught.value), caught.value
 
 
 class Malice:
@@ -165,50 +131,67 @@ class Malice:
         return os.system, ("touch malice",)
 
 
-def test_a_bin_that_would_run_code_is_refused(tmp_path, monkeypatch):
+def bin_with(content):
+    return lambda folder: torch.save(content, folder / "pytorch_model.bin")
+
+
+def index_to(file):
+    return lambda folder: write_index(folder, "model.safetensors", {file: ["weight"]})
+
+
+def truncated(layout, share):
+    def write(folder):
+        write_layout(folder, layout)
+        file = folder / layout
+        file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
+
+    return write
+
+
+BAD_FOLDERS = [  # what is written into a folder -> the file that the message names
+    (lambda folder: None, "model.safetensors"),
+    (index_to("model-2-of-2.safetensors"), "model-2-of-2.safetensors"),
+    (index_to("../outside.safetensors"), "../outside.safetensors"),
+    (index_to("/etc/outside.safetensors"), "/etc/outside.safetensors"),
+    *((truncated("model.safetensors", share), "model.safetensors") for share in (0, 0.01, 0.99)),
+    *((truncated("pytorch_model.bin", share), "pytorch_model.bin") for share in (0, 0.01, 0.99)),
+    *((bin_with(content), "pytorch_model.bin") for content in ([torch.ones(1)], {"epoch": 3}, torch.ones(2))),
+    (bin_with({"weight": torch.ones(1), "more": Malice()}), "pytorch_model.bin"),
+]
+
+
+@pytest.mark.parametrize(("write", "culprit"), BAD_FOLDERS)
+def test_bad_weights_are_refused_by_name_and_no_code_runs(tmp_path, monkeypatch, write, culprit):
     monkeypatch.chdir(tmp_path)
-    torch.save({"weight": torch.ones(1), "more": Malice()}, tmp_path / "pytorch_model.bin")
-    refused(tmp_path, "pytorch_model.bin", "could run code")
+    write(tmp_path)
+    refused((ValueError, OSError), culprit, checkpoint.list_tensors, checkpoint.locate(tmp_path))
     assert not (tmp_path / "malice").exists()
 
 
-@pytest.mark.parametrize("content", [[torch.ones(1)], {"epoch": 3}, torch.ones(2)])
-def test_a_bin_without_named_tensors_is_refused(tmp_path, content):
-    torch.save(content, tmp_path / "pytorch_model.bin")
-    refused(tmp_path, "pytorch_model.bin", "named tensors")
+@pytest.mark.parametrize("place", ["no/where/at-all", "nowhere", __file__])
+def test_a_place_without_a_checkpoint_is_refused(place):
+    refused(OSError, place, checkpoint.locate, place)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff", None])
+def test_config_json_must_be_a_json_object(tmp_path, content):
+    file = tmp_path / "config.json"
+    if content is not None:
+        file.write_bytes(content)
+    refused((ValueError, OSError), str(file), read_json, file)
 
 
 def test_what_does_not_fit_is_counted_and_named_before_data_is_read(tmp_path):
     extra = {f"extra.{n}": torch.ones(1) for n in range(7)}
     save_file(extra | {"weight": torch.ones(3, 2)}, tmp_path / "model.safetensors")
     stored = checkpoint.list_tensors(Source(tmp_path))
-    counts = "it does not fit: 1 missing, 7 unexpected, 1 wrongly shaped"
-    with refusal(ValueError, counts, "bias", "extra.4, …", "weight [3, 2] instead of [2, 3]"):
-        checkpoint.check_fit(dict(nn.Linear(3, 2, device="meta").named_parameters()), stored, "it does not fit")
+    parameters = dict(nn.Linear(3, 2, device="meta").named_parameters())
+    for words in ("1 missing, 7 unexpected, 1 wrongly shaped", "bias", "extra.4, …", "weight [3, 2] instead of [2, 3]"):
+        refused(ValueError, words, checkpoint.check_fit, parameters, stored, "it does not fit")
 
 
-def test_a_model_that_cannot_fit_is_refused_with_both_figures():
-    with refusal(MemoryError, "65536.0 GiB in float32", "free on cpu", "--dtype bfloat16"):
-        checkpoint.check_memory(2**46, CPU, torch.float32)
-
-
-@pytest.mark.parametrize(
-    ("place", "words"), [("no/where/at-all", "check the path"), ("nowhere", "check the path"), (__file__, "is a file")]
-)
-def test_a_place_that_is_none_is_refused(place, words):
-    with refusal(OSError, place, words):
-        checkpoint.locate(place)
-
-
-def test_config_json_must_be_a_json_object(tmp_path):
-    file = tmp_path / "config.json"
-    for content, words in ((b"{", "is not JSON"), (b"[]", "holds a list"), (b"\xff", "is not JSON")):
-        file.write_bytes(content)
-        with refusal(ValueError, str(file), words, "fetch it again"):
-            read_json(file)
-    file.unlink()
-    with refusal(OSError, str(file), "is missing"):
-        read_json(file)
+def test_a_model_that_exceeds_the_memory_is_refused_with_its_size():
+    refused(MemoryError, "65536.0 GiB", checkpoint.check_memory, 2**46, torch.device("cpu"), torch.float32)
 
 
 # ----------------------------------------------------------------------------------------------- memory
@@ -235,22 +218,25 @@ print(status("VmHWM") - before)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of resident memory is Linux's to tell")
 @pytest.mark.parametrize("shards", [1, 3])
 @pytest.mark.parametrize("fused", [True, False])
-def test_loading_holds_one_tensor_beside_the_model(tmp_path, shards, fused):
+def test_loading_takes_the_memory_of_one_tensor_beside_the_model(tmp_path, shards, fused):
     parts = {"abcd": 4096} if fused else dict.fromkeys("abcd", 1024)  # 16 MiB a layer
     names = {f"layer{n}.{part}.weight": rows for n in range(16) for part, rows in parts.items()}
     tensors = {name: torch.ones(rows, 1024) for name, rows in names.items()}
     files = {f"model-{n}.safetensors": dict(list(tensors.items())[n::shards]) for n in range(shards)}
-    for file, held in files.items():
-        save_file(held, tmp_path / file)
+    for file, shard in files.items():
+        save_file(shard, tmp_path / file)
     write_index(tmp_path, "model.safetensors", files)
     run = subprocess.run([sys.executable, "-c", LOAD, tmp_path], cwd=ROOT, capture_output=True, text=True, check=True)
     assert 256 <= int(run.stdout) < 256 + 64  # MiB
 
 
-# ------------------------------------------------------------------------------------------- names and saving
+# ------------------------------------------------------------------------------------- names and saving
+
+NAMES = checkpoint.NameMap(keys=((r"^model\.", ""),), dropped=r"^text\.", fused={"qkv": ("q", "k")})
 
 
-def test_names_are_translated_and_fused_rows_are_split(tmp_path):
+@pytest.mark.parametrize("file", ["trainer.pt", "weights.safetensors"])
+def test_names_are_translated_and_fused_rows_are_split(tmp_path, file):
     weights = {
         "model.layer.qkv.weight": torch.randn(7, 3), "model.layer.qkv.bias": torch.randn(7),
         "model.layer.qkv.lora_A.weight": torch.randn(5, 3), "model.scale": torch.randn(1, 1, 4),
@@ -258,30 +244,25 @@ def test_names_are_translated_and_fused_rows_are_split(tmp_path):
     }  # fmt: skip
     torch.save({"epoch": 3, "state_dict": weights}, tmp_path / "trainer.pt")
     save_file(weights, tmp_path / "weights.safetensors")
-    names = checkpoint.NameMap(keys=((r"^model\.", ""),), dropped=r"^text\.", fused={"qkv": ("q", "k")})
+    # q has four rows and k three; both share one matrix A
     module = nn.ModuleDict({"layer": nn.ModuleDict({"q": nn.Linear(3, 4), "k": nn.Linear(3, 3)})})
     for part in module.layer.values():
         part.lora_A = nn.Linear(3, 5, bias=False)
     module.scale = nn.Parameter(torch.ones(4))
-    for file in ("trainer.pt", "weights.safetensors"):
-        stored = checkpoint.rename_tensors(checkpoint.file_tensors(tmp_path / file), names, module)
-        checkpoint.check_fit(dict(module.named_parameters()), stored, "")
-        checkpoint.load_tensors(dict(module.named_parameters()), stored)
-        for name, rows in (("q", slice(0, 4)), ("k", slice(4, 7))):
-            part = module.layer[name]
-            assert torch.equal(part.weight, weights["model.layer.qkv.weight"][rows])
-            assert torch.equal(part.bias, weights["model.layer.qkv.bias"][rows])
-            assert torch.equal(part.lora_A.weight, weights["model.layer.qkv.lora_A.weight"])
-        assert torch.equal(module.scale, weights["model.scale"].flatten())
+    fill(module, checkpoint.rename_tensors(checkpoint.file_tensors(tmp_path / file), NAMES, module))
+    for name, rows in (("q", slice(0, 4)), ("k", slice(4, 7))):
+        part = module.layer[name]
+        assert torch.equal(part.weight, weights["model.layer.qkv.weight"][rows])
+        assert torch.equal(part.bias, weights["model.layer.qkv.bias"][rows])
+        assert torch.equal(part.lora_A.weight, weights["model.layer.qkv.lora_A.weight"])
+    assert torch.equal(module.scale, weights["model.scale"].flatten())
 
 
 def test_a_fused_tensor_of_too_few_rows_does_not_fit(tmp_path):
     save_file({"l.qkv.weight": torch.randn(6, 3)}, tmp_path / "model.safetensors")
     module = nn.ModuleDict({"l": nn.ModuleDict({"q": nn.Linear(3, 4, bias=False), "k": nn.Linear(3, 3, bias=False)})})
-    names = checkpoint.NameMap(fused={"qkv": ("q", "k")})
-    stored = checkpoint.rename_tensors(checkpoint.file_tensors(tmp_path / "model.safetensors"), names, module)
-    with refusal(ValueError, "l.k.weight [2, 3] instead of [3, 3]"):
-        checkpoint.check_fit(dict(module.named_parameters()), stored, "")
+    stored = checkpoint.rename_tensors(checkpoint.list_tensors(Source(tmp_path)), NAMES, module)
+    refused(ValueError, "l.k.weight [2, 3] instead of [3, 3]", fill, module, stored)
 
 
 @pytest.mark.parametrize(("size", "files"), [(10**9, 1), (130, 4), (1, 8)])
@@ -294,31 +275,12 @@ def test_what_is_written_reads_back_bit_for_bit_whatever_the_shards(tmp_path, si
         assert same_bits(checkpoint.read_tensor(stored[name]), tensor), name
 
 
-def test_weights_can_be_read_by_whom_the_files_beside_them_can(tmp_path):
-    write_json(tmp_path / "config.json", {})
-    checkpoint.write_safetensors(tmp_path / "model.safetensors", {"a": torch.zeros(2)})
-    modes = {file.stat().st_mode for file in tmp_path.iterdir()}
-    assert len(modes) == 1 and modes.pop() & 0o444 != 0o400
-
-
-def test_a_folder_changes_whole_or_not_at_all(tmp_path):
+def test_whoever_can_read_the_config_can_read_the_weights(tmp_path):
     folder = tmp_path / "model"
-    for content in ("first", "second"):
-        with atomic_folder(folder) as partial:
-            (partial / "config.json").write_text(content)
-        assert (folder / "config.json").read_text() == content
-    with pytest.raises(KeyboardInterrupt), atomic_folder(folder) as partial:
-        (partial / "config.json").write_text("third")
-        raise KeyboardInterrupt
-    assert (folder / "config.json").read_text() == "second"
-    assert list(tmp_path.iterdir()) == [folder]
-
-
-def test_a_folder_of_something_else_is_never_replaced(tmp_path):
-    (tmp_path / "thesis.tex").write_text("years of work")
-    with refusal(OSError, str(tmp_path), "not a checkpoint"), atomic_folder(tmp_path):
-        pass
-    assert (tmp_path / "thesis.tex").exists()
+    folder.mkdir()
+    write_json(folder / "config.json", {})
+    checkpoint.write_safetensors(folder / "model.safetensors", {"a": torch.zeros(2)})
+    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1
 
 
 # -------------------------------------------------------------------------------------------------- hub
@@ -329,20 +291,20 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def do_HEAD(self):
         path = urlsplit(self.path).path
-        found = re.fullmatch(r"(?:/api/models)?/(\w+/\w+)/(revision|tree|resolve)/\w+/?(.*)", path)
-        folder = self.server.repositories.get(found[1]) if found else None
+        request = re.fullmatch(r"(?:/api/models)?/(\w+/\w+)/(revision|tree|resolve)/\w+/?(.*)", path)
+        folder = self.server.repositories.get(request[1]) if request else None
         headers, body = {}, b"{}"
         if not folder:
             headers = {"X-Error-Code": "RepoNotFound"}
-        elif found[2] == "revision":
-            body = json.dumps({"id": found[1], "sha": "0" * 40}).encode()
-        elif found[2] == "tree":
+        elif request[2] == "revision":
+            body = json.dumps({"id": request[1], "sha": "0" * 40}).encode()
+        elif request[2] == "tree":
             entry = lambda f: {"type": "file", "path": f.name, "size": f.stat().st_size, "oid": f.name}
             body = json.dumps([entry(file) for file in folder.iterdir()]).encode()
         else:
-            self.server.asked.append(found[3])
-            body = (folder / found[3]).read_bytes()
-            headers = {"ETag": f'"{found[3]}"', "X-Repo-Commit": "0" * 40}
+            self.server.asked.append(request[3])
+            body = (folder / request[3]).read_bytes()
+            headers = {"ETag": f'"{request[3]}"', "X-Repo-Commit": "0" * 40}
         self.send_response(200 if folder else 404)
         for header in (headers | {"Content-Type": "application/json", "Content-Length": str(len(body))}).items():
             self.send_header(*header)
@@ -358,63 +320,58 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path):
-    """(run sample.py against a small hub that holds libra-7b and its encoder, the names of files asked for)."""
-    model, encoder = tmp_path / "model", tmp_path / "encoder"
-    for folder, place in ((model, "libra-7b/model"), (encoder, "libra-7b/encoder-dinov2")):
-        folder.mkdir()
-        for file in (GOLDEN / place).iterdir():
-            (folder / file.name).write_bytes(file.read_bytes())
+    """A small hub that has libra-7b and its encoder, and what is beside them in a repository."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.repositories, server.asked = {}, []
+    for name, source in (("model", "libra-7b/model"), ("encoder", "libra-7b/encoder-dinov2")):
+        folder = server.repositories[f"owner/{name}"] = tmp_path / name
+        shutil.copytree(GOLDEN / source, folder)
         (folder / "README.md").write_text("not needed")
         (folder / "dino_head.safetensors").write_bytes(bytes(99))
-    config = json.loads((model / "config.json").read_text()) | {"mm_vision_tower": "owner/encoder"}
-    (model / "config.json").write_text(json.dumps(config))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.repositories, server.asked = {"owner/model": model, "owner/encoder": encoder}, []
+    change(tmp_path / "model" / "config.json", mm_vision_tower="owner/encoder")
+    server.cache = tmp_path / "cache"
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    environment = os.environ | {
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "cache"),
-        "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-
-    def run(model, **changes):
-        image = str(GOLDEN / "images" / "0.png")
-        command = [sys.executable, "sample.py", "--model", model, "--images", image, "--max-new-tokens=2", "--json"]
-        return subprocess.run(command, cwd=ROOT, env=environment | changes, capture_output=True, text=True)
-
-    run.model = model
-    yield run, server.asked
+    yield server
     server.shutdown()
 
 
+def sample_from(hub, model, **variables):
+    """Run sample.py with a model of the hub."""
+    variables = {"HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_HOME": str(hub.cache)} | variables
+    image = str(GOLDEN / "images" / "0.png")
+    command = [sys.executable, "sample.py", "--model", model, "--images", image, "--max-new-tokens=2", "--json"]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True)
+
+
+NO_NETWORK = {"HF_ENDPOINT": "http://127.0.0.1:9"}
+
+
 def test_a_hub_id_is_downloaded_once_with_only_the_files_needed(hub):
-    run, asked = hub
-    first = run("owner/model")
+    first = sample_from(hub, "owner/model")
     assert first.returncode == 0, first.stderr
-    assert json.loads(first.stdout)["outputs"]
-    assert "README.md" not in asked and "dino_head.safetensors" not in asked
-    asked.clear()
-    offline = run("owner/model", HF_HUB_OFFLINE="1", HF_ENDPOINT="http://127.0.0.1:9")
+    assert "README.md" not in hub.asked and "dino_head.safetensors" not in hub.asked
+    hub.asked.clear()
+    offline = sample_from(hub, "owner/model", HF_HUB_OFFLINE="1", **NO_NETWORK)
     assert json.loads(offline.stdout)["outputs"] == json.loads(first.stdout)["outputs"]
-    assert not asked
+    assert not hub.asked
 
 
-def test_a_hub_that_lacks_the_repository_or_cannot_be_reached_is_one_line(hub):
-    run, _ = hub
-    for model, changes, words in (
-        ("owner/nothing", {}, "no such repository"),
-        ("owner/model", {"HF_HUB_OFFLINE": "1"}, "could not be downloaded"),
-        ("owner/model", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "could not be downloaded"),
-        (sample.DEFAULT_MODEL, {"HF_HUB_OFFLINE": "1"}, "--model assets/phantom"),
-    ):
-        failed = run(model, **changes)
-        assert failed.returncode == 2 and not failed.stdout
-        assert words in failed.stderr and failed.stderr.count("\n") == 1, failed.stderr
+@pytest.mark.parametrize(
+    ("model", "variables"),
+    [
+        ("owner/nothing", {}), ("owner/model", NO_NETWORK), ("owner/model", {"HF_HUB_OFFLINE": "1"}),
+        (sample.DEFAULT_MODEL, {"HF_HUB_OFFLINE": "1"}),
+    ],
+)  # fmt: skip
+def test_a_hub_that_lacks_the_repository_or_cannot_be_reached_is_one_line(hub, model, variables):
+    failed = sample_from(hub, model, **variables)
+    assert failed.returncode == 2 and not failed.stdout
+    assert model in failed.stderr and failed.stderr.count("\n") == 1, failed.stderr
+    assert ("assets/phantom" in failed.stderr) == (model == sample.DEFAULT_MODEL)
 
 
-def test_a_config_that_we_do_not_compute_is_refused_before_weights_are_downloaded(hub):
-    run, asked = hub
-    config = json.loads((run.model / "config.json").read_text())
-    (run.model / "config.json").write_text(json.dumps(config | {"hidden_act": "relu"}))
-    failed = run("owner/model")
+def test_an_unsupported_config_is_refused_before_weights_are_downloaded(hub):
+    change(hub.repositories["owner/model"] / "config.json", hidden_act="relu")
+    failed = sample_from(hub, "owner/model")
     assert failed.returncode == 2 and "hidden_act" in failed.stderr
-    assert asked and not any(name.endswith((".safetensors", ".bin")) for name in asked)
+    assert hub.asked and not any(name.endswith((".safetensors", ".bin")) for name in hub.asked)
