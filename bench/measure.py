@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from plumbing.cli import _follow_parent as follow_parent
+from plumbing.cli import follow_parent
 
 # glibc keeps freed blocks of up to 32 MB, and the holes between them would count as memory in use
 os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2**24))

@@ -105,7 +105,7 @@ def parallel(function, items, workers):
     """Yields function(item) for each item, in order, from worker processes; ChildProcessError if one is killed."""
     # a forked worker starts at once; where forking is not safe, each one imports everything anew
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_follow_parent)
+    pool = ProcessPoolExecutor(workers, context, initializer=follow_parent)
     items = iter(items)
     # the first task forks the workers: a Ctrl-C waits until then, and reaches only this process, which ends them
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
@@ -121,7 +121,7 @@ def parallel(function, items, workers):
         pool.shutdown(cancel_futures=True)
 
 
-def _follow_parent():
+def follow_parent():
     def end_with_parent():
         multiprocessing.parent_process().join()
         os._exit(1)

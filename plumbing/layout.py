@@ -347,6 +347,8 @@ NEUTRAL = dict(  # settings of generation_config.json that `generate` does not h
     repetition_penalty=1.0, encoder_repetition_penalty=1.0, min_length=0, min_new_tokens=0, min_p=0, typical_p=1.0,
     epsilon_cutoff=0, eta_cutoff=0, diversity_penalty=0, penalty_alpha=0, early_stopping=False, guidance_scale=None,
     bad_words_ids=None, force_words_ids=None, forced_eos_token_id=None, suppress_tokens=None, sequence_bias=None,
+    num_beam_groups=1, renormalize_logits=False, forced_bos_token_id=None, begin_suppress_tokens=None,
+    exponential_decay_length_penalty=None,
 )  # fmt: skip
 
 
