@@ -48,7 +48,7 @@ def draw_rule(x=100, size=17):
     seen = visible(SMALL[None], len(SMALL), len(SMALL))[0, 0]
     prefix = SMALL == 0
     layers = {
-        PREFIX: (seen & prefix, "visible: the prefix, to everybody behind it"),
+        PREFIX: (seen & prefix, "visible: the prefix, to everybody after it"),
         OWN: (seen & ~prefix, "visible: one’s own question and answer up to this position"),
         PALE: (~seen, "hidden: later positions, other questions, padding"),
     }
