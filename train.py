@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import itertools
 import math
+import os
 import re
 import signal
 import sys
@@ -564,7 +565,12 @@ def parse(arguments: list[str] | None) -> tuple[TrainConfig, bool]:
 def main(arguments: list[str] | None = None) -> int:
     config, resume = parse(arguments)
     with init_distributed() as world:
-        return guard("train.py", lambda config: run(config, resume, world), config)
+        status = guard("train.py", lambda config: run(config, resume, world), config)
+        if config.fsdp and world.size > 1:
+            # DTensor keeps the process group, whose gloo threads abort a normal exit now and then (torch 2.13)
+            sys.stdout.flush()
+            os._exit(status)
+    return status
 
 
 if __name__ == "__main__":

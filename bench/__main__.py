@@ -132,6 +132,7 @@ def plan(options):
     parts = costs.plan(model, options)
     if options.json:
         return print(json.dumps(parts))
+    print(f"{name} on {options.gpus} × {options.gpu}: an estimate, nothing here was measured")
     for part, terms in parts.items():
         print(f"\n{part}")
         for term in terms:

@@ -10,7 +10,7 @@ from torch import nn
 
 from decoder import Decoder, DecoderConfig
 from encoder import Encoder, EncoderConfig
-from plumbing.log import PEAK_FLOPS
+from plumbing.log import PEAK_TFLOPS
 from tac import TAC
 
 PREFIX, QUESTION, ANSWER = 40, 38, 79  # ids of a Diff-VQA record: before its image, and behind it
@@ -114,7 +114,7 @@ def term(name: str, amount: float, unit: str, how: str = "") -> dict:
 def plan(costs: Costs, options) -> dict[str, list[dict]]:
     """Memory and time of both training stages and of the test set; options: gpu, gpus, rows, questions, records."""
     # we assume that 40 % of the FLOP/s and 60 % of the bytes/s are reached
-    gpu, peak = GPUS[options.gpu], PEAK_FLOPS[options.gpu.removesuffix("-40")]
+    gpu, peak = GPUS[options.gpu], 1e12 * PEAK_TFLOPS[options.gpu.removesuffix("-40")]
     flops, bandwidth = 0.4 * peak * options.gpus, 0.6 * gpu.bandwidth * options.gpus
     computing = f"40% of {options.gpus} × {peak / 1e12:,.0f} TFLOP/s"
     config, parts = costs.decoder_config, {}
