@@ -128,7 +128,11 @@ FAMILIES = {
     ),
 }  # fmt: skip
 
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh")}
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
 
 # rope type -> the fields that it needs in rope_scaling
 ROPE_FIELDS = {
@@ -205,7 +209,8 @@ def rope_frequencies(config: DecoderConfig, device) -> torch.Tensor:
     With longrope (Ding et al. 2024) [2, R / 2]: the frequencies of short rows, then those of long rows.
     """
     R = int(config.head_dim * config.partial_rotary_factor)
-    frequencies = config.rope_theta ** -(torch.arange(0, R, 2, device=device).float() / R)
+    exponents = torch.arange(0, R, 2, device=device).float() / R  # [R / 2]
+    frequencies = config.rope_theta**-exponents
     scaling = config.rope_scaling
     if scaling["rope_type"] == "llama3":
         # Llama 3.1: channels that turn often within the original context keep their frequency, slow ones are
@@ -241,7 +246,9 @@ def rope(config: DecoderConfig, positions, lengths, dtype) -> Rotation:
     # both halves of the channels turn by the same angles
     angles = positions[:, None, :, None].float() * frequencies  # [B, 1, T, R / 2]
     angles = torch.cat((angles, angles), -1)  # [B, 1, T, R]
-    return Rotation((angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype))
+    cos = angles.cos() * scale
+    sin = angles.sin() * scale
+    return Rotation(cos.to(dtype), sin.to(dtype))
 
 
 def rotate(x, rotation: Rotation):
@@ -249,10 +256,12 @@ def rotate(x, rotation: Rotation):
     R = rotation.cos.shape[-1]
     # partial rotary embeddings: the channels after R stay as they are
     if x.shape[-1] > R:
-        return torch.cat((rotate(x[..., :R], rotation), x[..., R:]), -1)
+        rotated = rotate(x[..., :R], rotation)
+        return torch.cat((rotated, x[..., R:]), -1)
     # (left, right) · cos + (-right, left) · sin
     left, right = x.chunk(2, -1)
-    return x * rotation.cos + torch.cat((-right, left), -1) * rotation.sin
+    turned = torch.cat((-right, left), -1)
+    return x * rotation.cos + turned * rotation.sin
 
 
 # ------------------------------------------------------------------------------------------ layers
@@ -278,8 +287,10 @@ class RMSNorm(nn.Module):
     def forward(self, x):
         # in float32, whatever the weights are
         h = x.float()
-        h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
-        return (h * (self.weight.float() + self.offset)).to(x.dtype)
+        mean_square = h.square().mean(-1, keepdim=True)
+        h = h * torch.rsqrt(mean_square + self.eps)
+        weight = self.weight.float() + self.offset
+        return (h * weight).to(x.dtype)
 
 
 class SelfAttention(nn.Module):
@@ -324,7 +335,8 @@ class MLP(nn.Module):
         def gated(gate, up):
             return self.activation(gate) * up
 
-        return self.down_proj(recompute_in_backward(gated, self.gate_proj(x), self.up_proj(x)))
+        h = recompute_in_backward(gated, self.gate_proj(x), self.up_proj(x))
+        return self.down_proj(h)
 
 
 class DecoderLayer(nn.Module):
@@ -413,8 +425,9 @@ class Cache:
         """Makes room for prefixes of this many positions. Only a chat, whose prompt grows, needs it."""
         missing = positions - self.prefix[0][0].shape[2]
         if missing > 0:
-            padding = (0, 0, 0, missing)
-            self.prefix = [(F.pad(keys, padding), F.pad(values, padding)) for keys, values in self.prefix]
+            for layer, pair in enumerate(self.prefix):
+                keys, values = (F.pad(x, (0, 0, 0, missing)) for x in pair)
+                self.prefix[layer] = (keys, values)
 
     def advance(self, positions: int, study: int | None = None):
         """Counts positions that every layer has stored: of one study's prefix, or of every continuation."""
@@ -477,11 +490,13 @@ class Prefill:
         # views of the study's first positions, up to the last of the new ones
         keys, values = self.cache.prefix[layer]
         stop = self.start + q.shape[2]
-        keys, values = keys[self.study, None, :, :stop], values[self.study, None, :, :stop]  # [1, H_kv, stop, D]
+        keys = keys[self.study, None, :, :stop]  # [1, H_kv, stop, D]
+        values = values[self.study, None, :, :stop]
         # store, then attend
         keys[:, :, self.start :] = k
         values[:, :, self.start :] = v
-        return attention(q, keys, values, causal=True, window=self.cache.config.window(layer))
+        window = self.cache.config.window(layer)
+        return attention(q, keys, values, causal=True, window=window)
 
 
 @dataclass(frozen=True)
@@ -496,9 +511,11 @@ class DecodingStep:
         # make room, once in a while
         suffix = cache.suffix[layer]
         if steps == suffix.shape[4]:
-            suffix = cache.suffix[layer] = F.pad(suffix, (0, 0, 0, cache.BLOCK))
+            suffix = F.pad(suffix, (0, 0, 0, cache.BLOCK))
+            cache.suffix[layer] = suffix
         # append the new position to each suffix
-        suffix[..., steps, :] = torch.stack((k, v)).transpose(2, 3)  # [2, B, K, H_kv, D]
+        new = torch.stack((k, v)).transpose(2, 3)  # [2, B, K, H_kv, D]
+        suffix[..., steps, :] = new
         # attend to the prefix and the filled part of each suffix
         suffix_k, suffix_v = suffix[..., : steps + 1, :]  # each [B, K, H_kv, steps + 1, D]
         prefix_k, prefix_v = cache.prefix[layer]

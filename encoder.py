@@ -286,8 +286,10 @@ class EncoderLayer(nn.Module):
         self.heads = config.num_attention_heads
         self.activation = ACTIVATIONS[config.hidden_act]
         self.norm1 = nn.LayerNorm(C, config.layer_norm_eps)
-        self.query, self.key = nn.Linear(C, C), nn.Linear(C, C)
-        self.value, self.out = nn.Linear(C, C), nn.Linear(C, C)
+        self.query = nn.Linear(C, C)
+        self.key = nn.Linear(C, C)
+        self.value = nn.Linear(C, C)
+        self.out = nn.Linear(C, C)
         self.norm2 = nn.LayerNorm(C, config.layer_norm_eps)
         self.fc1 = nn.Linear(C, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, C)

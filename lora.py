@@ -40,7 +40,8 @@ class LoRALinear(nn.Module):
         self.base_layer = base
         self.lora_A = lora_A
         # zeros: a fresh LoRA changes nothing
-        self.lora_B = nn.Linear(lora_A.out_features, base.out_features, bias=False, device=lora_A.weight.device)
+        device = lora_A.weight.device
+        self.lora_B = nn.Linear(lora_A.out_features, base.out_features, bias=False, device=device)
         nn.init.zeros_(self.lora_B.weight)
         self.dropout = nn.Dropout(dropout)
         self.scale = scale
@@ -56,7 +57,8 @@ class LoRALinear(nn.Module):
     def merged(self) -> torch.Tensor:
         """The weight of one plain layer that does the same. The sum is made in float32."""
         weight = self.base_layer.weight
-        delta = self.lora_B.weight.float() @ self.lora_A.weight.float() * self.scale
+        A, B = self.lora_A.weight.float(), self.lora_B.weight.float()
+        delta = B @ A * self.scale
         return (weight.float() + delta).to(weight.dtype)
 
 

@@ -161,8 +161,9 @@ class Libra(nn.Module):
 
     def with_decoder(self, decoder: Decoder) -> "Libra":
         """This model with another decoder; everything else is shared."""
-        names = list(signature(Libra).parameters)
-        return Libra(**{name: getattr(self, name) for name in names} | {"decoder": decoder})
+        settings = {name: getattr(self, name) for name in signature(Libra).parameters}
+        settings["decoder"] = decoder
+        return Libra(**settings)
 
     def add_lora(self, config: LoRAConfig):
         """Puts a fresh LoRA beside the decoder's layers and freezes the rest of the decoder."""
@@ -177,7 +178,11 @@ class Libra(nn.Module):
     # ---------------------------------------------------------------------------------------- saving
 
     def save_pretrained(
-        self, folder, dtype: torch.dtype | None = None, shard_size: int = 5 * 10**9, with_encoder: bool = False
+        self,
+        folder,
+        dtype: torch.dtype | None = None,
+        shard_size: int = 5 * 10**9,
+        with_encoder: bool = False,
     ):
         """Writes the whole model in the published layout, LoRA merged. dtype None keeps each tensor's type.
 
@@ -269,7 +274,8 @@ class Libra(nn.Module):
 
     def embed_ids(self, ids: list[int]) -> torch.Tensor:
         """T ids without an image -> embeddings [T, hidden]."""
-        return self.decoder.embed_tokens(torch.tensor(ids, dtype=torch.long, device=self.device))
+        ids = torch.tensor(ids, dtype=torch.long, device=self.device)
+        return self.decoder.embed_tokens(ids)
 
     def splice(self, ids: list[int], image_embeddings) -> torch.Tensor:
         """ids with one IMAGE, and image embeddings [N, hidden] for its place -> embeddings [T, hidden].
@@ -280,7 +286,8 @@ class Libra(nn.Module):
         if IMAGE not in ids:
             return self.embed_ids(ids)
         place = ids.index(IMAGE)
-        before, after = self.embed_ids(ids[:place]), self.embed_ids(ids[place + 1 :])
+        before = self.embed_ids(ids[:place])
+        after = self.embed_ids(ids[place + 1 :])
         return torch.cat((before, image_embeddings, after))
 
     def logits(self, hidden) -> torch.Tensor:
@@ -306,7 +313,8 @@ class Libra(nn.Module):
         """Adds the newest token of K continuations of B studies, tokens [B][K]; returns the next logits [B, K, V]."""
         # the dimension of positions holds the K continuations of a study
         embeddings = self.decoder.embed_tokens(torch.tensor(tokens, device=self.device))  # [B, K, hidden]
-        positions = (cache.lengths[:, None] + cache.steps).expand(-1, embeddings.shape[1])  # [B, K]
+        positions = cache.lengths[:, None] + cache.steps  # [B, 1]: all continuations of a study are equally long
+        positions = positions.expand(-1, embeddings.shape[1])  # [B, K]
         hidden = self.decoder(embeddings, positions, DecodingStep(cache), cache.lengths)
         cache.advance(1)
         return self.logits(hidden)
@@ -315,8 +323,10 @@ class Libra(nn.Module):
 
     def loss(self, batch: Batch) -> torch.Tensor:
         """Sum of the cross-entropies of all labels of a batch. Only positions before a label reach the head."""
-        ids, labels = batch.ids.to(self.device), batch.labels.to(self.device)  # [B, T]
-        segments, positions = batch.segments.to(self.device), batch.positions.to(self.device)  # [B, T]
+        ids = batch.ids.to(self.device)  # [B, T], as all of these
+        labels = batch.labels.to(self.device)
+        segments = batch.segments.to(self.device)
+        positions = batch.positions.to(self.device)
 
         # 1) embed ids and images; every row with an image has N places for it, in the batch's order
         # IMAGE (-200) becomes id 0 for a moment; the image embeddings replace it
@@ -334,13 +344,15 @@ class Libra(nn.Module):
 
         # 3) the position before a label predicts it
         is_learnt = labels[:, 1:] != IGNORED
-        hidden, labels = hidden[:, :-1][is_learnt], labels[:, 1:][is_learnt]  # [labels, hidden], [labels]
+        hidden = hidden[:, :-1][is_learnt]  # [labels, hidden]
+        labels = labels[:, 1:][is_learnt]  # [labels]
         if len(labels) <= LOSS_CHUNK:
             return self._cross_entropy(hidden, labels)
         # logits are large: keep those of one chunk at a time, and compute them again in the backward pass
         total = 0.0
-        for chunk in zip(hidden.split(LOSS_CHUNK), labels.split(LOSS_CHUNK), strict=True):
-            total = total + checkpoint(self._cross_entropy, *chunk, use_reentrant=False)
+        chunks = zip(hidden.split(LOSS_CHUNK), labels.split(LOSS_CHUNK), strict=True)
+        for some_hidden, some_labels in chunks:
+            total = total + checkpoint(self._cross_entropy, some_hidden, some_labels, use_reentrant=False)
         return total
 
     def _cross_entropy(self, hidden, labels) -> torch.Tensor:
@@ -364,7 +376,8 @@ def parse(arguments=None):
 
 def convert(arguments):
     options = dict(base=arguments.base, device="cpu", dtype=arguments.dtype)
-    libra = Libra.from_pretrained(arguments.model, progress=progress("loading", "GiB", 2**30), **options)
+    options["progress"] = progress("loading", "GiB", 2**30)
+    libra = Libra.from_pretrained(arguments.model, **options)
     libra.save_pretrained(arguments.out, with_encoder=arguments.with_encoder)
     count = sum(parameter.numel() for parameter in libra.parameters())
     print(f"{arguments.out}: {count / 1e6:.1f} M parameters")

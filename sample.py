@@ -146,7 +146,8 @@ def prefill(
     lengths = [check_length(libra, prompt, options) for prompt in prompts]
 
     # 2) one study after the other: images -> image embeddings -> keys and values
-    cache = Cache(libra.decoder.config, len(studies), max(lengths, default=0), libra.device, libra.dtype)
+    capacity = max(lengths, default=0)
+    cache = Cache(libra.decoder.config, len(studies), capacity, libra.device, libra.dtype)
     logits = torch.empty(len(studies), libra.vocabulary, device=libra.device)
     for b, (study, prompt) in enumerate(zip(studies, prompts, strict=True)):
         its_pixels = pixels[b] if pixels else libra.preprocess(study.images())
@@ -159,7 +160,8 @@ def prefill(
 def prompt_of(libra: Libra, query: str, template: str | None = None) -> Prompt:
     """Renders a question about a study's images, open for the answer."""
     question = f"{libra.image_text}\n{query}"
-    return render([(question, None)], find_template(template or libra.template), libra.tokenizer)
+    template = find_template(template or libra.template)
+    return render([(question, None)], template, libra.tokenizer)
 
 
 def stop_string(template: str) -> str:
@@ -209,7 +211,8 @@ def decode(
         for ids, score in row:
             # the stop string is not part of the report
             text = libra.tokenizer.decode(ids).strip()
-            outputs[-1].append(Output(text.removesuffix(prefix.stop).strip(), ids, score))
+            text = text.removesuffix(prefix.stop).strip()
+            outputs[-1].append(Output(text, ids, score))
     if stream:
         stream.show(outputs[0][0].text)
     return outputs
@@ -233,7 +236,8 @@ def sample(libra: Libra, prefix: Prefix, options: Options, stream, should_stop) 
     rows: list[list[Sequence]] = []
     for b, study in enumerate(prefix.studies):
         name = b if study.id is None else study.id
-        rows.append([Sequence(seeded_generator(options.seed, name, k)) for k in range(K)])
+        generators = [seeded_generator(options.seed, name, k) for k in range(K)]
+        rows.append([Sequence(generator) for generator in generators])
     stops = Stops(libra, prefix.stop)
     logits = prefix.logits[:, None].repeat(1, K, 1)  # [B, K, V]
     prefix.cache.start(K)
@@ -244,7 +248,9 @@ def sample(libra: Libra, prefix: Prefix, options: Options, stream, should_stop) 
         if options.temperature == 0:
             tokens = logits.argmax(-1).tolist()  # [B][K]
         else:
-            draws = [torch.rand((), generator=sequence.random).item() for row in rows for sequence in row]
+            draws = []
+            for row in rows:
+                draws += [torch.rand((), generator=sequence.random).item() for sequence in row]
             draws = torch.tensor(draws, device=logits.device).view(-1, K)
             tokens = sample_tokens(logits, draws, options).tolist()
 
@@ -269,7 +275,8 @@ def sample(libra: Libra, prefix: Prefix, options: Options, stream, should_stop) 
 def seeded_generator(seed: int, study, sequence: int) -> torch.Generator:
     """Random numbers for one sequence of one study, by its id. Neither batching nor sharding changes them."""
     digest = hashlib.sha256(f"{seed}/{study}/{sequence}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    number = int.from_bytes(digest[:8], "little", signed=True)
+    return torch.Generator().manual_seed(number)
 
 
 def sample_tokens(logits, draws, options: Options):
@@ -279,7 +286,8 @@ def sample_tokens(logits, draws, options: Options):
     """
     # top-k, likeliest first
     V = logits.shape[-1]
-    values, ids = (logits / options.temperature).topk(min(options.top_k or V, V))
+    k = min(options.top_k or V, V)
+    values, ids = (logits / options.temperature).topk(k)
     probabilities = values.softmax(-1)
 
     # top-p: drop a token if those before it already reach top_p
@@ -325,16 +333,21 @@ def beam_search(libra: Libra, prefix: Prefix, options: Options, should_stop) -> 
         # 1) score every continuation of every running beam
         scores = logits.log_softmax(-1)  # [B, K, V]
         ban_repeats(scores, prefix, [search.running for search in searches], options.ngram)
-        sums = torch.tensor([beam.score for search in searches for beam in search.running], device=scores.device)
+        sums = []
+        for search in searches:
+            sums += [beam.score for beam in search.running]
+        sums = torch.tensor(sums, device=scores.device)
         scores += sums.view(len(searches), -1, 1)  # [B, K, 1]
 
         # 2) each study sorts its best candidates into beams that are finished and beams that continue
         best = scores.flatten(1).topk(num_candidates)  # [B, candidates], best first; index = k · V + token
-        for search, values, indices in zip(searches, best.values.tolist(), best.indices.tolist(), strict=True):
+        values, indices = best.values.tolist(), best.indices.tolist()
+        for b, search in enumerate(searches):
             candidates = []
-            for value, index in zip(values, indices, strict=True):
+            for value, index in zip(values[b], indices[b], strict=True):
                 k, token = divmod(index, libra.vocabulary)
-                candidates.append(Beam(value, [*search.running[k].ids, token], parent=k))
+                ids = [*search.running[k].ids, token]
+                candidates.append(Beam(value, ids, parent=k))
             search.advance(candidates, length, is_last)
         if all(search.has_ended for search in searches):
             break
@@ -347,8 +360,11 @@ def beam_search(libra: Libra, prefix: Prefix, options: Options, should_stop) -> 
         prefix.cache.reorder(parents)
         logits = libra.decode_step(prefix.cache, tokens)
 
-    R = options.num_return_sequences
-    return [[(beam.ids, beam.score) for beam in search.finished[:R]] for search in searches]
+    sequences = []
+    for search in searches:
+        best = search.finished[: options.num_return_sequences]
+        sequences.append([(beam.ids, beam.score) for beam in best])
+    return sequences
 
 
 class StudySearch:
@@ -409,7 +425,8 @@ def ban_repeats(scores, prefix: Prefix, rows: list[list], n: int):
             for i in range(len(ids) - n + 1):
                 if ids[i : i + n - 1] == tail:
                     banned.add(ids[i + n - 1])
-            scores[b, k, [id for id in banned if 0 <= id < scores.shape[-1]]] = -math.inf
+            banned = [id for id in banned if 0 <= id < scores.shape[-1]]
+            scores[b, k, banned] = -math.inf
 
 
 class Stops:
@@ -484,14 +501,16 @@ class Chat:
         # 1) render the whole conversation; the first question has the image
         if not self.turns:
             question = f"{libra.image_text}\n{question}"
-        prompt = render([*self.turns, (question, None)], find_template(self.template), libra.tokenizer)
+        turns = [*self.turns, (question, None)]
+        prompt = render(turns, find_template(self.template), libra.tokenizer)
         length = check_length(libra, prompt, options)
         if self.cache is None:
             self.image_embeddings = libra.embed_images(libra.preprocess(self.study.images()))  # [N, hidden]
             self.cache = Cache(libra.decoder.config, 1, length, libra.device, libra.dtype)
 
         # 2) keep the cache as far as the ids agree. The last id is computed in any case: its logits are needed
-        same, limit = 0, min(len(self.ids), len(prompt.ids) - 1)
+        same = 0
+        limit = min(len(self.ids), len(prompt.ids) - 1)
         while same < limit and self.ids[same] == prompt.ids[same]:
             same += 1
         start = same
@@ -511,7 +530,8 @@ class Chat:
         self.ids = prompt.ids
 
         # 4) answer
-        prefix = Prefix([self.study], [prompt], self.cache, logits[None], stop_string(self.template))
+        stop = stop_string(self.template)
+        prefix = Prefix([self.study], [prompt], self.cache, logits[None], stop)
         output = decode(libra, prefix, options, on_text, should_stop)[0][0]
         self.turns.append((question, output.text))
         return output
@@ -546,8 +566,8 @@ def options_of(arguments) -> Options:
     """The decoding options of a command line. ValueError for these or an unknown template, before any long work."""
     if arguments.template:
         find_template(arguments.template)
-    names = [field.name for field in fields(Options)]
-    return Options(**{name: getattr(arguments, name) for name in names if hasattr(arguments, name)})
+    names = [field.name for field in fields(Options) if hasattr(arguments, field.name)]
+    return Options(**{name: getattr(arguments, name) for name in names})
 
 
 def load(arguments) -> Libra:
@@ -590,8 +610,13 @@ def run(arguments):
         prompt = prefix.prompts[0]
         times = {"load": loaded - begin, "prefill": prefilled - loaded, "decode": decoded - prefilled}
         seconds = {name: round(value, 3) for name, value in times.items()}
-        result = {"prompt": prompt.text, "input_ids": prompt.ids, "outputs": [asdict(output) for output in outputs]}
-        print(json.dumps(result | {"seconds": seconds}))
+        result = {
+            "prompt": prompt.text,
+            "input_ids": prompt.ids,
+            "outputs": [asdict(output) for output in outputs],
+            "seconds": seconds,
+        }
+        print(json.dumps(result))
     elif streams:
         print()
     else:

@@ -139,7 +139,9 @@ class BiasKVAttention(nn.MultiheadAttention):
         v = torch.cat((v, learned_v), dim=1)
 
         # each head attends for itself
-        q, k, v = (self.split_heads(x) for x in (q, k, v))
+        q = self.split_heads(q)
+        k = self.split_heads(k)
+        v = self.split_heads(v)
         out = attention(q, k, v).transpose(1, 2)  # [B, N, H, D]
         return self.drop(self.out_proj(out.flatten(2)))
 

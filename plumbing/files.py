@@ -97,6 +97,10 @@ def read_json(path: Path) -> dict:
     return value
 
 
+def read_json_if_present(path: Path) -> dict:
+    return read_json(path) if path.exists() else {}
+
+
 def write_json(path: Path, value: dict):
     """Writes a JSON object, indented, to a file. Inside `atomic_folder` the file is complete or absent."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

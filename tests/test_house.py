@@ -21,8 +21,9 @@ FOLDERS = ("plumbing", "sources", "phantom", "evaluation", "bench")
 FLOORS = [  # a module imports only from the lines above its own
     {"plumbing.files", "plumbing.distributed", "plumbing.settings", "phantom.radiograph", "kernel"},
     {"plumbing.cli", "plumbing.checkpoint", "plumbing.image", "plumbing.pixels", "plumbing.log", "plumbing.resume",
-     "attention", "tokenizer", "phantom.history"},
-    {"encoder", "tac", "decoder", "data", "phantom.reports", "evaluation.metrics"},
+     "plumbing.sentencepiece", "attention", "phantom.history"},
+    {"tokenizer", "encoder", "tac", "decoder"},
+    {"data", "phantom.reports", "evaluation.metrics"},
     {"lora", "plumbing.fresh", "phantom.hospital", "evaluation.pairs", "bench.costs"},
     {"plumbing.layout", "sources.records", "evaluation.truth", "evaluation.page"},
     {"model", "sources.mimic", "sources.rrg", "sources.cache"},
