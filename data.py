@@ -375,7 +375,7 @@ def share_prefix(rows: list[Row]) -> Row:
 
 
 class Batch(NamedTuple):
-    """B rows, padded on the right to T positions. An image takes `image_positions` of them."""
+    """B rows, padded on the right to T positions. A study's images take `image_positions` of them."""
 
     ids: torch.Tensor  # [B, T]; IMAGE at every position of an image, 0 in padding
     labels: torch.Tensor  # [B, T]; IGNORED in padding

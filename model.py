@@ -34,7 +34,7 @@ from plumbing.pixels import PixelConfig, preprocess
 from tac import MLPConnector
 from tokenizer import IMAGE, IMAGE_END, IMAGE_START, IMAGE_TEXT, Tokenizer, template_of
 
-# positions whose logits are in memory at once in training: with 32,000 ids, 1024 of them take 131 MB
+# positions whose logits are in memory at once in training; 1024 positions × 32,000 ids take 131 MB
 LOSS_CHUNK = 1024
 
 
@@ -217,7 +217,7 @@ class Libra(nn.Module):
 
     @property
     def image_positions(self) -> int:
-        """Number of positions that an image takes in the prompt."""
+        """Number of positions that a study's images take in the prompt, both together."""
         # one position per patch
         patches = (self.pixels.crop // self.encoder.config.patch_size) ** 2
         keeps_class_token = self.config.mm_vision_select_feature == "cls_patch" and self.encoder.config.class_token

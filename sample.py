@@ -2,7 +2,7 @@
 
     python sample.py --images current.jpg prior.jpg
 
-A study's images and prompt are computed once (`prefill`). Every beam, sample or chat turn continues that one prefix:
+A study's images and prompt are computed once (`prefill`). Every beam and sample continues that one prefix:
 its keys and values are stored once, and each continuation has a short suffix of its own (`decoder.Cache`).
 """
 
@@ -203,7 +203,7 @@ def decode(
     if options.num_beams > 1:
         sequences = beam_search(libra, prefix, options, should_stop)
     else:
-        sequences = sample(libra, prefix, options, stream, should_stop)
+        sequences = greedy_or_sample(libra, prefix, options, stream, should_stop)
 
     outputs = []
     for row in sequences:
@@ -230,7 +230,7 @@ class Sequence:
     is_done: bool = False
 
 
-def sample(libra: Libra, prefix: Prefix, options: Options, stream, should_stop) -> list[list[tuple]]:
+def greedy_or_sample(libra: Libra, prefix: Prefix, options: Options, stream, should_stop) -> list[list[tuple]]:
     """Greedy decoding (temperature 0) or K independent samples of each study; returns (ids, None) for each, [B][K]."""
     K = options.num_return_sequences
     rows: list[list[Sequence]] = []
@@ -315,7 +315,8 @@ def beam_search(libra: Libra, prefix: Prefix, options: Options, should_stop) -> 
     """Beam search as in `transformers` 4.51 (`_beam_search` of generation/utils.py), all studies as one batch.
 
     K beams of a study run side by side. A beam that generates eos is finished; the K best finished ones are kept. A
-    study ends when it has K of them and no running beam can beat the worst. Returns (ids, score), best first, [B][R].
+    study ends when it has K of them and the best running beam, scored at its present length, does not beat the worst.
+    Returns (ids, score), best first, [B][R].
     """
     K = options.num_beams
     # enough candidates that K beams continue even if every eos id is among them
@@ -477,8 +478,8 @@ class Stream:
 class Chat:
     """A conversation about one study.
 
-    A turn gives what a fresh run of the whole conversation gives, as published, but costs only its new ids: the cache
-    is kept as far as the ids agree.
+    A turn gives what a fresh run of the whole conversation gives, as published. The cache is kept as far as the ids
+    agree, so a turn computes only the previous answer and the new question.
     """
 
     def __init__(self, libra: Libra, study: Study, template: str | None = None):

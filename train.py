@@ -3,7 +3,8 @@
     python train.py configs/align.py --records=train.jsonl --image_folder=mimic-cxr-jpg
     torchrun --nproc-per-node 8 train.py configs/finetune_lora.py --key=value …
 
-What happens in a step depends on the config and the step's number alone. So a checkpoint holds the trained
+The records, the random numbers and the learning rate of a step follow from the config, the step's number and the number
+of processes. So a checkpoint holds the trained
 weights, the optimizer's state, the number of steps, the best score and the config, and a resumed run equals one that
 was never interrupted.
 """
@@ -50,13 +51,14 @@ class TrainConfig:
     # the model to start from
     model: str = ""  # what to start from: a checkpoint, adapter or connector, as a folder, file or hub id
     base: str = ""  # the model under an adapter or a connector, instead of the one it records
-    decoder: str = ""  # instead of model, stock parts: the language model, a folder or hub id
-    encoder: str = ""  # … and the image encoder
-    new_decoder: dict = field(default_factory=dict)  # … or both with fresh weights: the fields of a Llama's config.json
-    new_encoder: dict = field(default_factory=dict)  # the fields of a DINOv2's config.json, with new_decoder
-    connector: str = "TAC"  # … and a fresh connector: TAC, linear, mlp2x_gelu, …
-    connector_weights: str = ""  # … or the weights it starts with: an mm_*projector* file
-    select_layer: int = -2  # … and the encoder layer that an MLP connector reads
+    # … or the parts of a new model: stock ones, or with fresh weights
+    decoder: str = ""  # instead of model: a stock language model, a folder or hub id; with encoder
+    encoder: str = ""  # instead of model: a stock image encoder, a folder or hub id; with decoder
+    new_decoder: dict = field(default_factory=dict)  # a Llama with fresh weights: fields of its config.json
+    new_encoder: dict = field(default_factory=dict)  # a DINOv2 with fresh weights: fields of its config.json
+    connector: str = "TAC"  # the new model's connector: TAC, linear, mlp2x_gelu, …
+    connector_weights: str = ""  # weights that this connector starts from: an mm_*projector* file
+    select_layer: int = -2  # the encoder layer that an MLP connector reads
     template: str = ""  # conversation template; by default the model's own
     pad: str = "black"  # how images become square, in training and after: black, mean, none
 
@@ -71,7 +73,7 @@ class TrainConfig:
     records: tuple[str, ...] = ()  # training records: JSON lists or JSONL
     validation: tuple[str, ...] = ()  # records to validate with
     image_folder: str = ""  # the folder of the images that the records name
-    image_cache: str = ""  # … or what prepare.py cache made of it
+    image_cache: str = ""  # instead of image_folder: what prepare.py cache made of it
     max_length: int = 2048  # longest record in ids, an image counting as one; longer records are cut
     share_prefix: bool = True  # records with the same images share one prefix
     max_shared: int = 8  # most records that share one prefix
@@ -140,8 +142,10 @@ def check_config(config: TrainConfig):
     from evaluation.metrics import METRICS
 
     for name in config.metrics:
-        is_known = (name in METRICS and name != "Bert_score") or ":" in name
-        require(is_known, f"metrics names {name!r}, neither module:function nor one of {', '.join(METRICS)}")
+        # BERTScore needs a model of its own, which a training run does not load
+        names = [metric for metric in METRICS if metric != "Bert_score"]
+        is_known = name in names or ":" in name
+        require(is_known, f"metrics names {name!r}, neither module:function nor one of {', '.join(names)}")
     require(config.best in ("loss", *config.metrics), f"best is {config.best!r}, neither loss nor one of the metrics")
     for name in config.report_to:
         require(name in TRACKERS, f"report_to names {name!r}, not one of {', '.join(TRACKERS)}")
@@ -317,7 +321,8 @@ def describe(config: TrainConfig, loader: StepLoader, learning: int, frozen: int
 
 
 def build(config: TrainConfig, show=lambda done, total: None) -> Libra:
-    """Loads a config's model. What learns is float32; the rest is frozen, as stored and in evaluation mode.
+    """Loads a config's model. What learns is float32; the rest is frozen, in the config's dtype and
+    in evaluation mode.
 
     show(bytes done, bytes in all) is called while weights are read.
     """

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 from transformers import PreTrainedTokenizerFast
 
-from tokenizer import IMAGE, TEMPLATES, Tokenizer, find_template, render, template_of
+from tokenizer import IMAGE, Tokenizer, find_template, render, template_of
 
 SEVEN, THREE = GOLDEN / "libra-7b" / "model", GOLDEN / "libra-3b" / "model"
 ADDED = json.loads((SEVEN / "added_tokens.json").read_text())
@@ -226,10 +226,10 @@ def test_a_sentencepiece_model_that_would_give_other_ids_is_refused(tmp_path, ch
         Tokenizer(train(tmp_path, **changes))
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("name", read("text", "templates.json")["templates"])
 def test_a_template_renders_the_golden_text(name):
     golden, tokenizer = read("text", "templates.json"), Tokenizer(SEVEN)
-    assert golden["templates"].keys() == TEMPLATES.keys() and golden["templates"][name]["open"] is not None
+    assert golden["templates"][name]["open"] is not None
     for kind, text in golden["templates"][name].items():
         assert text in (None, render(golden["turns"][kind], find_template(name), tokenizer).text)
 

@@ -101,7 +101,7 @@ def test_several_references_of_a_prediction_are_united():
 
 def test_lexical_scores_are_the_published_ones(nltk_data):
     table = metrics.statistics(LEXICAL["predictions"], LEXICAL["references"])
-    assert set(table) == {*GOLDEN_NAMES, metrics.FLOOR}
+    assert set(table) >= {*GOLDEN_NAMES, metrics.FLOOR}
     for key, name in GOLDEN_NAMES.items():
         assert metrics.corpus_score(table[key]) / 100 == pytest.approx(LEXICAL[name], abs=1e-9), key
         each = metrics.score_of(table[key], 1) / 100
