@@ -4,9 +4,8 @@
     torchrun --nproc-per-node 8 train.py configs/finetune_lora.py --key=value …
 
 The records, the random numbers and the learning rate of a step follow from the config, the step's number and the number
-of processes. So a checkpoint holds the trained
-weights, the optimizer's state, the number of steps, the best score and the config, and a resumed run equals one that
-was never interrupted.
+of processes. So a checkpoint holds the trained weights, the optimizer's state, the number of steps, the best score and
+the config, and a resumed run equals one that was never interrupted.
 """
 
 import argparse
