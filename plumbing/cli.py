@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from contextlib import contextmanager
 from itertools import islice
 
 from tqdm import tqdm
@@ -81,6 +82,16 @@ def guard(program, run, arguments):
     return 0
 
 
+@contextmanager
+def interrupts_wait():
+    """A Ctrl-C that comes in this block is raised at its end."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+
+
 def progress(label, unit="", scale=1):
     """Returns show(done, total), which draws a progress bar on stderr; with a scale above 1 it counts bytes."""
     # no thread of its own, because `parallel` forks this process
@@ -89,7 +100,9 @@ def progress(label, unit="", scale=1):
     # where nothing can be redrawn, a line is printed at most every 30 seconds
     target = dict(file=sys.stderr) if is_terminal else dict(file=io.StringIO(), mininterval=30)
     unit = "B" if scale > 1 else unit
-    bar = tqdm(desc=label, unit=unit, unit_scale=scale > 1, miniters=0, leave=False, **target)
+    # a half-made bar would complain when it is deleted
+    with interrupts_wait():
+        bar = tqdm(desc=label, unit=unit, unit_scale=scale > 1, miniters=0, leave=False, **target)
 
     def show(done, total):
         bar.total = total
@@ -107,10 +120,9 @@ def parallel(function, items, workers):
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     pool = ProcessPoolExecutor(workers, context, initializer=follow_parent)
     items = iter(items)
-    # the first task forks the workers: a Ctrl-C waits until then, and reaches only this process, which ends them
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    pool.submit(int)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+    # the first task forks the workers; a Ctrl-C before they ignore it would be theirs, too
+    with interrupts_wait():
+        pool.submit(int)
     try:
         # in batches, because the results must not fill the memory
         while batch := list(islice(items, 32 * workers)):

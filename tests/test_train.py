@@ -99,7 +99,7 @@ def losses(out):
 
 
 def checkpoints(out):
-    return sorted((out / "checkpoints").glob("*"))
+    return sorted((out / "checkpoints").glob("step-*.pt"))
 
 
 def weights(out):
