@@ -61,7 +61,7 @@ class Mask(NamedTuple):
     stride: int  # of B; 0 if all rows have the same mask
     T: int
     S: int
-    ahead: int  # position i sees nothing behind i + ahead: 0 is causal
+    ahead: int  # position i sees nothing after i + ahead: 0 is causal
     window: int
 
 
@@ -107,7 +107,7 @@ def _visits_kernel(lists, mask, inner, M: constexpr, N: constexpr, BY_KEY: const
         t = (other if BY_KEY else outer) * M
         j = (outer if BY_KEY else other) * N
         pairs = tl.sum(_sees(mask, b, t + tl.arange(0, M), j + tl.arange(0, N)).to(tl.int32))
-        # queries behind the last one need no mask: they are loaded as zeros and add nothing
+        # queries after the last one need no mask: they are loaded as zeros and add nothing
         is_full = pairs == tl.minimum(M, mask.T - t) * N
         tl.store(row + tl.where(is_full, 2 + full, 1 + inner - mixed), other, pairs > 0)
         full += is_full.to(tl.int32)
