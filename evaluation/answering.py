@@ -39,9 +39,9 @@ CONDITIONS = {  # what the model sees beside the current image, if the question 
 
 def read_questions(path) -> list[Question]:
     """ValueError with all that is wrong in the file."""
-    records = Records(path)
-    check(records, Question)
-    return [Question.parse(record) for record in records]
+    questions = []
+    check(Records(path), Question, visit=questions.append)
+    return questions
 
 
 def choose(questions: list[Question], arguments, only_with_prior: bool = False) -> list[Question]:

@@ -408,16 +408,12 @@ def load_adapter(libra, source: Source):
 
 def write_model(libra, folder, dtype: torch.dtype | None, shard_size: int, with_encoder: bool):
     """Writes a whole checkpoint with LoRA merged; see `Libra.save_pretrained`."""
-    is_open_clip = libra.encoder_files.is_open_clip
-    if with_encoder and is_open_clip:
+    if with_encoder and libra.encoder_files.is_open_clip:
         raise ValueError("an open_clip encoder is two files of its own: it is named, not copied")
     config = _config_for(libra, folder)
     config["torch_dtype"] = str(dtype or libra.dtype).removeprefix("torch.")
-    named = [_decoder_tensors(libra), _connector_tensors(libra)]
-    # published loading ignores an open_clip encoder inside a checkpoint
-    if libra.config.unfreeze_mm_vision_tower and not is_open_clip:
-        named.append(_encoder_tensors(libra, ENCODER_PREFIX))
-    tensors = ((name, tensor.to(dtype or tensor.dtype)) for name, tensor in itertools.chain(*named))
+    named = itertools.chain(_decoder_tensors(libra), _connector_tensors(libra), _trained_encoder_tensors(libra))
+    tensors = ((name, tensor.to(dtype or tensor.dtype)) for name, tensor in named)
 
     with atomic_folder(folder) as partial:
         if with_encoder:
@@ -465,9 +461,7 @@ def write_adapter(libra, folder):
     record["target_modules"] = list(libra.lora.target_modules)
 
     # what else was trained, with the prefix that PEFT puts before every name
-    named = list(_connector_tensors(libra))
-    if libra.config.unfreeze_mm_vision_tower:
-        named += _encoder_tensors(libra, ENCODER_PREFIX)
+    named = itertools.chain(_connector_tensors(libra), _trained_encoder_tensors(libra))
     trained = {PEFT_PREFIX + name: tensor for name, tensor in named}
     with atomic_folder(folder) as partial:
         write_json(partial / "config.json", _config_for(libra, folder))
@@ -505,11 +499,18 @@ def _connector_tensors(libra) -> Iterator[tuple[str, torch.Tensor]]:
         yield f"model.mm_projector.{name}", parameter
 
 
-def _encoder_tensors(libra, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+def _encoder_tensors(libra) -> Iterator[tuple[str, torch.Tensor]]:
     # names and shapes as in the encoder's own repository
     for name, parameter in libra.encoder.named_parameters():
         stored = libra.encoder_files.tensors[name]
-        yield prefix + stored.name.removeprefix(ENCODER_PREFIX), parameter.view(stored.shape)
+        yield stored.name.removeprefix(ENCODER_PREFIX), parameter.view(stored.shape)
+
+
+def _trained_encoder_tensors(libra) -> Iterator[tuple[str, torch.Tensor]]:
+    # published loading ignores an open_clip encoder inside a checkpoint
+    if libra.config.unfreeze_mm_vision_tower and not libra.encoder_files.is_open_clip:
+        for name, parameter in _encoder_tensors(libra):
+            yield ENCODER_PREFIX + name, parameter
 
 
 def _decoder_tensors(libra) -> Iterator[tuple[str, torch.Tensor]]:
