@@ -23,11 +23,18 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from plumbing.files import read_json, write_json
+from plumbing.files import finish_folder, read_json, write_json
 
 CONFIG_FILES = ("*.json", "tokenizer.model")  # small files, among them the indices of the weights
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that exists counts
 INDEX_FILES = tuple(f"{name}.index.json" for name in WEIGHT_FILES)  # each lists the shards of one of them
+# names that the layouts give to files: a new checkpoint in the same folder replaces or removes them
+LAYOUT_FILE = re.compile(
+    r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|mm_\w*projector\w*\.(safetensors|bin)"
+    r"|adapter_(config\.json|model\.safetensors|model\.bin)|non_lora_trainables\.bin"
+    r"|((generation_|preprocessor_|processor_|tokenizer_)?config|tokenizer|special_tokens_map|added_tokens)\.json"
+    r"|tokenizer\.model"
+)
 
 
 # ------------------------------------------------------------------------------------------ where a checkpoint is
@@ -62,6 +69,8 @@ def locate(place, relative_to: Path | None = None) -> Source:
     if relative_to:
         candidates.insert(0, Path(relative_to, place))
     for folder in candidates:
+        # a killed process may have been replacing its files
+        finish_folder(folder, LAYOUT_FILE)
         if folder.is_dir():
             return Source(folder)
         if folder.exists():

@@ -123,10 +123,11 @@ class ModelFiles:
     adapters: tuple[Source, ...] = ()
 
 
-def find_model_files(place, base=None, relative_to: Path | None = None) -> ModelFiles:
+def find_model_files(place, base=None, relative_to: Path | None = None, above: tuple[Path, ...] = ()) -> ModelFiles:
     """Finds the files of a whole checkpoint, a PEFT adapter, a connector's folder or a connector's file.
 
     base: the model below an adapter or a connector, instead of the recorded one. The topmost config.json counts.
+    above: the places whose base this is.
     """
     # 1) a connector's file, or a folder whose files tell what it is
     place, overlay, is_adapter = Path(place), None, False
@@ -153,10 +154,10 @@ def find_model_files(place, base=None, relative_to: Path | None = None) -> Model
     below = base or record.get("base_model_name_or_path")
     if not below:
         raise ValueError(f"{overlay or source} names no base model: give it with --base")
-    try:
-        files = find_model_files(below, relative_to=None if base else source.folder)
-    except RecursionError:
-        raise ValueError(f"{overlay or source} names itself as its base: give its base with --base") from None
+    here = (place if place.is_file() else source.folder).resolve()
+    if here in above:
+        raise ValueError(f"{overlay or source} names itself as its base: give its base with --base")
+    files = find_model_files(below, relative_to=None if base else source.folder, above=(*above, here))
 
     # 4) put this one on top
     if overlay:
@@ -415,7 +416,7 @@ def write_model(libra, folder, dtype: torch.dtype | None, shard_size: int, with_
     named = itertools.chain(_decoder_tensors(libra), _connector_tensors(libra), _trained_encoder_tensors(libra))
     tensors = ((name, tensor.to(dtype or tensor.dtype)) for name, tensor in named)
 
-    with atomic_folder(folder) as partial:
+    with atomic_folder(folder, checkpoint.LAYOUT_FILE) as partial:
         if with_encoder:
             config["mm_vision_tower"] = "encoder"
             write_encoder(libra, partial / "encoder")
@@ -426,7 +427,7 @@ def write_model(libra, folder, dtype: torch.dtype | None, shard_size: int, with_
 
 def write_encoder(libra, folder):
     """Writes the image encoder as a stock one."""
-    with atomic_folder(folder) as partial:
+    with atomic_folder(folder, checkpoint.LAYOUT_FILE) as partial:
         _copy_files(libra.encoder_files.source.folder, ("config.json", "preprocessor_config.json"), partial)
         checkpoint.write_tensors(partial, _encoder_tensors(libra))
 
@@ -437,7 +438,7 @@ def write_language_model(libra, folder):
     ours = re.compile("mm_.*|use_mm_proj|image_aspect_ratio|unfreeze_mm_vision_tower")
     config = {name: value for name, value in libra.config.json.items() if not ours.fullmatch(name)}
     config["model_type"] = family_of(config)
-    with atomic_folder(folder) as partial:
+    with atomic_folder(folder, checkpoint.LAYOUT_FILE) as partial:
         write_json(partial / "config.json", config)
         _copy_files(libra.weights.folder, TOKENIZER_FILES, partial)
         checkpoint.write_tensors(partial, _decoder_tensors(libra))
@@ -446,7 +447,7 @@ def write_language_model(libra, folder):
 def write_connector(libra, folder):
     """Writes the connector alone, in both published formats, and a config.json that records the model below it."""
     config = _config_for(libra, folder) | {"base_model_name_or_path": _place_for(libra.base, folder)}
-    with atomic_folder(folder) as partial:
+    with atomic_folder(folder, checkpoint.LAYOUT_FILE) as partial:
         write_json(partial / "config.json", config)
         tensors = dict(_connector_tensors(libra))
         checkpoint.write_safetensors(partial / CONNECTOR_FILES[0], tensors)
@@ -463,7 +464,7 @@ def write_adapter(libra, folder):
     # what else was trained, with the prefix that PEFT puts before every name
     named = itertools.chain(_connector_tensors(libra), _trained_encoder_tensors(libra))
     trained = {PEFT_PREFIX + name: tensor for name, tensor in named}
-    with atomic_folder(folder) as partial:
+    with atomic_folder(folder, checkpoint.LAYOUT_FILE) as partial:
         write_json(partial / "config.json", _config_for(libra, folder))
         write_json(partial / "adapter_config.json", record)
         checkpoint.write_safetensors(partial / ADAPTER_FILES[0], _lora_tensors(libra))
