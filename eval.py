@@ -5,6 +5,10 @@
     python eval.py prior --model ID_OR_DIR --questions questions.jsonl --image-folder images --out priors
 """
 
+if __name__ == "__main__":
+    import plumbing.start  # noqa: F401 (first of all)
+
+
 import argparse
 import functools
 import sys

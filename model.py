@@ -11,6 +11,10 @@ trains it, `plumbing/layout.py` knows which published file holds which part. "Pu
 paper's code at https://github.com/X-iZhang/Libra.
 """
 
+if __name__ == "__main__":
+    import plumbing.start  # noqa: F401 (first of all)
+
+
 import argparse
 import sys
 from collections.abc import Callable

@@ -8,6 +8,10 @@ image folder of every later command. A file appears when it is complete, and an 
 again after an interruption, and it makes what is missing.
 """
 
+if __name__ == "__main__":
+    import plumbing.start  # noqa: F401 (first of all)
+
+
 import argparse
 import os
 import sys

@@ -6,6 +6,10 @@ A study's images and prompt are computed once (`prefill`). Every beam and sample
 its keys and values are stored once, and each continuation has a short suffix of its own (`decoder.Cache`).
 """
 
+if __name__ == "__main__":
+    import plumbing.start  # noqa: F401 (first of all)
+
+
 import argparse
 import functools
 import hashlib
@@ -18,6 +22,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
+from typing import Annotated, Literal
 
 import torch
 
@@ -25,6 +30,7 @@ from data import FINDINGS_PROMPT, Study
 from decoder import Cache
 from model import Libra
 from plumbing.cli import Parser, add_decoding_flags, add_model_flags, fail, guard, progress
+from plumbing.fields import CountOrZero, Range, Size, check_fields
 from plumbing.image import load_image
 from tokenizer import IMAGE, Prompt, find_template, render
 
@@ -44,30 +50,22 @@ class Output:
 class Options:
     """How to decode; `generate` explains the fields. ValueError where values are out of range or exclude each other."""
 
-    max_new_tokens: int = 512
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 50
-    num_beams: int = 1
-    length_penalty: float = 1.0
-    no_repeat_ngram: int | str = "auto"
-    num_return_sequences: int = 1
-    seed: int = 0
+    max_new_tokens: Size = 512
+    temperature: Annotated[float, Range(0, 100)] = 0.0
+    top_p: Annotated[float, Range(1e-6, 1)] = 1.0
+    top_k: CountOrZero = 50
+    num_beams: Annotated[int, Range(1, 1000)] = 1
+    length_penalty: Annotated[float, Range(-50, 50)] = 1.0
+    no_repeat_ngram: Literal["auto"] | CountOrZero = "auto"
+    num_return_sequences: Annotated[int, Range(1, 1000)] = 1
+    seed: Annotated[int, Range(-(2**63), 2**63)] = 0
 
     def __post_init__(self):
+        check_fields(asdict(self), Options, "decoding options")
         sequences, samples, has_beams = self.num_return_sequences, self.temperature > 0, self.num_beams > 1
-        ngram = self.no_repeat_ngram
-        valid_ngram = ngram == "auto" or (isinstance(ngram, int) and ngram >= 0)
         rules = [
-            # the range of each value
-            (self.max_new_tokens >= 1, f"max_new_tokens {self.max_new_tokens} is not at least 1"),
-            (0 <= self.temperature < math.inf, f"temperature {self.temperature} is not a number of at least 0"),
-            (0 < self.top_p <= 1, f"top_p {self.top_p} is not above 0 and at most 1"),
-            (self.top_k >= 0, f"top_k {self.top_k} is negative (0 means all)"),
-            (self.num_beams >= 1, f"num_beams {self.num_beams} is not at least 1"),
-            (math.isfinite(self.length_penalty), f"length_penalty {self.length_penalty} is not a number"),
-            (valid_ngram, f"no_repeat_ngram {ngram!r} is neither 'auto' nor a number of at least 0"),
-            (sequences >= 1, f"num_return_sequences {sequences} is not at least 1"),
+            # logits divided by less would be infinite
+            (not 0 < self.temperature < 1e-3, f"temperature {self.temperature} is neither 0 nor at least 0.001"),
             # what goes together
             (not (has_beams and samples), "beam search and sampling exclude each other: give num_beams or temperature"),
             (not has_beams or sequences <= self.num_beams, f"num_return_sequences {sequences} is more than num_beams"),

@@ -8,6 +8,10 @@ of processes. So a checkpoint holds the trained weights, the optimizer's state, 
 the config, and a resumed run equals one that was never interrupted.
 """
 
+if __name__ == "__main__":
+    import plumbing.start  # noqa: F401 (first of all)
+
+
 import argparse
 import hashlib
 import importlib
@@ -17,8 +21,10 @@ import os
 import re
 import signal
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 
@@ -35,12 +41,18 @@ from model import Libra
 from plumbing import fresh
 from plumbing.cli import Parser, guard, progress
 from plumbing.distributed import World, init_distributed, is_sharded, shard, unsharded
+from plumbing.fields import Count, CountOrZero, Positive, Range, Share, Size
+from plumbing.files import only_writer_in
 from plumbing.layout import find_device
-from plumbing.log import TRACKERS, Log
+from plumbing.log import Log
 from plumbing.resume import Checkpoints, checkpoint_files
 from plumbing.settings import read_settings
 from sample import generate
 from tokenizer import IMAGE_TEXT, find_template
+
+# types of settings, with their bounds
+Rate = Annotated[float, Range(0, 100)]
+Part = Literal["connector", "lora", "decoder", "encoder"]
 
 
 @dataclass(frozen=True)
@@ -57,15 +69,15 @@ class TrainConfig:
     new_encoder: dict = field(default_factory=dict)  # a DINOv2 with fresh weights: fields of its config.json
     connector: str = "TAC"  # the new model's connector: TAC, linear, mlp2x_gelu, …
     connector_weights: str = ""  # weights that this connector starts from: an mm_*projector* file
-    select_layer: int = -2  # the encoder layer that an MLP connector reads
+    select_layer: Annotated[int, Range(-1000, 1000)] = -2  # the encoder layer that an MLP connector reads
     template: str = ""  # conversation template; by default the model's own
-    pad: str = "black"  # how images become square, in training and after: black, mean, none
+    pad: Literal["black", "mean", "none"] = "black"  # how images become square, also after training
 
     # what learns
-    train: tuple[str, ...] = ("connector",)  # the parts that learn: connector, lora, decoder, encoder
-    lora_r: int = 128  # LoRA's rank
-    lora_alpha: float = 256.0  # LoRA's scale is lora_alpha / lora_r
-    lora_dropout: float = 0.05  # dropout before LoRA's first matrix
+    train: tuple[Part, ...] = ("connector",)  # the parts that learn: connector, lora, decoder, encoder
+    lora_r: Size = 128  # LoRA's rank
+    lora_alpha: Positive = 256.0  # LoRA's scale is lora_alpha / lora_r
+    lora_dropout: Annotated[float, Range(0, 0.99)] = 0.05  # dropout before LoRA's first matrix
     lora_targets: tuple[str, ...] = ()  # projections that get a LoRA; by default all of them
 
     # what it learns from
@@ -73,43 +85,42 @@ class TrainConfig:
     validation: tuple[str, ...] = ()  # records to validate with
     image_folder: str = ""  # the folder of the images that the records name
     image_cache: str = ""  # instead of image_folder: what prepare.py cache made of it
-    max_length: int = 2048  # longest record in ids, an image counting as one; longer records are cut
+    max_length: Size = 2048  # longest record in ids, an image counting as one; longer records are cut
     share_prefix: bool = True  # records with the same images share one prefix
-    max_shared: int = 8  # most records that share one prefix
+    max_shared: Count = 8  # most records that share one prefix
 
     # how
-    epochs: float = 1.0  # passes over the records
-    max_steps: int = 0  # end after this many steps, if not 0; the schedule ends there too
-    batch_size: int = 16  # records in a step, over all processes
-    micro_batch: int = 4  # rows in a forward pass of one process
-    lr: float = 2e-5  # learning rate at the end of the warm-up
-    mm_projector_lr: float = 0.0  # the connector's, if not 0
-    encoder_lr: float = 0.0  # the encoder's, if not 0
-    warmup: float = 0.03  # share of the steps in which the learning rate rises; then it falls as a cosine
-    weight_decay: float = 0.0  # of matrices; biases and norms never decay
-    beta2: float = 0.999  # AdamW's second decay rate; the first is 0.9
-    grad_clip: float = 1.0  # largest norm of the gradient; 0: no limit
+    epochs: Positive = 1.0  # passes over the records
+    max_steps: CountOrZero = 0  # end after this many steps, if not 0; the schedule ends there too
+    batch_size: Count = 16  # records in a step, over all processes
+    micro_batch: Count = 4  # rows in a forward pass of one process
+    lr: Rate = 2e-5  # learning rate at the end of the warm-up
+    mm_projector_lr: Rate = 0.0  # the connector's, if not 0
+    encoder_lr: Rate = 0.0  # the encoder's, if not 0
+    warmup: Share = 0.03  # share of the steps in which the learning rate rises; then it falls as a cosine
+    weight_decay: Rate = 0.0  # of matrices; biases and norms never decay
+    beta2: Annotated[float, Range(0, 0.9999999)] = 0.999  # AdamW's second decay rate; the first is 0.9
+    grad_clip: Annotated[float, Range(0, 1e12)] = 1.0  # largest norm of the gradient; 0: no limit
     gradient_checkpointing: bool = False  # compute the decoder's layers twice to save memory
     fsdp: bool = False  # shard the decoder's layers, which must learn, over torchrun's processes
-    seed: int = 0  # of the order of the records, of dropout and of fresh weights
+    seed: CountOrZero = 0  # of the order of the records, of dropout and of fresh weights
 
     # where, and what it writes
     out_dir: str = "out"  # checkpoints, logs, and the model in the published layout (last, best)
     device: str = "auto"  # auto, cpu, cuda, mps
-    dtype: str = "auto"  # of frozen weights; auto: float32 on the CPU, else 16 bits
-    workers: int = 2  # processes that load data, for each training process; 0: none
-    log_every: int = 10  # steps between log lines
-    save_every: int = 500  # steps between checkpoints
-    keep: int = 2  # newest checkpoints that are kept
-    validate_every: int = 0  # steps between validations; 0: none
-    validation_records: int = 256  # records of a validation, from the first on
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of frozen weights
+    workers: Annotated[int, Range(0, 1000)] = 2  # processes that load data, for each training process; 0: none
+    log_every: Count = 10  # steps between log lines
+    save_every: Count = 500  # steps between checkpoints
+    keep: Count = 2  # newest checkpoints that are kept
+    validate_every: CountOrZero = 0  # steps between validations; 0: none
+    validation_records: Count = 256  # records of a validation, from the first on
     metrics: tuple[str, ...] = ()  # scores of written answers: BLEU4, ROUGE-L, … (as in eval.py), or module:function
-    max_new_tokens: int = 256  # longest answer that is written for them
+    max_new_tokens: Size = 256  # longest answer that is written for them
     best: str = "loss"  # what decides which model is best: loss (lowest) or one of the metrics (highest)
-    report_to: tuple[str, ...] = ()  # tensorboard, wandb: log there too
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ()  # tensorboard, wandb: log there too
 
 
-PARTS = ("connector", "lora", "decoder", "encoder")  # what can learn
 DEFAULTS = asdict(TrainConfig())
 RUNTIME = ("fsdp", "out_dir", "device", "workers", "log_every", "save_every", "keep")  # what a resumed run may change
 
@@ -126,9 +137,10 @@ def check_config(config: TrainConfig):
     require(config.model or has_parts, "the config names no model, nor both a decoder and an encoder")
     if config.template:
         find_template(config.template)
-    unknown = [part for part in config.train if part not in PARTS]
-    require(config.train and not unknown, f"train names {unknown or 'nothing'}, not some of {', '.join(PARTS)}")
+    require(config.train, "train names nothing that learns")
     require(not {"lora", "decoder"} <= set(config.train), "train names lora and decoder: give one of them")
+    if config.dtype == "float16" and find_device(config.device).type == "cpu":
+        raise ValueError("dtype float16 does not train on a CPU: give bfloat16 or float32")
     require("decoder" in config.train or not config.fsdp, "fsdp shards a decoder that learns: add it to train")
 
     # 2) the data
@@ -145,23 +157,28 @@ def check_config(config: TrainConfig):
         names = [metric for metric in METRICS if metric != "Bert_score"]
         is_known = name in names or ":" in name
         require(is_known, f"metrics names {name!r}, neither module:function nor one of {', '.join(names)}")
+        if ":" in name:
+            find_metric(name)
     require(config.best in ("loss", *config.metrics), f"best is {config.best!r}, neither loss nor one of the metrics")
-    for name in config.report_to:
-        require(name in TRACKERS, f"report_to names {name!r}, not one of {', '.join(TRACKERS)}")
 
 
 # ------------------------------------------------------------------------------------------ the run
 
 
 def run(config: TrainConfig, resume: bool, world: World):
-    """Trains a model. Raises ValueError or OSError if that fails, and KeyboardInterrupt if it was asked to stop."""
-    # 1) check what can be checked at once
+    """Checks the settings and trains. Raises ValueError or OSError if that fails, KeyboardInterrupt after Ctrl-C."""
     check_config(config)
-    out = Path(config.out_dir)
-    if checkpoint_files(out) and not resume:
-        raise ValueError(f"{out} holds a run already: continue it with --resume, or give another out_dir")
+    if checkpoint_files(config.out_dir) and not resume:
+        raise ValueError(f"{config.out_dir} holds a run already: continue it with --resume, or give another out_dir")
+    # rank 0 writes for all ranks
+    with only_writer_in(config.out_dir) if world.rank == 0 else nullcontext():
+        train(config, resume, world)
 
-    # 2) load the model, its optimizer and the data; rank 0 alone writes fresh weights
+
+def train(config: TrainConfig, resume: bool, world: World):
+    """The training loop; errors as in `run`."""
+    # 1) load the model, its optimizer and the data; rank 0 alone writes fresh weights
+    out = Path(config.out_dir)
     device = world.local_device(find_device(config.device))
     if config.new_decoder and world.rank == 0:
         new_parts(config)
@@ -179,7 +196,7 @@ def run(config: TrainConfig, resume: bool, world: World):
     loader = open_loader(config, training_set, world)
     steps = loader.num_steps
 
-    # 3) resume
+    # 2) resume
     checkpoints = Checkpoints(config, RUNTIME, libra, optimizer, world)
     first, best = 0, math.inf if config.best == "loss" else -math.inf
     if resume:
@@ -193,19 +210,19 @@ def run(config: TrainConfig, resume: bool, world: World):
     if world.rank == 0:
         describe(config, loader, learning, frozen)
     stop = StopRequest()
-    # frozen weights have 16 bits on a GPU, weights that learn 32: autocast computes with 16
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    # where frozen weights have 16 bits and weights that learn 32, as on a GPU, autocast computes with 16
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda" or libra.dtype.itemsize < 4)
 
     for step, batches in loader.batches(first):
         done = step + 1
         is_last = done == steps
 
-        # 4) everything random and the learning rate follow from the step
+        # 3) everything random and the learning rate follow from the step
         torch.manual_seed(step_seed(config.seed, step, world.rank))
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * lr_at(step, steps, config.warmup)
 
-        # 5) loss and backward: the mean over the labels of all ranks, one micro-batch at a time
+        # 4) loss and backward: the mean over the labels of all ranks, one micro-batch at a time
         (labels,) = world.all_reduce(sum(map(count_labels, batches)))
         losses = []
         for batch in batches:
@@ -214,7 +231,7 @@ def run(config: TrainConfig, resume: bool, world: World):
             loss.backward()
             losses.append(float(loss.detach()))
 
-        # 6) sum over ranks and clip; numbers that are not finite must not reach the weights
+        # 5) sum over ranks and clip; numbers that are not finite must not reach the weights
         world.all_reduce_gradients(weights)
         norm = world.clip_grad_norm(weights, config.grad_clip or math.inf)
         (loss,) = world.all_reduce(sum(losses))
@@ -222,16 +239,16 @@ def run(config: TrainConfig, resume: bool, world: World):
             names = name_records(training_set, batches, losses)
             raise ValueError(f"step {done}: the loss is {loss}, the gradient's norm {norm}; records: {names}")
 
-        # 7) step
+        # 6) step
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        # 8) log
+        # 7) log
         positions = sum(map(count_positions, batches))
         values = dict(loss=loss, lr=optimizer.param_groups[0]["lr"], norm=norm)
         log.step(done, values, positions, loader.seconds_waited)
 
-        # 9) validate, and keep the best model
+        # 8) validate, and keep the best model
         if validation_set and (is_last or done % config.validate_every == 0):
             with autocast, unsharded(libra.decoder):
                 scores = validate(libra, config, validation_set, world)
@@ -241,7 +258,7 @@ def run(config: TrainConfig, resume: bool, world: World):
                 best = score
                 export(libra, config, out / "best", world)
 
-        # 10) save; all ranks stop if one of them was asked to
+        # 9) save; all ranks stop if one of them was asked to
         (stops,) = world.all_reduce(stop.received)
         if stops or is_last or done % config.save_every == 0:
             checkpoints.save(done, best)
@@ -249,7 +266,7 @@ def run(config: TrainConfig, resume: bool, world: World):
             print(f"train.py: stopped after step {done} of {steps}; --resume continues it", file=sys.stderr)
             raise KeyboardInterrupt
 
-    # 11) write the trained model
+    # 10) write the trained model
     export(libra, config, out / "last", world)
     if world.rank == 0:
         log.plot_loss()
@@ -533,15 +550,25 @@ def score_answers(metrics, references: list[str], predictions: list[str]) -> dic
     scores = {}
     for name in metrics:
         if ":" in name:
-            module, function = name.split(":")
-            metric = getattr(importlib.import_module(module), function)
-            scores[name] = float(metric(references, predictions))
+            scores[name] = float(find_metric(name)(references, predictions))
         elif name in table:
             sums = table[name].sum(0)
             scores[name] = float(score_of(sums, len(predictions)))
         else:
             raise ValueError(f"metrics names {name}, which needs more packages: see eval.py score --help")
     return scores
+
+
+def find_metric(name: str):
+    """module:function -> the function. Raises ValueError if there is none."""
+    module, function = name.split(":", 1)
+    try:
+        metric = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"metrics names {name}, which cannot be imported ({error})") from None
+    if not callable(metric):
+        raise ValueError(f"metrics names {name}, which is no function")
+    return metric
 
 
 # ------------------------------------------------------------------------------------------ command line
@@ -561,7 +588,7 @@ def parse(arguments: list[str] | None) -> tuple[TrainConfig, bool]:
     settings = vars(parser.parse_args(arguments))
     path, resume = settings.pop("config"), settings.pop("resume")
     try:
-        return TrainConfig(**read_settings(DEFAULTS, path, settings)), resume
+        return TrainConfig(**read_settings(TrainConfig, path, settings)), resume
     except ValueError as error:
         parser.error(error)
 

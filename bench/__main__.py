@@ -10,6 +10,10 @@ Both sides run in separate processes, alternating; a comparison is shown only if
 With one thread on a CPU, the default, seconds are CPU seconds: waiting for a busy core does not count.
 """
 
+if __name__ == "__main__":
+    import plumbing.start  # noqa: F401 (first of all)
+
+
 import argparse
 import json
 import random

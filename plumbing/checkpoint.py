@@ -65,7 +65,7 @@ class Source(NamedTuple):
 
 def locate(place, relative_to: Path | None = None) -> Source:
     """Finds a checkpoint by its path, first relative to a folder, or by its hub id. Its config files are downloaded."""
-    candidates = [Path(place).expanduser()]
+    candidates = [Path(os.path.expanduser(place))]
     if relative_to:
         candidates.insert(0, Path(relative_to, place))
     for folder in candidates:

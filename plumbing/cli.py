@@ -22,6 +22,14 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         sys.exit(fail(self.prog, message))
 
+    def exit(self, status=0, message=None):
+        # the reader of --help may have ended, as `head` does
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            forget(sys.stdout)
+        super().exit(status, message)
+
     def parse_known_args(self, arguments=None, namespace=None):
         self.allow_abbrev = False
         known, unknown = super().parse_known_args(arguments, namespace)
@@ -60,17 +68,30 @@ def add_decoding_flags(add):
 
 def fail(program, message):
     """Prints a mistake as one line on stderr, in place of a progress bar. Returns the exit status, 2."""
-    tqdm.write(f"{program}: {' '.join(str(message).split())}", file=sys.stderr)
+    line = " ".join(str(message).split())
+    # a file's name or a server's answer may hold control characters, which a terminal would obey
+    line = "".join(character if character.isprintable() else "?" for character in line)
+    tqdm.write(f"{program}: {line}", file=sys.stderr)
     return 2
+
+
+def forget(stream):
+    """What is written to this stream from now on, its buffer included, goes nowhere."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
 
 
 def guard(program, run, arguments):
     """Calls run(arguments). Returns the exit status: 0, 2 after a mistake of the user, 130 after Ctrl-C."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         run(arguments)
+        sys.stdout.flush()
     except BrokenPipeError:
-        # the reader of our output has ended, as `head` does; a closed stderr keeps Python's exit silent about it
-        sys.stderr.close()
+        # the reader of our output has ended, as `head` does
+        forget(sys.stdout)
     except (ValueError, OSError, MemoryError) as error:
         # the one place with advice on a full disk; `files.resumable` has added the name of the file
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):

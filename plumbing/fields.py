@@ -25,6 +25,8 @@ class Range:
 
 
 Size = Annotated[int, Range(1, 2**20)]
+Count = Annotated[int, Range(1, 10**9)]
+CountOrZero = Annotated[int, Range(0, 10**9)]
 Positive = Annotated[float, Range(1e-12, 1e12)]
 Share = Annotated[float, Range(0, 1)]
 

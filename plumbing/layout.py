@@ -203,7 +203,7 @@ def find_device(name: str) -> torch.device:
     available = [device for device in ("cuda", "mps", "cpu") if getattr(torch, device).is_available()]
     if name == "auto":
         name = available[0]
-    if name.split(":")[0] not in available:
+    if not re.fullmatch(r"(cuda|mps|cpu)(:\d{1,3})?", name) or name.split(":")[0] not in available:
         raise ValueError(f"device {name!r} is not available here: there is {' and '.join(available)}")
     return torch.device(name)
 

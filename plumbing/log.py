@@ -47,11 +47,11 @@ class Log:
         # steps behind the checkpoint will be logged again, and a full disk may have torn the last line
         self.out.mkdir(parents=True, exist_ok=True)
         self.file.touch()
-        old = self.file.read_text().splitlines() if self.first_step else []
+        old = read_log(self.file) if self.first_step else []
         with atomic(self.file) as file:
-            for line in old:
-                if line.endswith("}") and json.loads(line)["step"] <= self.first_step:
-                    file.write(line + "\n")
+            for entry in old:
+                if entry["step"] <= self.first_step:
+                    print(json.dumps(entry), file=file)
         # every setting, defaults included
         with atomic(self.out / "run.json") as file:
             json.dump(asdict(self.config), file, indent=1)
@@ -101,13 +101,26 @@ class Log:
     def plot_loss(self):
         """Draws loss.svg from log.jsonl."""
         lines = {}
-        for text in self.file.read_text().splitlines():
-            entry = json.loads(text)
+        for entry in read_log(self.file):
             label = "training" if "loss" in entry else "validation"
             loss = entry.get("loss", entry.get("validation loss"))
-            lines.setdefault(label, []).append((entry["step"], loss))
+            if isinstance(loss, float):
+                lines.setdefault(label, []).append((entry["step"], loss))
         with atomic(self.out / "loss.svg") as file:
             file.write(curves("loss", "step", lines))
+
+
+def read_log(path: Path) -> list[dict]:
+    """The entries of log.jsonl; a line that is torn, or none of ours, is left out."""
+    entries = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(entry, dict) and type(entry.get("step")) is int:
+            entries.append(entry)
+    return entries
 
 
 def open_tracker(name: str, config):

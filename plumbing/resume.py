@@ -4,6 +4,7 @@ A checkpoint holds whole tensors by name, so that a run can be resumed with any 
 """
 
 import sys
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -51,8 +52,14 @@ class Checkpoints:
                 torch.save(state, stream)
         except RuntimeError as error:  # torch's writer has an error of its own for a full disk
             raise OSError(f"{file} could not be written ({error}): is the disk full?") from None
-        for old in checkpoint_files(self.config.out_dir)[: -self.config.keep]:
-            old.unlink()
+        self._remove_old()
+
+    def _remove_old(self):
+        """Removes all checkpoints but the newest, and what a killed process left of one."""
+        old = checkpoint_files(self.config.out_dir)[: -self.config.keep]
+        torn = Path(self.config.out_dir, "checkpoints").glob(".step-*.pt.partial")
+        for file in [*old, *torn]:
+            file.unlink()
 
     def load(self) -> tuple[int, float]:
         """Loads the newest checkpoint that is not damaged. Returns (steps done, best score).
@@ -60,6 +67,9 @@ class Checkpoints:
         Raises ValueError if there is none, or if it belongs to a run with other settings.
         """
         file, state = self._newest()
+        if self.world.rank == 0:
+            # a process may have been killed between saving and this
+            self._remove_old()
         # 1) refuse another run's checkpoint
         for name, value in asdict(self.config).items():
             before = state["config"].get(name)
@@ -79,6 +89,9 @@ class Checkpoints:
     def _newest(self) -> tuple[Path, dict]:
         for file in reversed(checkpoint_files(self.config.out_dir)):
             try:
+                # the file has a checksum for each tensor, which torch does not look at
+                if zipfile.ZipFile(file).testzip():
+                    raise ValueError("a checksum is wrong")
                 # mapped, because every rank reads the file: of tens of GB each rank takes its own part
                 state = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
                 if {"config", "step", "best", "weights", "optimizer"} <= state.keys():

@@ -2,29 +2,36 @@
 
 import ast
 import difflib
-from pathlib import Path
+from dataclasses import asdict
+from types import ModuleType
+from typing import get_type_hints
+
+from plumbing.fields import check_value
+from plumbing.files import read_text
 
 
-def read_settings(defaults: dict, path: str, overrides: dict[str, str]) -> dict:
-    """Reads settings, of the types of their defaults; overrides are texts from a command line.
+def read_settings(cls: type, path: str, overrides: dict[str, str]) -> dict:
+    """Reads settings: fields of a dataclass whose annotations give types and bounds. overrides: a command line's texts.
 
-    Raises ValueError that names the place, and the expected type or the nearest known name.
+    Raises ValueError that names the place, and what is expected or the nearest known name.
     """
     # 1) the file is a program: it may calculate, and it may fail in any way
     namespace: dict = {}
     try:
-        exec(compile(Path(path).read_text(encoding="utf-8"), path, "exec"), namespace)
-    except Exception as error:
+        exec(compile(read_text(path), path, "exec"), namespace)
+    except (Exception, SystemExit) as error:
         raise ValueError(f"{path}: {type(error).__name__}: {error}") from None
 
-    # 2) its variables, then the command line, which wins
+    # 2) its variables, but not what it calculates with; then the command line, which wins
     settings = {}
     for name, value in namespace.items():
-        if not name.startswith("__"):
-            settings[name] = check_setting(defaults, name, value, path)
+        is_helper = name.startswith("_") or isinstance(value, ModuleType) or callable(value)
+        if not is_helper:
+            settings[name] = check_setting(cls, name, value, path)
+    defaults = asdict(cls())
     for name, text in overrides.items():
         value = parse_text(text, type(defaults[name]))
-        settings[name] = check_setting(defaults, name, value, "the command line")
+        settings[name] = check_setting(cls, name, value, "the command line")
     return settings
 
 
@@ -36,28 +43,18 @@ def parse_text(text: str, kind: type):
         return tuple(part for part in text.split(",") if part)
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
         # it stays text, which `check_setting` refuses
         return text
 
 
-def check_setting(defaults: dict, name: str, value, place: str):
-    """Returns the value in its default's type: one text may stand for a tuple, a list for a tuple, 1 for 1.0."""
-    if name not in defaults:
-        nearest = difflib.get_close_matches(name, defaults, 1)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else "see --help"
-        raise ValueError(f"{place}: there is no setting {name!r}; {hint}")
-
-    kind, given = type(defaults[name]), type(value)
-    if (kind, given) == (tuple, str):
-        return (value,)
-    if (kind, given) in ((tuple, list), (float, int)):
-        value = kind(value)
-    fits = type(value) is kind
-    if fits and kind is tuple:
-        # every tuple here is one of texts
-        fits = all(isinstance(part, str) for part in value)
-    if not fits:
-        expected = "tuple of texts" if kind is tuple else kind.__name__
-        raise ValueError(f"{place}: {name} is {value!r}, not of type {expected}")
-    return value
+def check_setting(cls: type, name: str, value, place: str):
+    """Returns the value as the field's annotation wants it: 1.0 for 1, a tuple for a list or for one text."""
+    hints = get_type_hints(cls, include_extras=True)
+    if name not in hints:
+        nearest = difflib.get_close_matches(name, hints, 1)
+        advice = f"did you mean {nearest[0]!r}?" if nearest else "see --help; a helper's name begins with _"
+        raise ValueError(f"{place}: there is no setting {name!r}; {advice}")
+    if isinstance(getattr(cls, name, None), tuple) and isinstance(value, str):
+        value = (value,)
+    return check_value(value, hints[name], name, place)

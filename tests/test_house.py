@@ -19,10 +19,10 @@ import sample
 
 FOLDERS = ("plumbing", "sources", "phantom", "evaluation", "bench")
 FLOORS = [  # a module imports only from the lines above its own
-    {"plumbing.fields", "plumbing.distributed", "phantom.radiograph", "kernel"},
-    {"plumbing.files", "plumbing.settings"},
-    {"plumbing.cli", "plumbing.checkpoint", "plumbing.image", "plumbing.pixels", "plumbing.log", "plumbing.resume",
-     "plumbing.sentencepiece", "attention", "phantom.history"},
+    {"plumbing.start", "plumbing.fields", "plumbing.distributed", "phantom.radiograph", "kernel"},
+    {"plumbing.files"},
+    {"plumbing.cli", "plumbing.settings", "plumbing.checkpoint", "plumbing.image", "plumbing.pixels", "plumbing.log",
+     "plumbing.resume", "plumbing.sentencepiece", "attention", "phantom.history"},
     {"tokenizer", "encoder", "tac", "decoder"},
     {"data", "phantom.reports", "evaluation.metrics"},
     {"lora", "plumbing.fresh", "phantom.hospital", "evaluation.pairs", "bench.costs"},

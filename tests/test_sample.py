@@ -418,7 +418,13 @@ def mistakes(tmp_path):
         (("--query", "<image>"), MODEL, IMAGES, "<image>"),
         # options: out of range, of a wrong type, that exclude each other, unknown
         (("--num-beams", "400"), MODEL, IMAGES, "num_beams 400"),
-        (("--top-p", "nan"), MODEL, IMAGES, "top_p nan"),
+        (("--top-p", "nan"), MODEL, IMAGES, "top_p is nan"),
+        (("--top-p", "1e-300"), MODEL, IMAGES, "top_p is 1e-300"),
+        (("--temperature", "1e-300"), MODEL, IMAGES, "temperature 1e-300"),
+        (("--length-penalty", "1e308"), MODEL, IMAGES, "length_penalty is 1e+308"),
+        (("--num-beams", "100000"), MODEL, IMAGES, "num_beams is 100000"),
+        (("--temperature", "1", "--num-return-sequences", "100000"), MODEL, IMAGES, "num_return_sequences is 100000"),
+        (("--max-new-tokens", "-1"), MODEL, IMAGES, "max_new_tokens is -1"),
         (("--temperature", "warm"), MODEL, IMAGES, "'warm'"),
         (("--temperature", "1", "--num-beams", "2"), MODEL, IMAGES, "num_beams"),
         (("--num-beams", "2", "--num-return-sequences", "3"), MODEL, IMAGES, "num_return_sequences 3"),
@@ -426,6 +432,9 @@ def mistakes(tmp_path):
         (("--num-beam", "2"), MODEL, IMAGES, "--num-beams"),
         (("--chat", "--json"), MODEL, IMAGES, "--chat"),
         (("--device", "tpu"), MODEL, IMAGES, "'tpu'"),
+        (("--device", "cpu:x"), MODEL, IMAGES, "'cpu:x'"),
+        (("--query", "--"), MODEL, IMAGES, "--query"),
+        (("--model", "~nosuchuser/x"), "", IMAGES, "~nosuchuser"),
     ]
 
 

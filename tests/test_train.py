@@ -24,6 +24,7 @@ import train
 from data import IGNORED
 from model import Libra
 from plumbing.distributed import World
+from plumbing.files import only_writer_in
 from tokenizer import IMAGE
 from train import TrainConfig, build, open_loader, open_training_set, trainable_parameters
 
@@ -436,6 +437,13 @@ def assert_mistake(capsys, arguments, culprit):
     ("--train=lora --fsdp=True", "fsdp"), ("--batch_size=24", "24"), ("--template=libra_v9", "libra_v9"),
     ("--validate_every=2", "validation"), ("--metrics=BLEU5", "BLEU5"), ("--best=BLEU4", "BLEU4"),
     ("--report_to=wandbs", "wandbs"), ("--resume", "checkpoint"), ("--train=lora --lora_targets=qkv_proj", "qkv_proj"),
+    # bounds
+    ("--micro_batch=-1", "micro_batch"), ("--max_length=0", "max_length"), ("--lr=-1e-3", "lr"), ("--lr=1e400", "lr"),
+    ("--grad_clip=-1", "grad_clip"), ("--keep=-1", "keep"), ("--save_every=0", "save_every"), ("--lora_r=0", "lora_r"),
+    ("--log_every=0", "log_every"), ("--batch_size=0", "batch_size"), ("--epochs=0", "epochs"), ("--pad=white", "pad"),
+    ("--warmup=1.5", "warmup"), ("--seed=0.5", "seed"), ("--metrics=nowhere:f", "nowhere"),
+    ("--metrics=math:nothing", "nothing"), ("--metrics=math:pi", "math:pi"), ("--dtype=float16", "float16"), ("--metrics=:", "metrics"),
+    # types and names
     ("--lr=much", "lr"), ("--keep=1.5", "keep"), ("--epoch=1", "--epochs"), ("lr=1", "lr=1"), ("--lr", "--lr"),
 ])  # fmt: skip
 def test_mistakes_on_the_command_line(tmp_path, records, capsys, flags, culprit):
@@ -444,11 +452,42 @@ def test_mistakes_on_the_command_line(tmp_path, records, capsys, flags, culprit)
 
 @pytest.mark.parametrize(("text", "culprit"), [
     ("batchsize = 4", "'batch_size'"), ("lr = 'much'", "lr"), ("lr = ", "config.py"), ("lr = 1 / 0", "ZeroDivision"),
-    ("train = 5", "train"), ("train = [5]", "train"),
+    ("train = 5", "train"), ("train = [5]", "train"), ("exit()", "SystemExit"), ("count = 5", "'count'"),
 ])  # fmt: skip
 def test_mistakes_in_a_config(tmp_path, capsys, text, culprit):
     (tmp_path / "config.py").write_text(text)
     assert_mistake(capsys, [tmp_path / "config.py"], culprit)
+
+
+def test_a_config_may_calculate_with_modules_functions_and_private_names(tmp_path):
+    text = "import time\ndef double(x):\n    return 2 * x\n_rate = 1e-5\nlr = double(_rate)\n"
+    (tmp_path / "config.py").write_text(text + "out_dir = 'runs/' + str(int(time.time()))\n")
+    config, _ = train.parse([str(tmp_path / "config.py")])
+    assert config.lr == 2e-5 and config.out_dir.startswith("runs/1")
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_noticed(tmp_path, records, capsys):
+    out = tmp_path / "run"
+    run(out, records, epochs=2.0, save_every=1)
+    newest = checkpoints(out)[-1]
+    # in the middle of the largest tensor, where only a checksum can tell
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    assert train.main([str(out.with_suffix(".py")), "--resume"]) == 0
+    assert f"{newest} is damaged" in capsys.readouterr().err
+
+
+def test_frozen_weights_of_16_bits_train_on_a_cpu(tmp_path, records):
+    whole = run(tmp_path / "whole", records, train=("connector", "lora"), max_steps=3)
+    half = run(tmp_path / "half", records, train=("connector", "lora"), max_steps=3, dtype="bfloat16")
+    assert half == pytest.approx(whole, rel=0.02)
+
+
+def test_only_one_process_trains_in_a_folder(tmp_path, records, capsys):
+    config = write_config(tmp_path / "run", records)
+    with only_writer_in(tmp_path / "run"):
+        assert_mistake(capsys, [config], "another process")
 
 
 def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(tmp_path, records, capsys):

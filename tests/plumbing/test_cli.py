@@ -1,6 +1,12 @@
 """How every command line behaves, by example: mistakes, progress, worker processes, tables."""
 
+import signal
+import subprocess
+import sys
+import time
+
 import pytest
+from conftest import GOLDEN, ROOT
 
 from plumbing import cli
 
@@ -69,3 +75,43 @@ def test_a_wrong_number_of_the_ngram_ban_is_named(capsys):
         parser.parse_args(["--no-repeat-ngram", "x"])
     assert "auto_or_int" in capsys.readouterr().err
     assert parser.parse_args(["--no-repeat-ngram", "3"]).no_repeat_ngram == 3
+
+
+# -------------------------------------------------------------------------------- streams
+
+
+SAMPLE = f"{sys.executable} {ROOT}/sample.py --model {GOLDEN}/libra-7b/model --images {GOLDEN}/images/0.png"
+SAMPLE += " --max-new-tokens 3"
+
+
+def shell(command, **options):
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, **options)
+
+
+@pytest.fixture(scope="module")
+def report():
+    return shell(SAMPLE).stdout
+
+
+@pytest.mark.parametrize("redirection", ["2>&-", "<&-", "2> >(true)", "--verbose <&- 2>&-"])
+def test_a_stream_that_is_closed_does_not_change_the_report(report, redirection):
+    run = shell(f"{SAMPLE} {redirection}")
+    assert (run.returncode, run.stdout, run.stderr) == (0, report, "") and report
+
+
+@pytest.mark.parametrize("arguments", ["--help | true", "| true", "--chat --query Why? <&- | true"])
+def test_a_reader_that_ends_early_ends_the_program_silently(arguments):
+    run = shell(f"set -o pipefail; {SAMPLE} {arguments}")
+    assert run.stderr == "" and run.returncode == 0
+
+
+def test_ctrl_c_during_the_imports_is_silent():
+    process = subprocess.Popen(SAMPLE.split(), stderr=subprocess.PIPE, text=True)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate()[1] == "" and process.returncode != 0
+
+
+def test_a_message_cannot_command_the_terminal(capsys):
+    cli.fail("tool.py", "no image \x1b[31mred\x07\udcff ä")
+    assert capsys.readouterr().err == "tool.py: no image ?[31mred?? ä\n"
