@@ -442,7 +442,8 @@ def assert_mistake(capsys, arguments, culprit):
     ("--grad_clip=-1", "grad_clip"), ("--keep=-1", "keep"), ("--save_every=0", "save_every"), ("--lora_r=0", "lora_r"),
     ("--log_every=0", "log_every"), ("--batch_size=0", "batch_size"), ("--epochs=0", "epochs"), ("--pad=white", "pad"),
     ("--warmup=1.5", "warmup"), ("--seed=0.5", "seed"), ("--metrics=nowhere:f", "nowhere"),
-    ("--metrics=math:nothing", "nothing"), ("--metrics=math:pi", "math:pi"), ("--dtype=float16", "float16"), ("--metrics=:", "metrics"),
+    ("--metrics=math:nothing", "nothing"), ("--metrics=math:pi", "math:pi"), ("--metrics=:", "metrics"),
+    ("--dtype=float16", "float16"),
     # types and names
     ("--lr=much", "lr"), ("--keep=1.5", "keep"), ("--epoch=1", "--epochs"), ("lr=1", "lr=1"), ("--lr", "--lr"),
 ])  # fmt: skip
