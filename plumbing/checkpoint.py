@@ -18,8 +18,6 @@ from types import EllipsisType
 from typing import NamedTuple
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -54,10 +52,13 @@ class Source(NamedTuple):
         if not self.repository:
             return self.folder
         try:
-            return Path(snapshot_download(self.repository, allow_patterns=list(patterns)))
-        except RepositoryNotFoundError:
-            raise FileNotFoundError(f"no folder {self}, and the hub shows no such repository: check the name") from None
-        except OSError as error:
+            # imported here: a wrong environment variable of the hub is an error of the import
+            import huggingface_hub
+
+            return Path(huggingface_hub.snapshot_download(self.repository, allow_patterns=list(patterns)))
+        except Exception as error:  # the hub's client, httpx and ssl raise errors of their own
+            if type(error).__name__ == "RepositoryNotFoundError":
+                raise FileNotFoundError(f"no folder {self}, and the hub shows no such repository: check it") from None
             reason = str(error).strip().split("\n")[0]
             advice = "connect to the network, or download it elsewhere and give its folder"
             raise OSError(f"{self} is not cached and could not be downloaded ({reason}): {advice}") from None

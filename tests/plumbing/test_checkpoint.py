@@ -360,7 +360,7 @@ def test_a_hub_id_is_downloaded_once_with_only_the_files_needed(hub):
     ("model", "variables"),
     [
         ("owner/nothing", {}), ("owner/model", NO_NETWORK), ("owner/model", {"HF_HUB_OFFLINE": "1"}),
-        (sample.DEFAULT_MODEL, {"HF_HUB_OFFLINE": "1"}),
+        (sample.DEFAULT_MODEL, {"HF_HUB_OFFLINE": "1"}), ("owner/model", {"HF_ENDPOINT": "hub.example"}),
     ],
 )  # fmt: skip
 def test_a_hub_that_lacks_the_repository_or_cannot_be_reached_is_one_line(hub, model, variables):
