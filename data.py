@@ -337,9 +337,15 @@ class Row(NamedTuple):
     pixels: torch.Tensor | None = None  # [2, 3, S, S] (current, prior), or [1, 3, S, S]; None for text alone
 
 
-def encode(record: Record, template: Template, tokenizer: Tokenizer, max_length: int) -> Row:
-    """Tokenize a record: a row of its own, still without pixels."""
-    prompt = render(record.turns, template, tokenizer)
+def encode(
+    record: Record,
+    template: Template,
+    tokenizer: Tokenizer,
+    max_length: int,
+    image_text: str = IMAGE_TEXT,
+) -> Row:
+    """Tokenize a record: a row of its own, still without pixels. image_text: as for `render`."""
+    prompt = render(record.turns, template, tokenizer, image_text)
     labels = [id if learnt else IGNORED for id, learnt in zip(prompt.ids, prompt.mask, strict=True)]
     length = len(labels)
     # the image counts as one id, as published (libra/train/train.py, DataCollatorForSupervisedDataset)
@@ -432,6 +438,7 @@ class TrainingSet:
     template: Template
     image_positions: int
     max_length: int
+    image_text: str = IMAGE_TEXT  # what a prompt has for an image, `Libra.image_text`
     progress: InitVar[Callable] = ignore
 
     def __post_init__(self, progress):
@@ -468,7 +475,7 @@ class TrainingSet:
         rows = []
         for number in numbers:
             record = Record.parse(self.records[number])
-            rows.append(encode(record, self.template, self.tokenizer, self.max_length))
+            rows.append(encode(record, self.template, self.tokenizer, self.max_length, self.image_text))
         row = share_prefix(rows)
         # open the images, once for all these records, unless max_length cut them off
         if IMAGE in row.ids:

@@ -211,7 +211,9 @@ def run(config: TrainConfig, resume: bool, world: World):
         for batch in batches:
             with autocast:
                 loss = libra.loss(batch) / max(labels, 1)
-            loss.backward()
+            # a batch without an image does not reach the connector: it counts in the loss and has gradients of 0
+            if loss.requires_grad:
+                loss.backward()
             losses.append(float(loss.detach()))
 
         # 6) sum over ranks and clip; numbers that are not finite must not reach the weights
@@ -452,6 +454,7 @@ def open_training_set(config: TrainConfig, files: tuple[str, ...], libra: Libra)
         template=find_template(libra.template),
         image_positions=libra.image_positions,
         max_length=config.max_length,
+        image_text=libra.image_text,
         progress=progress("checking records"),
     )
 
