@@ -61,7 +61,8 @@ def test_check_lists_what_is_wrong_in_one_line(tmp_path, capsys, text, culprits)
 
 
 def test_odd_records_cost_no_more_than_themselves_unless_strict(tmp_path, capsys):
-    file = write_lines(tmp_path / "mine.jsonl", [training_record(answer=""), training_record(), training_record("Why?")])
+    records = [training_record(answer=""), training_record(), training_record("Why?")]
+    file = write_lines(tmp_path / "mine.jsonl", records)
     assert run_prepare("check", file) == 0
     printed = capsys.readouterr()
     assert "1 of 3 records are left out, 1 × an answer is empty; the first: line 1" in printed.err
