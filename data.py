@@ -134,23 +134,28 @@ class Records:
 
 
 # In the messages below, what is before the first ": " is the reason by which `check` counts the records it leaves out.
-WRONG_TYPE = "a field has the wrong type"
 REFERENCES = ("reference", "findings", "impression", "reference_report")  # the first with a value is the reference
+
+
+def value_of(raw: dict, name: str, hint):
+    """A field of a raw record, None if it is absent. Raises ValueError unless it has this type."""
+    return check_value(raw.get(name), hint, name, f"{name} has the wrong type")
 
 
 def image_names(raw: dict) -> list[str]:
     """The image names of a raw record: [current, prior], [current], or [] for text alone. Raises ValueError."""
-    some_names = Annotated[list[Annotated[str, Range(1, 4096)]], Range(0, 2)]
-    names = check_value(raw.get("image"), str | some_names | None, "image", WRONG_TYPE) or []
+    names = value_of(raw, "image", str | Annotated[list[str], Range(0, 2)] | None) or []
     if isinstance(names, str):
         names = [names]
+    if not all(names):
+        raise ValueError("image holds an empty name")
     # two equal names become one: without a prior, the model uses the current image twice anyway
     return list(dict.fromkeys(names))
 
 
 def turns_of(raw: dict) -> list[tuple[str, str | None]]:
     """The turns of a raw record, [(question, answer), …]; the last answer may be None. Raises ValueError."""
-    messages = check_value(raw.get("conversations"), list[dict], "conversations", WRONG_TYPE)
+    messages = value_of(raw, "conversations", list[dict])
     # what gpt says before the first question is left out, as published (libra/train/train.py, preprocess_libra)
     if messages and messages[0].get("from") == "gpt":
         messages = messages[1:]
@@ -158,7 +163,7 @@ def turns_of(raw: dict) -> list[tuple[str, str | None]]:
     in_turn = [("human", "gpt")[number % 2] for number in range(len(messages))]
     if not messages or speakers != in_turn:
         raise ValueError(f"human and gpt do not speak in turn: {shorten(speakers)}")
-    texts = [check_value(message.get("value"), str, "value", WRONG_TYPE) for message in messages]
+    texts = [value_of(message, "value", str) for message in messages]
     return list(itertools.zip_longest(texts[::2], texts[1::2]))
 
 
@@ -223,9 +228,9 @@ class Question(NamedTuple):
         if "conversations" in raw:
             text, reference = turns_of(raw)[0]
         else:
-            text = check_value(raw.get("text"), str, "text", WRONG_TYPE)
+            text = value_of(raw, "text", str)
             field = next((field for field in REFERENCES if raw.get(field) is not None), REFERENCES[0])
-            reference = check_value(raw.get(field), str | None, field, WRONG_TYPE)
+            reference = value_of(raw, field, str | None)
         # a prompt has "<image>" in front of the text; LLaVA-Med's question files have it in the text
         if IMAGE_TEXT in text:
             text = text.replace(IMAGE_TEXT, "").strip()
@@ -234,8 +239,10 @@ class Question(NamedTuple):
 
 def question_id(raw: dict) -> str | int:
     """What answers are matched by: question_id, or the id of a training record. Raises ValueError."""
-    name = "id" if raw.get("question_id") is None and "id" in raw else "question_id"
-    return check_value(raw.get(name), str | int, name, WRONG_TYPE)
+    for name in ("question_id", "id"):
+        if raw.get(name) is not None:
+            return value_of(raw, name, str | int)
+    raise ValueError("has no question_id")
 
 
 def check(

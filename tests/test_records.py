@@ -100,15 +100,16 @@ def test_a_pipe_is_refused_before_it_is_read(tmp_path):
 SAID = training_record()["conversations"]
 HUMAN, GPT = SAID
 ASKED = {"from": "human", "value": "<image> And now?"}
-WRONG_TYPES = [
-    training_record(image=[None]), training_record(image=3), training_record(image={"a": 1}),
-    training_record(image=[""]), training_record(image=float("nan")), training_record(conversations="Hi"),
-    training_record(conversations=["Hi"]),
-    training_record(conversations=[{"from": "human"}, GPT]), training_record(conversations=[HUMAN, {"from": "gpt"}]),
-    training_record(image=["0.png"] * 3),
-]  # fmt: skip
 ODD = {  # the reason for which a record is left out: such records
-    "a field has the wrong type": WRONG_TYPES,
+    "image has the wrong type": [
+        training_record(image=image) for image in ([None], 3, {"a": 1}, float("nan"), ["0.png"] * 3, False)
+    ],
+    "image holds an empty name": [training_record(image=[""])],
+    "conversations has the wrong type": [training_record(conversations=value) for value in ("Hi", ["Hi"], None, 0)],
+    "value has the wrong type": [
+        training_record(conversations=messages)
+        for messages in ([{"from": "human"}, GPT], [HUMAN, {"from": "gpt", "value": ["It has."]}])
+    ],
     "human and gpt do not speak in turn": [
         training_record(conversations=messages)
         for messages in ([], [GPT], [HUMAN, HUMAN], [GPT, GPT, HUMAN, GPT], [{"from": ["a"] * 99, "value": ""}, GPT])
@@ -266,11 +267,12 @@ def test_odd_questions_are_left_out(tmp_path, folder):
     reasons = {
         "its id was there already": [line, line | {"question_id": "1"}],
         "there is no image": [line | {"image": []}, {"text": "?"}],
-        "a field has the wrong type": [
-            line | {"findings": 3}, line | {"text": None}, line | {"question_id": True}, line | {"question_id": None},
-            line | {"reference": float("nan")},
-        ],
-    }  # fmt: skip
+        "text has the wrong type": [line | {"text": None}, line | {"text": 3}],
+        "findings has the wrong type": [line | {"findings": 3}],
+        "reference has the wrong type": [line | {"reference": float("nan")}],
+        "question_id has the wrong type": [line | {"question_id": True}, line | {"question_id": [1]}],
+        "has no question_id": [line | {"question_id": None}],
+    }
     lines = [line, *itertools.chain(*reasons.values())]
     told = []
     checked = check(Records(write_lines(tmp_path / "q.jsonl", lines)), Question, folder.find, tell=told.append)
