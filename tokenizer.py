@@ -92,12 +92,13 @@ class Tokenizer:
             return encoding.ids, encoding.offsets
 
         # In legacy mode the backend puts a "▁" before every chunk between special tokens. Otherwise only the text as a
-        # whole gets one, here; the offsets do not count it.
+        # whole gets one, here; the offsets do not count it. If it stays a token of its own, it stands for the character
+        # behind it, as in legacy mode; bos stands for nothing, (0, 0).
         encoding = self.backend.encode("▁" + text.replace("▁", " "))
         ids = encoding.ids
         offsets = []
         for start, end in encoding.offsets:
-            offsets.append((max(start - 1, 0), max(end - 1, 0)))
+            offsets.append((max(start - 1, 0), max(end - 1, min(end, 1))))
 
         # `transformers` drops a "▁" that is alone before a special token
         first = 1 if ids[0] == self.bos_token_id else 0
@@ -312,27 +313,40 @@ class Prompt:
     mask: list[bool]
 
 
-def render(turns: list[tuple[str, str | None]], template: Template, tokenizer: Tokenizer) -> Prompt:
+def render(
+    turns: list[tuple[str, str | None]],
+    template: Template,
+    tokenizer: Tokenizer,
+    image_text: str = IMAGE_TEXT,
+) -> Prompt:
     """Turns a conversation, [(question, answer), ...], into text, ids and a mask of what is learnt.
+
+    image_text: what a prompt has for the "<image>" of a question, `Libra.image_text`.
 
         text    SYSTEM USER: <image>\\nIs it clear? ASSISTANT: Yes.</s>
         tokens  ...  :  IMAGE  ...  ▁clear  ?  ▁A  SS  IST  ANT  :  ▁Yes  .  </s>
         mask         0    0           0     0   0   0   0    0   0   1    1   1
 
-    A token is learnt if one of its characters is part of an answer or of the `end` that closes it. An answer None, in
-    the last turn only, leaves the prompt open. ValueError if "<image>", which stands for both images, occurs twice.
+    A token is learnt if one of its characters is part of an answer, of the space before it, or of the `end` that
+    closes it. An answer None, in the last turn only, leaves the prompt open. ValueError if "<image>", which stands for
+    both images, occurs twice.
     """
     # 1) join the turns; remember which characters are learnt, by their positions in the text
     text, learnt = "", set()
     for number, (question, answer) in enumerate(turns):
         text += template.start if number == 0 else template.next
+        # an image without a question has no marks, as published (preprocess_plain in libra/train/train.py)
+        if template.drops_question and answer is not None:
+            question = IMAGE_TEXT if IMAGE_TEXT in question else ""
+        else:
+            question = question.replace(IMAGE_TEXT, image_text)
         if answer is None:
             text += question + template.open
             break
-        if template.drops_question:
-            question = IMAGE_TEXT if IMAGE_TEXT in question else ""
+        # An open prompt ends before the space of "ASSISTANT: ". So the model has to write that space where it is a
+        # token of its own, as before a digit: "▁", "3", … Elsewhere it is part of the answer's first token.
         text += question + template.answer
-        begin = len(text)
+        begin = len(text) - len(template.answer) + len(template.answer.rstrip(" "))
         text += answer + template.end
         learnt.update(range(begin, len(text)))
         text += template.after

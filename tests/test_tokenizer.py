@@ -8,12 +8,12 @@ import shutil
 
 import pytest
 import sentencepiece
-from conftest import GOLDEN, read
+from conftest import FAMILIES, GOLDEN, read
 from safetensors.torch import load_file
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 from transformers import PreTrainedTokenizerFast
 
-from tokenizer import IMAGE, Tokenizer, find_template, render, template_of
+from tokenizer import IMAGE, TEMPLATES, Tokenizer, find_template, render, template_of
 
 SEVEN, THREE = GOLDEN / "libra-7b" / "model", GOLDEN / "libra-3b" / "model"
 ADDED = json.loads((SEVEN / "added_tokens.json").read_text())
@@ -274,10 +274,50 @@ def test_golden_labels(family, template, number):
 def test_both_answers_of_two_turns_are_learnt_with_what_closes_them(folder, template, end):
     tokenizer, turns = Tokenizer(folder), turns_of(1)
     prompt = render(turns, find_template(template), tokenizer)
-    pairs = itertools.groupby(zip(prompt.ids, prompt.mask, strict=True), key=lambda pair: pair[1])
-    runs = [[id for id, _ in run] for is_learnt, run in pairs if is_learnt]
+    runs = learnt_runs(prompt)
     assert [tokenizer.decode(run[:-1]) for run in runs] == [answer for _, answer in turns]
     assert [tokenizer.backend.id_to_token(run[-1]) for run in runs] == [end, end]
+
+
+def learnt_runs(prompt):
+    """The learnt ids of each answer."""
+    runs = itertools.groupby(zip(prompt.ids, prompt.mask, strict=True), key=lambda pair: pair[1])
+    return [[id for id, _ in run] for is_learnt, run in runs if is_learnt]
+
+
+NUMBERS = [("<image>\nHow large?", "3.5 cm"), ("What is there?", "2 views"), ("List them.", "1. Left PICC")]
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parametrize("template", ["libra_v1", "llama_2", "llava_med_v1.5_mistral_7b"])
+def test_a_space_that_is_a_token_of_its_own_is_learnt(tmp_path, template, legacy):
+    """SentencePiece cuts "3.5 cm" into "▁", "3", …; the open prompt ends before the "▁"."""
+    ours, theirs = Tokenizer(copy_of(SEVEN, tmp_path, legacy=legacy)), sentencepiece_of(SEVEN)
+    template = find_template(template)
+    runs = learnt_runs(render(NUMBERS, template, ours))
+    assert [theirs.id_to_piece(run[0]) for run in runs] == ["▁"] * 3
+    assert runs == [[*theirs.encode(answer + template.end.removesuffix("</s>")), 2] for _, answer in NUMBERS]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_learnt_continues_the_open_prompt(family):
+    """A model meets the open prompt when it writes. (Qwen's, Llama 3's and the plain one differ, as published.)"""
+    config = read(family, "model", "config.json")
+    tokenizer = Tokenizer(GOLDEN / family / "model", sentencepiece_first=config["model_type"] == "libra")
+    for template in TEMPLATES.values():
+        if template.answer.rstrip(" ") == template.open:
+            for question, answer in [*NUMBERS, ("Clear?", "No."), ("Which?", "🫁")]:
+                closed = render([(question, answer)], template, tokenizer)
+                assert closed.ids[: closed.mask.index(True)] == render([(question, None)], template, tokenizer).ids
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_an_image_before_a_digit_does_not_take_its_space(tmp_path, legacy):
+    """The published code learns all that follows the image (preprocess_plain)."""
+    tokenizer = Tokenizer(copy_of(SEVEN, tmp_path, legacy=legacy))
+    prompt = render(NUMBERS[:1], find_template("plain"), tokenizer)
+    assert prompt.ids == [1, IMAGE, *sentencepiece_of(SEVEN).encode("3.5 cm\n")]
+    assert prompt.mask == [False] * 2 + [True] * (len(prompt.ids) - 2)
 
 
 def test_the_plain_template_learns_answer_and_line_break_without_the_question():
