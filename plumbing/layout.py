@@ -17,16 +17,17 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import nn
 
 from decoder import Decoder, decoder_config, family_of, names_of
 from encoder import Encoder, EncoderConfig, encoder_config, encoder_tensors
-from lora import LoRAConfig, lora_parameters
+from lora import LoRAConfig, lora_modules, lora_parameters, matches
 from plumbing import checkpoint
 from plumbing.checkpoint import Source, StoredTensor
+from plumbing.fields import check_fields, check_value, shorten
 from plumbing.files import atomic_folder, check_supported, read_json, write_json
 from plumbing.pixels import open_clip_pixels, pixel_config
 from tac import make_connector
@@ -366,39 +367,79 @@ def _eos_token_ids(folder: Path, config: dict) -> list[int]:
     return []
 
 
-LORA_SUPPORTED = dict(  # fields of adapter_config.json that change the result -> the only value we compute with
-    peft_type="LORA", bias="none", use_dora=False, fan_in_fan_out=False, lora_bias=False, rank_pattern={},
-    alpha_pattern={}, modules_to_save=None, layers_to_transform=None, layer_replication=None, use_qalora=False,
+# Every field of PEFT's LoraConfig is in LoRAConfig (computed) or in one of these three. A field in none of them, which
+# a later PEFT may have, is refused like the second kind: unless it is null, false or empty.
+ADAPTER_VALUES = {  # the values that we compute with
+    "peft_type": Literal["LORA"],
+    "bias": Literal["none"],
+    # These set the first values of A and B, which the file replaces. The other ways (pissa, olora, corda, loftq, lora_ga,
+    # `update_layer` in peft/tuners/lora/layer.py) take something out of the base's weights as well.
+    "init_lora_weights": bool | Literal["gaussian", "eva", "orthogonal", "mica"] | None,
+}
+ADAPTER_REFUSED = (
+    "modules_to_save", "trainable_token_indices", "target_parameters", "use_dora", "lora_bias", "layer_replication",
+    "megatron_config", "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "monteclora_config",
+    "kasa_config",
 )  # fmt: skip
+ADAPTER_NEUTRAL = (
+    # descriptions
+    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    # of the initial values, of the backward pass, of other hardware; of embeddings, beside which no LoRA is supported
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "runtime_config",
+    "qalora_group_size", "megatron_core", "ensure_weight_tying",
+    # PEFT sets it to false beside a torch.nn.Linear; merge_weights was a field of its first versions
+    "fan_in_fan_out", "merge_weights",
+)  # fmt: skip
+
+
+def adapter_config(json: dict, where) -> LoRAConfig:
+    """Reads a parsed adapter_config.json, with PEFT's defaults. ValueError names a field that is not supported."""
+    advice = "merge the adapter into its base with PEFT (merge_and_unload), and use the merged model"
+    for name, hint in ADAPTER_VALUES.items():
+        try:
+            check_value(json.get(name), hint | None, name, where)
+        except ValueError as error:
+            raise ValueError(f"{error}: {advice}") from None
+    known = {*ADAPTER_VALUES, *ADAPTER_NEUTRAL, *(field.name for field in fields(LoRAConfig))}
+    for name, value in json.items():
+        if value and name not in known:
+            problem = "is not supported" if name in ADAPTER_REFUSED else "is a field that this program does not know"
+            raise ValueError(f"{where}: {name} {shorten(value)} {problem}: {advice}")
+    # a field that is null has its default
+    return LoRAConfig(**check_fields({k: v for k, v in json.items() if v is not None}, LoRAConfig, where))
 
 
 def load_adapter(libra, source: Source):
     """Puts an adapter in PEFT's layout beside the layers of a model, unmerged. ValueError names what is unsupported."""
     # 1) its config
     where = source.folder / "adapter_config.json"
-    json = read_json(where)
-    for name, value in LORA_SUPPORTED.items():
-        if json.get(name) and json[name] != value:
-            raise ValueError(f"{where}: {name} {json[name]!r} is not supported, only {value!r}")
+    config = adapter_config(read_json(where), where)
 
     # 2) its tensors, whose names have a longer form in a trainer's files:
     #    base_model.model.model.layers.0.mlp.up_proj.lora_A.default.weight -> layers.0.mlp.up_proj.lora_A.weight
     file = checkpoint.find_file(source, ADAPTER_FILES)
     if file is None:
         raise FileNotFoundError(f"{source} holds no adapter ({' or '.join(ADAPTER_FILES)}): fetch it again")
-    our_name = lambda name: name.removeprefix(f"{PEFT_PREFIX}model.").replace(".default.weight", ".weight")
-    stored = {our_name(name): tensor for name, tensor in checkpoint.file_tensors(file).items()}
+    stored = {}
+    for name, tensor in checkpoint.file_tensors(file).items():
+        our_name = name.removeprefix(f"{PEFT_PREFIX}model.").replace(".default.weight", ".weight")
+        if not re.fullmatch(r"layers\.\d+\..+\.lora_[AB]\.weight", our_name):
+            raise ValueError(f"{file}: {name} is no LoRA matrix of a decoder layer, which is not supported")
+        stored[our_name] = tensor
 
-    # 3) put it into the model, with PEFT's defaults where the config is silent
-    targets = json.get("target_modules")
-    if not isinstance(targets, list):
-        # PEFT takes a pattern as well: see which modules have tensors
-        targets = {name.split(".lora_")[0].split(".")[-1] for name in stored}
-    dropout, rslora = json.get("lora_dropout") or 0.0, bool(json.get("use_rslora"))
-    rank, alpha = json.get("r", 8), json.get("lora_alpha", 8)
-    libra.add_lora(LoRAConfig(rank, alpha, tuple(sorted(targets)), lora_dropout=dropout, use_rslora=rslora))
+    # 3) put it into the model. PEFT ignores a name in a list of targets that matches nothing
+    names, targets = names_of(libra.config.json), config.target_modules
+    if targets is None:
+        targets = tuple(sorted({f"model.{name.split('.lora_')[0]}" for name in stored}))
+    elif not isinstance(targets, str):
+        modules = lora_modules(libra.decoder, names)
+        targets = tuple(target for target in sorted(targets) if any(matches((target,), name) for name in modules))
+    try:
+        libra.add_lora(replace(config, target_modules=targets))
+    except re.error as error:
+        raise ValueError(f"{where}: {error.pattern!r} is no regular expression ({error})") from None
     parameters = lora_parameters(libra.decoder)
-    tensors = checkpoint.rename_tensors(stored, names_of(libra.config.json), libra.decoder)
+    tensors = checkpoint.rename_tensors(stored, names, libra.decoder)
     checkpoint.check_fit(parameters, tensors, f"the adapter in {source} does not fit its base {libra.base}")
     checkpoint.load_tensors(parameters, tensors)
 
@@ -455,10 +496,9 @@ def write_connector(libra, folder):
 
 def write_adapter(libra, folder):
     """Writes LoRA in PEFT's layout, and non_lora_trainables.bin with the connector and a trained encoder."""
-    # PEFT's fields: those with one supported value, ours, and the model below
-    record = LORA_SUPPORTED | asdict(libra.lora) | dict(task_type="CAUSAL_LM", inference_mode=True)
+    # PEFT's fields: ours, what kind of adapter it is, and the model below
+    record = asdict(libra.lora) | dict(peft_type="LORA", bias="none", task_type="CAUSAL_LM", inference_mode=True)
     record["base_model_name_or_path"] = _place_for(libra.base, folder)
-    record["target_modules"] = list(libra.lora.target_modules)
 
     # what else was trained, with the prefix that PEFT puts before every name
     named = itertools.chain(_connector_tensors(libra), _trained_encoder_tensors(libra))
@@ -543,7 +583,7 @@ def _lora_tensors(libra) -> dict[str, torch.Tensor]:
         module, matrix = name.split(".lora_")
         block, projection = module.rsplit(".", 1)
         for on_disk, projections in fused.items():
-            if projection in projections and on_disk in libra.lora.target_modules:
+            if projection in projections:
                 projection = on_disk
         published = f"{PEFT_PREFIX}model.{block}.{projection}.lora_{matrix}"
         parts.setdefault(published, []).append(parameter)
