@@ -84,6 +84,12 @@ def resumable(name):
         raise
 
 
+def check_readable(path: Path):
+    """ValueError if a path is a FIFO, device or socket, so that reading could never end."""
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no regular file")
+
+
 def read_json(path: Path) -> dict:
     """Reads a JSON object; ValueError if the file holds something else, FileNotFoundError if there is none."""
     try:

@@ -22,7 +22,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import nn
 
-from decoder import Decoder, decoder_config, family_of, names_of
+from decoder import Decoder, check_family, decoder_config, family_of, names_of
 from encoder import Encoder, EncoderConfig, encoder_config, encoder_tensors
 from lora import LoRAConfig, lora_modules, lora_parameters, matches
 from plumbing import checkpoint
@@ -94,9 +94,31 @@ def libra_config(json: dict, source) -> LibraConfig:
     return LibraConfig(**values | {"json": json})
 
 
+# LLaVA's names -> ours for the same layout, and the template of LLaVA where its config has no other
+LLAVA_TYPES = {"llava": "libra", "llava_llama": "libra", "llava_mistral": "libra_mistral"}
+LLAVA_TEMPLATES = {"libra": "v1", "libra_mistral": "llava_med_v1.5_mistral_7b"}
+
+
+def read_config(source: Source) -> dict:
+    """Reads the config.json of a Libra, a LLaVA or a language model; that of a LLaVA becomes a Libra's.
+
+    ValueError where it describes another layout, packed weights or, in a LLaVA, more than one view of an image.
+    """
+    where = source.folder / "config.json"
+    json = read_json(where)
+    check_family(json, where)
+    model_type = LLAVA_TYPES.get(json["model_type"])
+    if not model_type:
+        return json
+    # LLaVA-1.6 cuts an image into tiles, which changes the number and the order of its positions
+    views = dict(image_aspect_ratio=(None, "pad", "square"), mm_patch_merge_type=(None, "flat"), s2=(None, False))
+    check_supported(json, views, where)
+    return {"mm_conversation_template": LLAVA_TEMPLATES[model_type]} | json | {"model_type": model_type}
+
+
 def new_config(source: Source, tower: Source, connector: str, select_layer: int, pad: str) -> dict:
     """Returns the config.json of a new model: the language model's, and what ties it to an encoder and a connector."""
-    json = read_json(source.folder / "config.json")
+    json = read_config(source)
     # refuse an unsupported family here, before its name changes
     decoder_config(json, source.folder)
     family = family_of(json)
@@ -137,7 +159,7 @@ def find_model_files(place, base=None, relative_to: Path | None = None) -> Model
         source = checkpoint.locate(place, relative_to)
         is_adapter = (source.folder / "adapter_config.json").exists()
     file = source.folder / "config.json"
-    config = read_json(file) if file.exists() else {}
+    config = read_config(source) if file.exists() else {}
     if is_adapter:
         overlay = checkpoint.find_file(source, TRAINED_FILES)
     elif not overlay and not checkpoint.has_weights(source):
@@ -147,17 +169,21 @@ def find_model_files(place, base=None, relative_to: Path | None = None) -> Model
     if not (overlay or is_adapter):
         if base:
             raise ValueError(f"{source} is a whole checkpoint: --base goes with an adapter or a connector")
-        return ModelFiles(source, read_json(file), source)
+        return ModelFiles(source, config or read_config(source), source)
 
     # 3) an adapter or a connector needs the model below
     record = read_json(source.folder / "adapter_config.json") if is_adapter else config
-    below = base or record.get("base_model_name_or_path")
+    below = base or check_value(record.get("base_model_name_or_path"), str | None, "base_model_name_or_path", source)
     if not below:
         raise ValueError(f"{overlay or source} names no base model: give it with --base")
     try:
         files = find_model_files(below, relative_to=None if base else source.folder)
     except RecursionError:
         raise ValueError(f"{overlay or source} names itself as its base: give its base with --base") from None
+
+    if not base and is_adapter and record.get("revision") not in (None, "main"):
+        problem = f"{source} is for revision {shorten(record['revision'])} of {below}"
+        raise ValueError(f"{problem}: download that revision, and give its folder with --base")
 
     # 4) put this one on top
     if overlay:
@@ -379,13 +405,13 @@ ADAPTER_VALUES = {  # the values that we compute with
 ADAPTER_REFUSED = (
     "modules_to_save", "trainable_token_indices", "target_parameters", "use_dora", "lora_bias", "layer_replication",
     "megatron_config", "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "monteclora_config",
-    "kasa_config",
+    "kasa_config", "velora_config",
 )  # fmt: skip
 ADAPTER_NEUTRAL = (
     # descriptions
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    # of the initial values, of the backward pass, of other hardware; of embeddings, beside which no LoRA is supported
-    "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config", "runtime_config",
+    # of the initial values, of other hardware; of embeddings, beside which no LoRA is supported
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config",
     "qalora_group_size", "megatron_core", "ensure_weight_tying",
     # PEFT sets it to false beside a torch.nn.Linear; merge_weights was a field of its first versions
     "fan_in_fan_out", "merge_weights",
