@@ -147,7 +147,10 @@ ROPE_FIELDS = {
 ALIASES = {"libra": "llama", "llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
 
 # models in a layout of their own -> where the same model is in Libra's
-ELSEWHERE = {"maira2": "X-iZhang/libra-maira-2", "llava": "the original repository, whose config.json has mm_vision_tower"}
+ELSEWHERE = {
+    "maira2": "X-iZhang/libra-maira-2",
+    "llava": "the original repository, whose config.json has mm_vision_tower",
+}
 
 
 def family_of(config: dict) -> str | None:

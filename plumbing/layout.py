@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -27,14 +27,15 @@ from encoder import Encoder, EncoderConfig, encoder_config, encoder_tensors
 from lora import LoRAConfig, lora_modules, lora_parameters, matches
 from plumbing import checkpoint
 from plumbing.checkpoint import Source, StoredTensor
-from plumbing.fields import check_fields, check_value, shorten
-from plumbing.files import atomic_folder, check_supported, read_json, write_json
-from plumbing.pixels import open_clip_pixels, pixel_config
+from plumbing.fields import Range, Share, check_fields, check_value, shorten
+from plumbing.files import atomic_folder, check_supported, read_json, read_json_if_present, write_json
+from plumbing.pixels import PixelConfig, open_clip_pixels, pixel_config
 from tac import make_connector
 from tokenizer import IMAGE_END, IMAGE_START, Tokenizer, template_of
 
 CONNECTOR_FILES = ("mm_projector.safetensors", "mm_tac_projector.bin", "mm_projector.bin")
 CONNECTOR_FILE = re.compile(r"mm_\w*projector\w*\.(bin|safetensors)")
+OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 TRAINED_FILES = ("non_lora_trainables.bin",)
 TOKENIZER_FILES = (
@@ -45,6 +46,9 @@ TOKENIZER_FILES = (
 # prefixes of the names of tensors: in PEFT's files, and of an encoder inside a checkpoint
 PEFT_PREFIX = "base_model.model."
 ENCODER_PREFIX = "model.vision_tower.vision_tower."
+
+# the fields of config.json that make a language model a Libra
+OURS = re.compile("mm_.*|use_mm_proj|image_aspect_ratio|unfreeze_mm_vision_tower|use_maira_feature_norm")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -123,6 +127,8 @@ def new_config(source: Source, tower: Source, connector: str, select_layer: int,
     decoder_config(json, source.folder)
     family = family_of(json)
     select_layer = "all" if connector == "TAC" else select_layer
+    # of a Libra, only its language model counts: not its encoder, nor how it read that
+    json = {name: value for name, value in json.items() if not OURS.fullmatch(name)}
     return json | dict(
         model_type="libra" if family == "llama" else f"libra_{family}",
         mm_vision_tower=tower.repository or str(tower.folder.resolve()),
@@ -201,6 +207,8 @@ class EncoderFiles(NamedTuple):
     source: Source
     config: dict
     tensors: dict[str, StoredTensor]  # by their names on disk
+    pixels: dict | None = None  # an open_clip encoder's preprocess_cfg
+    has_place: bool = True  # its folder or repository tells what it is; else the config names two files
 
     @property
     def is_open_clip(self) -> bool:
@@ -212,7 +220,10 @@ def find_encoder_files(config: LibraConfig, source: Source, encoder=None) -> Enc
     # a folder of its own
     if encoder or not config.mm_vision_tower_config:
         tower = checkpoint.locate(encoder) if encoder else checkpoint.locate(config.mm_vision_tower, source.folder)
-        return EncoderFiles(tower, read_json(tower.folder / "config.json"), checkpoint.list_tensors(tower))
+        file, open_clip = tower.folder / "config.json", open_clip_files(tower)
+        if open_clip and "model_type" not in read_json_if_present(file):
+            return _read_open_clip(tower, *open_clip)
+        return EncoderFiles(tower, read_json(file), checkpoint.list_tensors(tower))
 
     # the two files of an open_clip encoder, at the paths in the config or beside it
     files = []
@@ -221,7 +232,62 @@ def find_encoder_files(config: LibraConfig, source: Source, encoder=None) -> Enc
         if file is None:
             raise FileNotFoundError(f"{source} lacks the encoder's file {name}, also beside its config.json: fetch it")
         files.append(file)
-    return EncoderFiles(Source(files[0].parent), read_json(files[0]), checkpoint.file_tensors(files[1]))
+    return _read_open_clip(Source(files[0].parent), *files)._replace(has_place=False)
+
+
+def open_clip_files(tower: Source) -> tuple[Path, Path] | None:
+    """Finds the config and the weights of an open_clip encoder: open_clip_config.json, or NAME.json of a trainer.
+
+    None if there is no such pair; FileNotFoundError if only the weights are missing.
+    """
+    file = tower.folder / "open_clip_config.json"
+    if file.exists():
+        weights = checkpoint.find_file(tower, OPEN_CLIP_WEIGHTS)
+        if not weights:
+            raise FileNotFoundError(f"{tower} lacks {' or '.join(OPEN_CLIP_WEIGHTS)}: fetch it again")
+        return file, weights
+
+    if not (tower.folder / "config.json").exists():
+        tower.fetch(["*_checkpoint.pt"])
+    for weights in sorted(tower.folder.glob("*_checkpoint.pt")):
+        file = weights.with_name(weights.name.replace("_checkpoint.pt", ".json"))
+        if file.exists():
+            return file, weights
+    return None
+
+
+def _read_open_clip(source: Source, file: Path, weights: Path) -> EncoderFiles:
+    json = read_json(file)
+    model, pixels = json.get("model_cfg", json), json.get("preprocess_cfg", {})
+    check_value(pixels, dict, "preprocess_cfg", file)
+    model = check_value(model, dict, "model_cfg", file)
+    vision = check_value(model.get("vision_cfg"), dict, "vision_cfg", file)
+    # 64 channels to a head, which the file does not say, is true of these alone
+    name = vision.get("timm_model_name")
+    if not re.match(r"vit_(tiny|small|base|large)_patch\d+", str(name)):
+        raise ValueError(f"{file}: timm_model_name {shorten(name)} is no ViT of the sizes tiny to large")
+    # the size, or open_clip's default
+    size = pixels.get("size") or 224
+    vision = {"image_size": size[0] if isinstance(size, list) else size} | vision
+    # a trainer saves its model as a module of a larger one, and encoder.py knows the longer names
+    tensors = {}
+    for name, tensor in checkpoint.file_tensors(weights).items():
+        tensors[f"module.{name.removeprefix('module.')}"] = tensor
+    return EncoderFiles(source, model | {"vision_cfg": vision}, tensors, pixels)
+
+
+def _open_clip_pixels(tower: EncoderFiles, size: int, pad: str) -> PixelConfig:
+    """open_clip's preprocessing with the mean and deviation of preprocess_cfg, if there are any."""
+    where = f"{tower.source}'s preprocess_cfg"
+    supported = dict(size=(size, [size, size]), mode=("RGB",), interpolation=("bicubic",), resize_mode=("shortest",))
+    settings = tower.pixels or {}
+    check_supported(settings, supported, where)
+    pixels = open_clip_pixels(size, pad)
+    colours = {}
+    for name, default in (("mean", pixels.mean), ("std", pixels.std)):
+        channel = Annotated[float, Range(1e-6, 1)] if name == "std" else Share
+        colours[name] = check_value(settings.get(name, default), tuple[channel, channel, channel], name, where)
+    return replace(pixels, **colours)
 
 
 def find_device(name: str) -> torch.device:
@@ -236,7 +302,7 @@ def find_device(name: str) -> torch.device:
 
 def find_dtype(name: str, device: torch.device, config: dict) -> torch.dtype:
     """auto (float32 on the CPU, else the checkpoint's 16-bit type), stored (the checkpoint's) or a name -> a type."""
-    recorded = config.get("torch_dtype") or config.get("dtype") or "float32"
+    recorded = str(config.get("torch_dtype") or config.get("dtype") or "float32")
     if name == "stored":
         name = recorded
     elif name == "auto" and device.type == "cpu":
@@ -315,8 +381,9 @@ def read_model(
         added = dict(mm_hidden_size=encoder_settings.hidden_size, mm_conversation_template=template)
         config = libra_config(config.json | added | changes, folder)
     _add_image_tokens(tokenizer, config, decoder_settings.vocab_size, folder)
-    pixels = open_clip_pixels(encoder_settings.image_size, config.pad)
-    if not tower.is_open_clip:
+    if tower.is_open_clip:
+        pixels = _open_clip_pixels(tower, encoder_settings.image_size, config.pad)
+    else:
         pixels = pixel_config(read_json(tower.source.folder / "preprocessor_config.json"), tower.source, config.pad)
     return dict(
         **modules, config=config, tokenizer=tokenizer, pixels=pixels,
@@ -343,7 +410,13 @@ def _tensors_by_part(files: ModelFiles) -> dict[str, dict[str, StoredTensor]]:
     # files on top replace the tensors below
     add(checkpoint.list_tensors(files.weights))
     for file in files.overlays:
-        add(checkpoint.file_tensors(file))
+        stored = checkpoint.file_tensors(file)
+        # a connector's file replaces the whole connector below; an adapter's replaces what it holds, if anything
+        if file.name not in TRAINED_FILES:
+            tensors["connector"].clear()
+            if not any("mm_projector." in name for name in stored):
+                raise ValueError(f"{file} holds no tensor of a connector (mm_projector.…): fetch it again")
+        add(stored)
     # published checkpoints may have their connector in a file beside the weights
     beside = None if tensors["connector"] else checkpoint.find_file(files.weights, CONNECTOR_FILES)
     if beside:
@@ -386,10 +459,12 @@ def _eos_token_ids(folder: Path, config: dict) -> list[int]:
     for name, neutral in NEUTRAL.items():
         if generation.get(name) not in (None, neutral):
             warnings.warn(f"{file}: {name} {generation[name]!r} is not applied", stacklevel=2)
-    for settings in (generation, config):
-        eos = settings.get("eos_token_id")
+    token_id = Annotated[int, Range(0, 2**31)]
+    for settings, where in ((generation, file), (config, f"{folder}/config.json")):
+        ids = token_id | tuple[token_id, ...] | None
+        eos = check_value(settings.get("eos_token_id"), ids, "eos_token_id", where)
         if eos is not None:
-            return eos if isinstance(eos, list) else [eos]
+            return [eos] if isinstance(eos, int) else list(eos)
     return []
 
 
@@ -398,8 +473,8 @@ def _eos_token_ids(folder: Path, config: dict) -> list[int]:
 ADAPTER_VALUES = {  # the values that we compute with
     "peft_type": Literal["LORA"],
     "bias": Literal["none"],
-    # These set the first values of A and B, which the file replaces. The other ways (pissa, olora, corda, loftq, lora_ga,
-    # `update_layer` in peft/tuners/lora/layer.py) take something out of the base's weights as well.
+    # These set the first values of A and B, which the file replaces. The others (pissa, olora, corda, loftq, lora_ga)
+    # change the base's weights as well: `update_layer` in peft/tuners/lora/layer.py.
     "init_lora_weights": bool | Literal["gaussian", "eva", "orthogonal", "mica"] | None,
 }
 ADAPTER_REFUSED = (
@@ -475,8 +550,6 @@ def load_adapter(libra, source: Source):
 
 def write_model(libra, folder, dtype: torch.dtype | None, shard_size: int, with_encoder: bool):
     """Writes a whole checkpoint with LoRA merged; see `Libra.save_pretrained`."""
-    if with_encoder and libra.encoder_files.is_open_clip:
-        raise ValueError("an open_clip encoder is two files of its own: it is named, not copied")
     config = _config_for(libra, folder)
     config["torch_dtype"] = str(dtype or libra.dtype).removeprefix("torch.")
     named = itertools.chain(_decoder_tensors(libra), _connector_tensors(libra), _trained_encoder_tensors(libra))
@@ -493,6 +566,8 @@ def write_model(libra, folder, dtype: torch.dtype | None, shard_size: int, with_
 
 def write_encoder(libra, folder):
     """Writes the image encoder as a stock one."""
+    if libra.encoder_files.is_open_clip:
+        raise ValueError("an open_clip encoder has a layout of its own: it is named, not copied")
     with atomic_folder(folder) as partial:
         _copy_files(libra.encoder_files.source.folder, ("config.json", "preprocessor_config.json"), partial)
         checkpoint.write_tensors(partial, _encoder_tensors(libra))
@@ -500,9 +575,7 @@ def write_encoder(libra, folder):
 
 def write_language_model(libra, folder):
     """Writes the decoder and the tokenizer as a stock language model."""
-    # drop the fields that make it a Libra
-    ours = re.compile("mm_.*|use_mm_proj|image_aspect_ratio|unfreeze_mm_vision_tower")
-    config = {name: value for name, value in libra.config.json.items() if not ours.fullmatch(name)}
+    config = {name: value for name, value in libra.config.json.items() if not OURS.fullmatch(name)}
     config["model_type"] = family_of(config)
     with atomic_folder(folder) as partial:
         write_json(partial / "config.json", config)
@@ -541,11 +614,15 @@ def _config_for(libra, folder) -> dict:
     config = dict(libra.config.json)
     config.pop("base_model_name_or_path", None)
     tower = _place_for(libra.encoder_files.source, folder)
-    if libra.encoder_files.is_open_clip:
-        for name in ("mm_vision_tower_config", "mm_vision_tower_checkpoint"):
-            config[name] = f"{tower}/{Path(config[name]).name}"
-    else:
+    files = ("mm_vision_tower_config", "mm_vision_tower_checkpoint")
+    if libra.encoder_files.has_place:
         config["mm_vision_tower"] = tower
+        # what these files told of the template must not be lost with them
+        names = [config.pop(name, None) for name in files]
+        if any(names):
+            config.setdefault("mm_conversation_template", libra.template)
+    else:
+        config |= {name: f"{tower}/{Path(config[name]).name}" for name in files}
     return config
 
 
