@@ -14,12 +14,28 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken
 
-from plumbing.files import read_json_if_present
+from plumbing.fields import check_fields, check_value
+from plumbing.files import check_readable, read_json_if_present
 from plumbing.sentencepiece import BYTE, convert_sentencepiece
 
 IMAGE = -200  # the image in a list of ids, however many positions it takes; IMAGE_TOKEN_INDEX in the published code
 IMAGE_TEXT = "<image>"
 IMAGE_START, IMAGE_END = "<im_start>", "<im_end>"  # around the image, if the config sets mm_use_im_start_end
+
+
+@dataclass
+class TokenizerFields:
+    """The fields of tokenizer_config.json that count here; null is the same as absent."""
+
+    bos_token: str | dict | None
+    eos_token: str | dict | None
+    unk_token: str | dict | None
+    pad_token: str | dict | None
+    additional_special_tokens: tuple[str | dict, ...] | None
+    added_tokens_decoder: dict[str, dict]
+    clean_up_tokenization_spaces: bool | None
+    legacy: bool | None
+    add_bos_token: bool | None
 
 
 class Tokenizer:
@@ -36,15 +52,17 @@ class Tokenizer:
         folder = Path(folder)
         json_file, model_file = folder / "tokenizer.json", folder / "tokenizer.model"
         uses_model_file = model_file.exists() and (sentencepiece_first or not json_file.exists())
-        config = read_json_if_present(folder / "tokenizer_config.json")
+        config_file = folder / "tokenizer_config.json"
+        config = read_json_if_present(config_file)
+        config |= check_fields(config, TokenizerFields, config_file)
         self.cleans_up = config.get("clean_up_tokenization_spaces") is True
 
         # 1) the names of the special tokens; Llama's SentencePiece tokenizer has defaults
         defaults = {"bos": "<s>", "eos": "</s>", "unk": "<unk>"} if uses_model_file else {}
         names = {}
         for kind in ("bos", "eos", "unk", "pad"):
-            names[kind] = _text_of(config.get(f"{kind}_token")) or defaults.get(kind)
-        more_names = map(_text_of, config.get("additional_special_tokens") or [])
+            names[kind] = _text_of(config.get(f"{kind}_token"), config_file) or defaults.get(kind)
+        more_names = [_text_of(token, config_file) for token in config.get("additional_special_tokens") or ()]
 
         # 2) the tokenizer itself, from one of the two files
         self.pieces = None  # only a SentencePiece model's are needed, in `decode`
@@ -52,9 +70,14 @@ class Tokenizer:
         if uses_model_file:
             self.backend, self.pieces = convert_sentencepiece(folder, config, names, self.legacy)
         elif json_file.exists():
+            check_readable(json_file)
             try:
                 self.backend = tokenizers.Tokenizer.from_file(str(json_file))
-            except Exception as error:  # the library raises no narrower class
+                # a part that names a missing one fails only here
+                self.backend.encode("x")
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException as error:  # the library raises no narrower class, and its panics are no Exception
                 raise ValueError(f"{json_file} is not a tokenizer file ({error}): fetch it again") from None
         else:
             raise FileNotFoundError(f"{folder} holds neither tokenizer.json nor tokenizer.model: fetch one")
@@ -146,9 +169,11 @@ class Tokenizer:
 codecs.register_error("one_each", lambda error: ("\ufffd" * (error.end - error.start), error.end))
 
 
-def _text_of(token):
+def _text_of(token, where):
     """A config writes a token as its text or as an object with the text in "content"."""
-    return token["content"] if isinstance(token, dict) else token
+    if not isinstance(token, dict):
+        return token
+    return check_value(token.get("content"), str, "the content of a special token", where)
 
 
 # ---------------------------------------------------------------------------------- conversation templates

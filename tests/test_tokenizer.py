@@ -195,6 +195,8 @@ NOT_SENTENCEPIECE = [b"no model\n", b"\x0a\x02\x08\x01", b"\x08\x01" * 9, b"\x0a
 BROKEN = [("tokenizer.model", data) for data in NOT_SENTENCEPIECE]
 BROKEN += [(name, data) for name in ("tokenizer.json", "tokenizer_config.json") for data in (b"{", b"", b"weights")]
 BROKEN += [("added_tokens.json", b'{"[NEW]": 5}'), ("added_tokens.json", b"[]")]  # id 5 is taken
+BROKEN += [("added_tokens.json", b'{"[NEW]": "700"}'), ("added_tokens.json", b'{"[NEW]": null}')]
+BROKEN += [("tokenizer.model", b"\x0a" + b"\xff" * 10**6)]  # a length that never ends
 
 
 @pytest.mark.parametrize(("file", "data"), BROKEN)
@@ -202,6 +204,33 @@ def test_a_broken_file_is_refused(tmp_path, file, data):
     copy_of(THREE if file == "tokenizer.json" else SEVEN, tmp_path, added_tokens_decoder={})
     (tmp_path / file).write_bytes(data)
     with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+        Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        (dict(bos_token=3), "bos_token"), (dict(bos_token={"text": "<s>"}), "special token"),
+        (dict(unk_token="<no>"), "unk_token"), (dict(bos_token="<no>"), "bos_token"),
+        (dict(additional_special_tokens={"a": 1}), "additional_special_tokens"), (dict(legacy="no"), "legacy"),
+        (dict(additional_special_tokens=[1]), "additional_special_tokens"), (dict(add_bos_token=1), "add_bos_token"),
+        (dict(added_tokens_decoder=[]), "added_tokens_decoder"), (dict(added_tokens_decoder={"x": {}}), "'x'"),
+        (dict(added_tokens_decoder={"700": {"content": 5}}), "content"),
+        (dict(added_tokens_decoder={"700": {"content": "<a>", "lstrip": "yes"}}), "lstrip"),
+    ],
+)  # fmt: skip
+def test_a_field_of_another_type_is_refused_by_name(tmp_path, changes, field):
+    with pytest.raises(ValueError, match=f"tokenizer_config.json.*{field}"):
+        Tokenizer(copy_of(SEVEN, tmp_path, **changes))
+
+
+def test_a_tokenizer_json_whose_parts_do_not_fit_is_refused(tmp_path):
+    copy_of(THREE, tmp_path)
+    content = json.loads((THREE / "tokenizer.json").read_text())
+    single = [{"SpecialToken": {"id": "<s>", "type_id": 0}}]
+    content["post_processor"] = dict(type="TemplateProcessing", single=single, pair=[], special_tokens={})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"tokenizer\.json"):
         Tokenizer(tmp_path)
 
 
