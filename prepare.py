@@ -16,13 +16,14 @@ import argparse
 import os
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import phantom.hospital as phantom
 from data import ImageFolder, Records
 from data import check as check_records
 from plumbing.cli import Parser, guard, print_table, progress
-from plumbing.files import atomic
+from plumbing.files import atomic, only_writer_in
 from sources.cache import build
 from sources.mimic import SECTIONS, prepare_sections
 from sources.records import kind_of, summary
@@ -35,7 +36,7 @@ def draw_hospital(out, patients: int, preview: bool, **settings):
     counts = phantom.write(out, patients, progress=progress("drawing", "patients"), **settings)
     if preview:
         with atomic(Path(out) / "preview.png", "wb") as file:
-            phantom.preview(settings["seed"]).save(file, "PNG", optimize=True)
+            file.write(phantom.encode(phantom.preview(settings["seed"]), "PNG", optimize=True))
     print_table(counts.items())
 
 
@@ -121,6 +122,8 @@ def parse(arguments=None) -> argparse.Namespace:
     add("--section", default="both", choices=(*SECTIONS, "both"), help="what the model shall write from the images")
     text = "no clinical context in questions; makes SECTION_no_context_SPLIT.jsonl"
     add("--no-context", action="store_true", help=text)
+    text = "use the studies with a rule of their own, too; the published table of sections lacks them"
+    add("--exceptions", action="store_true", help=text)
 
     add = command("diff-vqa", "MIMIC-Diff-VQA: questions about a study beside its reference study", out)
     add("--questions", required=True, metavar="CSV", help="mimic_pair_questions.csv, plain or gzip")
@@ -136,7 +139,7 @@ def parse(arguments=None) -> argparse.Namespace:
     parts = ("findings_section", "impression_section")
     add("--configuration", default=parts[0], choices=parts, help="what the model shall write from the images")
     add("--split", default="test", metavar="NAME", help="split of the data set")
-    add("--reference", metavar="COLUMN", help="column of the true text; if not given, questions have no reference")
+    add("--reference", metavar="COLUMN", help="column of the true text; default: the configuration's name")
 
     add = command("check", "check a JSON or JSONL file of your own, record by record", out="")
     add("file", metavar="FILE", help="training records or questions, in the published format")
@@ -159,7 +162,9 @@ def parse(arguments=None) -> argparse.Namespace:
 
 def main(arguments: argparse.Namespace) -> int:
     def run(flags: dict):
-        made = COMMANDS[arguments.command](**flags)
+        # one process at a time makes files in a folder
+        with only_writer_in(flags["out"]) if "out" in flags else nullcontext():
+            made = COMMANDS[arguments.command](**flags)
         if made:
             finish(*made)
 

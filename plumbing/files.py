@@ -140,6 +140,7 @@ def only_writer_in(folder):
     The folder itself is locked, so that readers and writers that do not ask are not kept out.
     """
     folder = Path(folder)
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -147,6 +148,9 @@ def only_writer_in(folder):
             yield
     finally:
         os.close(descriptor)
+        # a mistake leaves no empty folder
+        if is_new and not os.listdir(folder):
+            folder.rmdir()
 
 
 @contextmanager
