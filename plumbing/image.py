@@ -6,7 +6,7 @@ import io
 import re
 import threading
 import warnings
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ DICOM_NAME = re.compile(r"\.(dcm|dicom)($|[?#])", re.I)
 # not EPS and others for which Pillow runs another program
 FORMATS = ("JPEG", "JPEG2000", "PNG", "TIFF", "BMP", "GIF", "WEBP", "PPM")
 # tags of TIFF (TIFF 6.0, section 8)
-BITS_PER_SAMPLE, PHOTOMETRIC, MAX_SAMPLE = 258, 262, 281
+BITS_PER_SAMPLE, PHOTOMETRIC, MAX_SAMPLE, PLANAR = 258, 262, 281, 284
 
 
 def load_image(source, dicom_display: str = "standard", public_only: bool = False) -> Image.Image:
@@ -115,7 +115,9 @@ def _decode(name: str, source) -> Image.Image:
     white_is_zero = image.format == "TIFF" and tags.get(PHOTOMETRIC, 0) == 0
     # a grey value's bits, as the file states them: 0 if it does not
     bits = _stated_bits(image, tags, source)
-    has_16_bits = any(";16" in str(tile) for tile in image.tile) if hasattr(image, "tile") else False
+    tiles = str(getattr(image, "tile", ""))  # what Pillow will decode, and how
+    if image.format == "TIFF":
+        _check_tiff(tags, tiles)
 
     # 2) decode
     with _libtiff_errors() as errors:
@@ -130,12 +132,22 @@ def _decode(name: str, source) -> Image.Image:
     image = image.convert("RGB")
     # Pillow has kept the upper 8 bits of each colour
     brightest = max(high for _, high in image.getextrema())
-    if has_16_bits and 0 < brightest < 16:
+    if ";16" in tiles and 0 < brightest < 16:
         raise ValueError("its 16-bit colours are all below a sixteenth of white: are they of 12 bits?")
     return image
 
 
 # ------------------------------------------------------------------------------------------ grey of more than 8 bits
+
+
+def _check_tiff(tags, tiles: str):
+    """ValueError for two kinds of TIFF that Pillow 12.1 decodes to noise."""
+    is_compressed = "libtiff" in tiles
+    has_planes = tags.get(PLANAR) == 2 and np.max(tags.get(BITS_PER_SAMPLE, 1)) > 8
+    if has_planes and not is_compressed:
+        raise ValueError("16-bit colours in separate planes")
+    if is_compressed and "BS'" in tiles:
+        raise ValueError("compressed, signed and big-endian")
 
 
 def _stated_bits(image: Image.Image, tags, source) -> int:
@@ -213,13 +225,12 @@ def _listen_to_libtiff():
         library.TIFFSetWarningHandler(None)
 
 
-class _libtiff_errors:
-    """In this block, the errors that libtiff reports in this thread are collected."""
-
-    def __enter__(self) -> list[str]:
-        _listen_to_libtiff()
-        _heard.errors = []
-        return _heard.errors
-
-    def __exit__(self, *_):
+@contextmanager
+def _libtiff_errors():
+    """Yields the list of the errors that libtiff reports in this block, in this thread."""
+    _listen_to_libtiff()
+    _heard.errors = []
+    try:
+        yield _heard.errors
+    finally:
         del _heard.errors
