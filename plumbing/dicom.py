@@ -288,5 +288,5 @@ def _take(dicom, descriptor, table, values: np.ndarray) -> tuple[np.ndarray, int
     else:  # pydicom has parsed it
         table = np.ravel(table) % 2**16
     if len(table) < entries:
-        raise ValueError(f"a lookup table of {len(table)} instead of {entries} entries")
+        raise ValueError(f"a lookup table is shorter than its {entries} entries")
     return np.take(table[:entries], values.astype(np.int64) - first, mode="clip"), bits
