@@ -255,6 +255,7 @@ def test_what_is_odd_is_left_out_and_counted(odd, tmp_path, capsys):
         "1  images that are not frontal (view AP or PA, or its code)",
         "2  frontal images outside of train, validate, test",
         "2  frontal images missing or empty on disk",
+        f"1  {mimic.DICOM_HINT}",
         "1  studies without a report",
         "1  studies with a rule of their own (left out, as in the published table of sections; --exceptions)",
         "4  images of a study without findings",
