@@ -44,8 +44,13 @@ def check_value(value, hint, name: str, where):
     """Returns a value in the type that an annotation names; see `check_fields`."""
     fitted = _fit(value, hint)
     if fitted is _MISFIT:
-        raise ValueError(f"{where}: {name} is {shorten(value)}, expected {describe(hint)}")
+        raise misfit(value, name, where, describe(hint))
     return fitted
+
+
+def misfit(value, name: str, where, expected: str) -> ValueError:
+    """The error for a field's value that is not what is expected; `raise` it."""
+    return ValueError(f"{where}: {name} is {shorten(value)}, expected {expected}")
 
 
 def shorten(value) -> str:

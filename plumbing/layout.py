@@ -15,9 +15,9 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -27,8 +27,9 @@ from encoder import Encoder, EncoderConfig, encoder_config, encoder_tensors
 from lora import LoRAConfig, lora_parameters
 from plumbing import checkpoint
 from plumbing.checkpoint import Source, StoredTensor
-from plumbing.files import atomic_folder, check_supported, read_json, write_json
-from plumbing.pixels import open_clip_pixels, pixel_config
+from plumbing.fields import Range, check_fields, check_value
+from plumbing.files import atomic_folder, read_json, write_json
+from plumbing.pixels import PREPROCESSOR_FILES, open_clip_pixels, read_pixel_config
 from tac import make_connector
 from tokenizer import IMAGE_END, IMAGE_START, Tokenizer, template_of
 
@@ -48,23 +49,29 @@ ENCODER_PREFIX = "model.vision_tower.vision_tower."
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+Name = Annotated[str, Range(1, 4096)]
+
+
 @dataclass(frozen=True)
 class LibraConfig:
     """The fields of config.json that tie encoder, connector and decoder together, with the published defaults."""
 
     json: dict  # the whole file
-    mm_vision_tower: str
-    mm_projector_type: str = "linear"
-    mm_vision_select_layer: str | int = -2
-    mm_vision_select_feature: str = "patch"
-    image_aspect_ratio: str | None = None
-    mm_image_pad: str | None = None  # ours: how images were padded in training
+    mm_vision_tower: Name
+    mm_projector_type: Name = "linear"
+    mm_vision_select_layer: Annotated[int, Range(-1000, 1000)] | Literal["all"] = -2
+    mm_vision_select_feature: Literal["patch", "cls_patch"] = "patch"
+    image_aspect_ratio: Literal["pad", "square"] | None = None
+    mm_image_pad: Literal["mean", "black", "none"] | None = None  # ours: how images were padded in training
     mm_use_im_patch_token: bool = True
     mm_use_im_start_end: bool = False
-    mm_vision_tower_config: str | None = None  # the two files of an open_clip encoder
-    mm_vision_tower_checkpoint: str | None = None
-    unfreeze_mm_vision_tower: bool = False
-    use_maira_feature_norm: bool = False
+    mm_vision_tower_config: Name | None = None  # the two files of an open_clip encoder
+    mm_vision_tower_checkpoint: Name | None = None
+    mm_conversation_template: Name | None = None  # ours
+    unfreeze_mm_vision_tower: bool | None = False
+    use_maira_feature_norm: bool | None = False
+    torch_dtype: Name | None = None
+    dtype: Name | None = None  # its name in `transformers` 5
 
     @property
     def pad(self) -> str:
@@ -72,8 +79,11 @@ class LibraConfig:
         return self.mm_image_pad or ("mean" if self.image_aspect_ratio == "pad" else "none")
 
 
-# the values that we support
-CONFIG_VALUES = dict(mm_vision_select_feature=("patch", "cls_patch"), mm_image_pad=("mean", "black", "none"))
+# fields of LLaVA's other models that change the image's features -> what they may be here
+UNUSED = dict(
+    s2=Literal[False] | None, mm_resampler_type=type(None), mm_patch_merge_type=Literal["flat"] | None,
+    mm_spatial_pool_mode=type(None),
+)  # fmt: skip
 
 
 def libra_config(json: dict, source) -> LibraConfig:
@@ -81,16 +91,14 @@ def libra_config(json: dict, source) -> LibraConfig:
     where = f"{source}/config.json"
     if "mm_vision_tower" not in json:
         raise ValueError(f"{where}: no mm_vision_tower: this is a language model, not a Libra checkpoint")
-    check_supported(json, CONFIG_VALUES, where)
-    values = {field.name: json[field.name] for field in fields(LibraConfig) if field.name in json}
+    for name in UNUSED.keys() & json.keys():
+        check_value(json[name], UNUSED[name], name, where)
 
     # some published files have the number as text
-    layer = str(values.get("mm_vision_select_layer", -2))
-    if not re.fullmatch(r"all|-?\d+", layer):
-        raise ValueError(f"{where}: mm_vision_select_layer {layer!r} is neither 'all' nor a number")
-    if layer != "all":
-        values["mm_vision_select_layer"] = int(layer)
-    return LibraConfig(**values | {"json": json})
+    settings, layer = dict(json), json.get("mm_vision_select_layer")
+    if isinstance(layer, str) and re.fullmatch(r"-?\d{1,3}", layer):
+        settings["mm_vision_select_layer"] = int(layer)
+    return LibraConfig(**check_fields(settings | {"json": json}, LibraConfig, where))
 
 
 def new_config(source: Source, tower: Source, connector: str, select_layer: int, pad: str) -> dict:
@@ -241,8 +249,8 @@ def read_model(
     """
     # 1) configs
     device, folder = find_device(device), files.config_source.folder
-    dtype = find_dtype(dtype, device, files.config)
     config = libra_config(files.config, folder)
+    dtype = find_dtype(dtype, device, files.config)
     decoder_settings = decoder_config(files.config, folder)
     tokenizer = Tokenizer(files.weights.folder, sentencepiece_first=files.config["model_type"] == "libra")
 
@@ -290,7 +298,10 @@ def read_model(
     _add_image_tokens(tokenizer, config, decoder_settings.vocab_size, folder)
     pixels = open_clip_pixels(encoder_settings.image_size, config.pad)
     if not tower.is_open_clip:
-        pixels = pixel_config(read_json(tower.source.folder / "preprocessor_config.json"), tower.source, config.pad)
+        pixels = read_pixel_config(tower.source.folder, config.pad)
+    if pixels.crop < encoder_settings.patch_size:
+        sizes = f"images of {pixels.crop} pixels, but patches of {encoder_settings.patch_size}"
+        raise ValueError(f"{tower.source}: {sizes}")
     return dict(
         **modules, config=config, tokenizer=tokenizer, pixels=pixels,
         eos_token_ids=_eos_token_ids(files.weights.folder, files.config),
@@ -427,7 +438,7 @@ def write_model(libra, folder, dtype: torch.dtype | None, shard_size: int, with_
 def write_encoder(libra, folder):
     """Writes the image encoder as a stock one."""
     with atomic_folder(folder) as partial:
-        _copy_files(libra.encoder_files.source.folder, ("config.json", "preprocessor_config.json"), partial)
+        _copy_files(libra.encoder_files.source.folder, ("config.json", *PREPROCESSOR_FILES), partial)
         checkpoint.write_tensors(partial, _encoder_tensors(libra))
 
 

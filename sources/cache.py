@@ -17,7 +17,7 @@ from data import FRAMES, INDEX, ImageFolder, Records, cache_settings, image_name
 from plumbing import checkpoint
 from plumbing.cli import parallel, print_table, progress
 from plumbing.files import atomic, only_writer, read_json, resumable
-from plumbing.pixels import PixelConfig, open_clip_pixels, pixel_config
+from plumbing.pixels import PREPROCESSOR_FILES, PixelConfig, open_clip_pixels, read_pixel_config
 
 
 def build(records, image_folder, model, pad: str, out, workers: int):
@@ -55,7 +55,7 @@ def build(records, image_folder, model, pad: str, out, workers: int):
 def pixels_of(source: checkpoint.Source, pad: str) -> PixelConfig:
     """How an encoder, or the encoder of a checkpoint, is shown images. Needs no weights."""
     folder = source.folder
-    if not (folder / "preprocessor_config.json").exists():
+    if not any((folder / name).exists() for name in PREPROCESSOR_FILES):
         config = read_json(folder / "config.json")
         # open_clip's settings are at this path, or in the folder of the checkpoint
         if config.get("mm_vision_tower_config"):
@@ -65,7 +65,7 @@ def pixels_of(source: checkpoint.Source, pad: str) -> PixelConfig:
         if not config.get("mm_vision_tower"):
             raise ValueError(f"{folder} has no preprocessor_config.json and names no encoder: give the encoder")
         folder = checkpoint.locate(config["mm_vision_tower"], folder).folder
-    return pixel_config(read_json(folder / "preprocessor_config.json"), folder, pad)
+    return read_pixel_config(folder, pad)
 
 
 def names_in(files) -> set[str]:
