@@ -178,7 +178,7 @@ def encoder_config(config: dict, source, stored: dict[str, StoredTensor], final_
 
     # 3) what the family reads, in its types and bounds; refuse what we would compute wrongly
     values = {name: config.get(name, default) for name, default in family.defaults.items()} | sizes
-    mlp_ratio = check_value(values.get("mlp_ratio"), Annotated[float, Range(0.01, 100)] | None, "mlp_ratio", where)
+    mlp_ratio = values.get("mlp_ratio")
     values = check_fields(values | {"model_type": model_type}, EncoderConfig, where)
     for name, hint in family.supported.items():
         if name in config:
@@ -186,7 +186,8 @@ def encoder_config(config: dict, source, stored: dict[str, StoredTensor], final_
     for name in DROPOUTS:
         if config.get(name):
             warnings.warn(f"{where}: {name} {shorten(config[name])} is not applied in training", stacklevel=2)
-    if mlp_ratio is not None:
+    if "mlp_ratio" in family.defaults:
+        mlp_ratio = check_value(mlp_ratio, Annotated[float, Range(0.01, 100)], "mlp_ratio", where)
         width = int(values["hidden_size"] * mlp_ratio)
         values["intermediate_size"] = check_value(width, Size, "hidden_size times mlp_ratio", where)
 

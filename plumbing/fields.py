@@ -135,6 +135,8 @@ def describe(hint) -> str:
         return " or ".join(map(describe, arguments))
     if kind is list or (kind is tuple and arguments[-1] is ...):
         return f"a list, each {describe(arguments[0])}"
+    if kind is tuple and len(set(arguments)) == 1:
+        return f"a list of {len(arguments)}, each {describe(arguments[0])}"
     if kind is tuple:
         return f"a list of {len(arguments)}: {', '.join(map(describe, arguments))}"
     return NAMES.get(kind or hint, str(hint))

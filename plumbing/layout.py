@@ -27,7 +27,7 @@ from encoder import Encoder, EncoderConfig, encoder_config, encoder_tensors
 from lora import LoRAConfig, lora_parameters
 from plumbing import checkpoint
 from plumbing.checkpoint import Source, StoredTensor
-from plumbing.fields import Range, check_fields, check_value
+from plumbing.fields import Range, check_fields, check_value, shorten
 from plumbing.files import atomic_folder, read_json, write_json
 from plumbing.pixels import PREPROCESSOR_FILES, open_clip_pixels, read_pixel_config
 from tac import make_connector
@@ -304,7 +304,7 @@ def read_model(
         raise ValueError(f"{tower.source}: {sizes}")
     return dict(
         **modules, config=config, tokenizer=tokenizer, pixels=pixels,
-        eos_token_ids=_eos_token_ids(files.weights.folder, files.config),
+        eos_token_ids=_eos_token_ids(files.weights.folder, files.config, decoder_settings.vocab_size),
         base=files.weights, weights=files.weights, encoder_files=tower._replace(tensors=tensors["encoder"]),
     )  # fmt: skip
 
@@ -363,15 +363,22 @@ NEUTRAL = dict(  # settings of generation_config.json that `generate` does not h
 )  # fmt: skip
 
 
-def _eos_token_ids(folder: Path, config: dict) -> list[int]:
-    """Returns the ids that end a report. Warns about settings of generation_config.json that would change a report."""
+def _eos_token_ids(folder: Path, config: dict, rows: int) -> list[int]:
+    """Returns the ids that end a report; rows: those of the embeddings.
+
+    Warns about settings of generation_config.json, or else of config.json, that would change a report.
+    """
+    sources = {folder / "config.json": config}
     file = folder / "generation_config.json"
-    generation = read_json(file) if file.exists() else {}
+    if file.exists():
+        sources = {file: read_json(file)} | sources
+    file, generation = next(iter(sources.items()))
     for name, neutral in NEUTRAL.items():
         if generation.get(name) not in (None, neutral):
-            warnings.warn(f"{file}: {name} {generation[name]!r} is not applied", stacklevel=2)
-    for settings in (generation, config):
-        eos = settings.get("eos_token_id")
+            warnings.warn(f"{file}: {name} {shorten(generation[name])} is not applied", stacklevel=2)
+    row = Annotated[int, Range(0, rows - 1)]
+    for file, settings in sources.items():
+        eos = check_value(settings.get("eos_token_id"), row | list[row] | None, "eos_token_id", file)
         if eos is not None:
             return eos if isinstance(eos, list) else [eos]
     return []

@@ -35,7 +35,7 @@ PREPROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 Edge = Annotated[int, Range(1, 4096)]
 PerChannel = tuple[Share, Share, Share]
-Std = Annotated[float, Range(1e-6, 1e6)]
+Std = Annotated[float, Range(1e-6, 1000)]
 OFF = Literal[False] | None
 
 
