@@ -46,8 +46,13 @@ def check_value(value, hint, name: str, where):
     """Returns a value in the type that an annotation names; see `check_fields`."""
     fitted = _fit(value, hint)
     if fitted is _MISFIT:
-        raise ValueError(f"{where}: {name} is {shorten(value)}, expected {describe(hint)}")
+        raise misfit(value, name, where, describe(hint))
     return fitted
+
+
+def misfit(value, name: str, where, expected: str) -> ValueError:
+    """The error for a field's value that is not what is expected; `raise` it."""
+    return ValueError(f"{where}: {name} is {shorten(value)}, expected {expected}")
 
 
 def shorten(value) -> str:
@@ -142,6 +147,8 @@ def describe(hint) -> str:
         return " or ".join(map(describe, arguments))
     if kind is list or (kind is tuple and arguments[-1] is ...):
         return f"a list, each {describe(arguments[0])}"
+    if kind is tuple and len(set(arguments)) == 1:
+        return f"a list of {len(arguments)}, each {describe(arguments[0])}"
     if kind is tuple:
         return f"a list of {len(arguments)}: {', '.join(map(describe, arguments))}"
     if kind is dict:

@@ -29,7 +29,7 @@ from plumbing import checkpoint
 from plumbing.checkpoint import Source, StoredTensor
 from plumbing.fields import Range, Share, check_fields, check_value, shorten
 from plumbing.files import atomic_folder, check_supported, read_json, read_json_if_present, write_json
-from plumbing.pixels import PixelConfig, open_clip_pixels, pixel_config
+from plumbing.pixels import PREPROCESSOR_FILES, PixelConfig, open_clip_pixels, read_pixel_config
 from tac import make_connector
 from tokenizer import IMAGE_END, IMAGE_START, Tokenizer, template_of
 
@@ -53,24 +53,30 @@ OURS = re.compile("mm_.*|use_mm_proj|image_aspect_ratio|unfreeze_mm_vision_tower
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+Name = Annotated[str, Range(1, 4096)]
+
+
 @dataclass(frozen=True)
 class LibraConfig:
     """The fields of config.json that tie encoder, connector and decoder together, with the published defaults."""
 
     json: dict  # the whole file
-    mm_vision_tower: str
-    mm_projector_type: str = "linear"
-    mm_vision_select_layer: str | int = -2
-    mm_vision_select_feature: str = "patch"
-    image_aspect_ratio: str | None = None
-    mm_image_pad: str | None = None  # ours: how images were padded in training
+    mm_vision_tower: Name
+    mm_projector_type: Name = "linear"
+    mm_vision_select_layer: Annotated[int, Range(-1000, 1000)] | Literal["all"] = -2
+    mm_vision_select_feature: Literal["patch", "cls_patch"] = "patch"
+    image_aspect_ratio: Literal["pad", "square"] | None = None
+    mm_image_pad: Literal["mean", "black", "none"] | None = None  # ours: how images were padded in training
     mm_use_im_patch_token: bool = True
     mm_dicom_display: Literal["standard", "jpg"] | None = None  # ours: how DICOM was shown in training
     mm_use_im_start_end: bool = False
-    mm_vision_tower_config: str | None = None  # the two files of an open_clip encoder
-    mm_vision_tower_checkpoint: str | None = None
-    unfreeze_mm_vision_tower: bool = False
-    use_maira_feature_norm: bool = False
+    mm_vision_tower_config: Name | None = None  # the two files of an open_clip encoder
+    mm_vision_tower_checkpoint: Name | None = None
+    mm_conversation_template: Name | None = None  # ours
+    unfreeze_mm_vision_tower: bool | None = False
+    use_maira_feature_norm: bool | None = False
+    torch_dtype: Name | None = None
+    dtype: Name | None = None  # its name in `transformers` 5
 
     @property
     def pad(self) -> str:
@@ -78,8 +84,11 @@ class LibraConfig:
         return self.mm_image_pad or ("mean" if self.image_aspect_ratio == "pad" else "none")
 
 
-# the values that we support
-CONFIG_VALUES = dict(mm_vision_select_feature=("patch", "cls_patch"), mm_image_pad=("mean", "black", "none"))
+# fields of LLaVA's other models that change the image's features -> what they may be here
+UNUSED = dict(
+    s2=Literal[False] | None, mm_resampler_type=type(None), mm_patch_merge_type=Literal["flat"] | None,
+    mm_spatial_pool_mode=type(None),
+)  # fmt: skip
 
 
 def libra_config(json: dict, source) -> LibraConfig:
@@ -87,16 +96,14 @@ def libra_config(json: dict, source) -> LibraConfig:
     where = f"{source}/config.json"
     if "mm_vision_tower" not in json:
         raise ValueError(f"{where}: no mm_vision_tower: this is a language model, not a Libra checkpoint")
-    check_supported(json, CONFIG_VALUES, where)
-    values = {field.name: json[field.name] for field in fields(LibraConfig) if field.name in json}
+    for name in UNUSED.keys() & json.keys():
+        check_value(json[name], UNUSED[name], name, where)
 
     # some published files have the number as text
-    layer = str(values.get("mm_vision_select_layer", -2))
-    if not re.fullmatch(r"all|-?\d+", layer):
-        raise ValueError(f"{where}: mm_vision_select_layer {layer!r} is neither 'all' nor a number")
-    if layer != "all":
-        values["mm_vision_select_layer"] = int(layer)
-    return LibraConfig(**values | {"json": json})
+    settings, layer = dict(json), json.get("mm_vision_select_layer")
+    if isinstance(layer, str) and re.fullmatch(r"-?\d{1,3}", layer):
+        settings["mm_vision_select_layer"] = int(layer)
+    return LibraConfig(**check_fields(settings | {"json": json}, LibraConfig, where))
 
 
 # LLaVA's names -> ours for the same layout, and the template of LLaVA where its config has no other
@@ -336,8 +343,8 @@ def read_model(
     """
     # 1) configs
     device, folder = find_device(device), files.config_source.folder
-    dtype = find_dtype(dtype, device, files.config)
     config = libra_config(files.config, folder)
+    dtype = find_dtype(dtype, device, files.config)
     decoder_settings = decoder_config(files.config, folder)
     tokenizer = Tokenizer(files.weights.folder, sentencepiece_first=files.config["model_type"] == "libra")
 
@@ -386,11 +393,14 @@ def read_model(
     if tower.is_open_clip:
         pixels = _open_clip_pixels(tower, encoder_settings.image_size, config.pad)
     else:
-        pixels = pixel_config(read_json(tower.source.folder / "preprocessor_config.json"), tower.source, config.pad)
+        pixels = read_pixel_config(tower.source.folder, config.pad)
     pixels = replace(pixels, dicom_display=config.mm_dicom_display or "standard")
+    if pixels.crop < encoder_settings.patch_size:
+        sizes = f"images of {pixels.crop} pixels, but patches of {encoder_settings.patch_size}"
+        raise ValueError(f"{tower.source}: {sizes}")
     return dict(
         **modules, config=config, tokenizer=tokenizer, pixels=pixels,
-        eos_token_ids=_eos_token_ids(files.weights.folder, files.config),
+        eos_token_ids=_eos_token_ids(files.weights.folder, files.config, decoder_settings.vocab_size),
         base=files.weights, weights=files.weights, encoder_files=tower._replace(tensors=tensors["encoder"]),
     )  # fmt: skip
 
@@ -455,17 +465,22 @@ NEUTRAL = dict(  # settings of generation_config.json that `generate` does not h
 )  # fmt: skip
 
 
-def _eos_token_ids(folder: Path, config: dict) -> list[int]:
-    """Returns the ids that end a report. Warns about settings of generation_config.json that would change a report."""
+def _eos_token_ids(folder: Path, config: dict, rows: int) -> list[int]:
+    """Returns the ids that end a report; rows: those of the embeddings.
+
+    Warns about settings of generation_config.json, or else of config.json, that would change a report.
+    """
+    sources = {folder / "config.json": config}
     file = folder / "generation_config.json"
-    generation = read_json(file) if file.exists() else {}
+    if file.exists():
+        sources = {file: read_json(file)} | sources
+    file, generation = next(iter(sources.items()))
     for name, neutral in NEUTRAL.items():
         if generation.get(name) not in (None, neutral):
-            warnings.warn(f"{file}: {name} {generation[name]!r} is not applied", stacklevel=2)
-    token_id = Annotated[int, Range(0, 2**31)]
-    for settings, where in ((generation, file), (config, f"{folder}/config.json")):
-        ids = token_id | tuple[token_id, ...] | None
-        eos = check_value(settings.get("eos_token_id"), ids, "eos_token_id", where)
+            warnings.warn(f"{file}: {name} {shorten(generation[name])} is not applied", stacklevel=2)
+    row = Annotated[int, Range(0, rows - 1)]
+    for file, settings in sources.items():
+        eos = check_value(settings.get("eos_token_id"), row | list[row] | None, "eos_token_id", file)
         if eos is not None:
             return [eos] if isinstance(eos, int) else list(eos)
     return []
@@ -572,7 +587,7 @@ def write_encoder(libra, folder):
     if libra.encoder_files.is_open_clip:
         raise ValueError("an open_clip encoder has a layout of its own: it is named, not copied")
     with atomic_folder(folder, checkpoint.LAYOUT_FILE) as partial:
-        _copy_files(libra.encoder_files.source.folder, ("config.json", "preprocessor_config.json"), partial)
+        _copy_files(libra.encoder_files.source.folder, ("config.json", *PREPROCESSOR_FILES), partial)
         checkpoint.write_tensors(partial, _encoder_tensors(libra))
 
 

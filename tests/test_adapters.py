@@ -129,6 +129,18 @@ def test_the_decoder_of_a_saved_checkpoint_loads_in_transformers_with_the_same_l
     same_logits(libra, theirs)
 
 
+def test_biases_of_the_decoder_are_kept_through_lora_merging_and_writing(tmp_path):
+    """The oracle: `transformers`, which reads the merged checkpoint as a Llama."""
+    save_stock("Llama", tmp_path / "stock", attention_bias=True, mlp_bias=True)
+    libra = Libra.from_parts(tmp_path / "stock", ENCODER, device="cpu")
+    add_random_lora(libra, 3, 6.0, ("q_proj", "o_proj", "down_proj"))
+    libra.save_pretrained(tmp_path / "merged")
+    merged = read_again(tmp_path / "merged")
+    assert relative(last_logits(merged, STUDY), last_logits(libra, STUDY)) < 1e-5
+    change(tmp_path / "merged" / "config.json", model_type="llama")
+    same_logits(merged, transformers.LlamaForCausalLM.from_pretrained(tmp_path / "merged", dtype="float32"))
+
+
 def test_a_checkpoint_can_be_converted_and_moves_as_one_with_its_encoder(tmp_path):
     for part in ("model", "encoder-dinov2"):
         shutil.copytree(GOLDEN / "libra-3b" / part, tmp_path / "one" / part)
@@ -257,12 +269,16 @@ def test_an_adapter_over_an_adapter_is_put_onto_the_merged_one(tmp_path):
 # ------------------------------------------------------------------------------------------- stock parts
 
 
-def save_stock(name, folder):
+def save_stock(name, folder, **changes):
     """A random stock language model with a tokenizer, as a hub repository holds it."""
     sizes = dict(vocab_size=700, hidden_size=48, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4,
                  num_key_value_heads=2, bos_token_id=1, eos_token_id=2, pad_token_id=0)  # fmt: skip
     torch.manual_seed(0)
-    getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**sizes)).save_pretrained(folder)
+    model = getattr(transformers, f"{name}ForCausalLM")(getattr(transformers, f"{name}Config")(**sizes | changes))
+    for parameter, weight in model.named_parameters():
+        if parameter.endswith("bias"):
+            torch.nn.init.normal_(weight)
+    model.save_pretrained(folder)
     for file in ("tokenizer.model", "tokenizer_config.json", "added_tokens.json"):
         shutil.copy(SEVEN / file, folder)
 
