@@ -402,11 +402,20 @@ def cache_settings(config: PixelConfig) -> dict:
     return settings
 
 
+def check_entry(entry):
+    """ValueError if a line of a cache's index does not name an image, 1 or 3 channels, and a checksum."""
+    fits = isinstance(entry, dict) and isinstance(entry.get("image"), str)
+    if not (fits and entry.get("channels") in (1, 3) and type(entry.get("crc32")) is int):
+        raise ValueError(f"{shorten(entry)} describes no frame")
+
+
 def parse_index(data: bytes, config: PixelConfig, path: Path) -> list[dict]:
     """The entries of a cache's index, [{"image", "channels", "crc32"}, …]. Raises ValueError that names `path`."""
     try:
         settings, *entries = map(json.loads, data.splitlines())
-    except ValueError as error:
+        for entry in entries:
+            check_entry(entry)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete the cache and make it again") from None
     if settings != cache_settings(config):
         raise ValueError(f"{path} was made with {settings}, not {cache_settings(config)}: use another cache")

@@ -1,17 +1,18 @@
 """Question file + answer file -> pairs of reference and prediction; what is exchanged with RadEval."""
 
 import json
-import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 
 from data import REFERENCES, Question, Records, image_names, question_id, tell
 from evaluation.metrics import VARIANTS, Groups, Table, statistics
 from plumbing.cli import progress
-from plumbing.files import atomic
+from plumbing.fields import Range, check_value
+from plumbing.files import atomic, read_json
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,29 @@ def read_pairs(references, predictions, chosen: Collection[str] | None = None) -
             reference = text_of(question, REFERENCES)
             images = tuple(image_names(question))
             file = predictions
+            # a question's text is its prompt
+            is_question = "text" in answers[id] and "image" in answers[id]
+            if is_question:
+                raise ValueError("this is a question, not an answer: give the file that eval.py answer wrote")
             prediction = text_of(answers[id], ("findings", "impression", "text"))
         except ValueError as error:
             raise ValueError(f"{file}: {id}: {error}") from None
         prompt, model = str(question.get("text") or ""), answers[id].get("model_id")
+        if not isinstance(model, str):
+            model = None
         pairs.append(Pair(id, reference, prediction, prompt, images=images, model=model))
+    empty = count_empty(pairs)
+    if any(empty.values()):
+        counts = ", ".join(f"{count:,} {kind}" for kind, count in empty.items())
+        tell(f"{predictions}: of {len(pairs):,} studies {counts} are empty; they are scored as they are")
     return pairs
+
+
+def count_empty(pairs: list[Pair]) -> dict[str, int]:
+    """How many texts have no letter or digit: an empty answer is a report that was not written."""
+    is_empty = lambda text: not any(map(str.isalnum, text))
+    answers = sum(is_empty(pair.prediction) for pair in pairs)
+    return {"answers": answers, "references": sum(is_empty(pair.reference) for pair in pairs)}
 
 
 def require_none(ids: list[str], problem: str):
@@ -160,21 +178,13 @@ def read_merge(paths, count: int) -> tuple[Table, dict[str, float]]:
     """RadEval's results for `count` pairs -> ({key: [N, 1]} of values per study, {key: value} of single ones)."""
     columns, values = {}, {}
     for path in paths:
-        try:
-            content = dict(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (ValueError, TypeError):
-            raise ValueError(f"{path} holds no JSON object: save RadEval's result with json.dump") from None
-        for key, value in content.items():
+        for key, value in read_json(Path(path)).items():
             if key in VARIANTS or key in columns or key in values:
                 raise ValueError(f"{path}: there is a score {key} already: rename it or leave the file out")
             # a number for all pairs, or a list of one for each
-            numbers = value if isinstance(value, list) else [value] * count
-            finite = all(isinstance(number, int | float) and math.isfinite(number) for number in numbers)
-            if not finite or len(numbers) != count:
-                wanted = f"neither a number nor {count:,} numbers, one for each study"
-                raise ValueError(f"{path}: {key} is {wanted}: score the file that --export wrote, without details")
+            value = check_value(value, float | Annotated[list[float], Range(count, count)], key, path)
             if isinstance(value, list):
-                columns[key] = np.array(value, dtype=float)[:, None]  # [N, 1]
+                columns[key] = np.array(value)[:, None]  # [N, 1]
             else:
-                values[key] = float(value)
+                values[key] = value
     return columns, values

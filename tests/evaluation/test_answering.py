@@ -183,6 +183,26 @@ def test_a_finished_file_is_left_as_it_is(questions, answered, tmp_path, capsys)
     assert "20 answers, all there before" in one_line(capsys) and contents(tmp_path) == before
 
 
+@pytest.mark.parametrize("change", [
+    lambda lines: [], lambda lines: lines[:-1], lambda lines: [*lines[:-1], lines[-1][:20]], lambda lines: lines[::-1],
+    lambda lines: [*lines, "7"], lambda lines: [line.replace('"text": "', '"said": "') for line in lines],
+])  # fmt: skip
+def test_a_finished_file_that_is_torn_does_not_count_as_answered(questions, answered, tmp_path, capsys, change):
+    answered.write_text("".join(line + "\n" for line in change(answered.read_text().splitlines())))
+    before = contents(tmp_path)
+    assert answer(questions, answered, "--max-new-tokens", 2) == 2
+    line = one_line(capsys)
+    assert str(answered) in line and "delete it and run this again" in line and contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("text", ['[{"question_id": 1}]', "[7]", '{"a": 1}'])
+def test_a_work_file_of_something_else_is_named(questions, answered, tmp_path, capsys, text):
+    (tmp_path / ".a.0").write_text(text)
+    answered.unlink()
+    assert answer(questions, answered, "--max-new-tokens", 2) == 2
+    assert f"{tmp_path}/.a.0 holds a line that is no batch of answers" in one_line(capsys)
+
+
 @pytest.mark.parametrize(("flags", "changed"), [
     (("--max-new-tokens", 3), "max_new_tokens 2, not 3"),
     (("--num-beams", 2, "--prior", "blank"), "num_beams 1, not 2"),
