@@ -189,6 +189,8 @@ WRITTEN_BY_PEFT = {  # fields of peft.LoraConfig, beside r 3 and lora_alpha 5
     "one layer": dict(target_modules=TARGETS, layers_to_transform=0),
     "some layers": dict(target_modules=[*TARGETS, "model.layers.1.mlp.gate_proj"], layers_to_transform=[0, 2]),
     "some layers of a list": dict(target_modules=TARGETS, layers_to_transform=[1], layers_pattern=["h", "layers"]),
+    "no layers of a list": dict(target_modules=["q_proj", "model.layers.1.mlp.gate_proj"], layers_to_transform=[0],
+                                layers_pattern="h"),
     "ranks": dict(target_modules=TARGETS, rank_pattern={"q_proj": 2, r"layers\.[12]\.mlp\.up_proj": 1}),
     "factors": dict(target_modules=TARGETS, alpha_pattern={"1.mlp.up_proj": 11, "up_proj": 2.5, "q": 9}),
     "both, rank-stabilised": dict(

@@ -100,9 +100,10 @@ def test_packed_weights_are_refused_by_the_name_of_their_method(tmp_path, packed
 def test_a_connector_file_without_a_connector_is_refused(tmp_path):
     file = tmp_path / "mm_projector.bin"
     torch.save({}, file)
-    refused(str(file), read_again, file, base=SEVEN)
+    words = f"{file} holds no tensor of a connector"
+    refused(words, read_again, file, base=SEVEN)
     options = dict(connector_weights=file, device="cpu")
-    refused(str(file), Libra.from_parts, SEVEN, GOLDEN / "libra-7b" / "encoder-dinov2", **options)
+    refused(words, Libra.from_parts, SEVEN, GOLDEN / "libra-7b" / "encoder-dinov2", **options)
 
 
 def test_a_nan_in_any_part_is_refused_by_the_name_of_its_tensor(tmp_path):
