@@ -579,7 +579,6 @@ def load(arguments) -> Libra:
 
 def run(arguments):
     # 1) check everything that is quick to check
-    warnings.showwarning = lambda message, *_, **__: print(f"sample.py: warning: {message}", file=sys.stderr)
     if arguments.verbose:
         logging.basicConfig(format="sample.py: %(message)s")
         logging.getLogger("attention").setLevel(logging.INFO)

@@ -433,7 +433,7 @@ def mistakes(tmp_path):
         (("--chat", "--json"), MODEL, IMAGES, "--chat"),
         (("--device", "tpu"), MODEL, IMAGES, "'tpu'"),
         (("--device", "cpu:x"), MODEL, IMAGES, "'cpu:x'"),
-        (("--query", "--"), MODEL, IMAGES, "--query"),
+        (("--query", "--"), MODEL, IMAGES, "argument --;"),
         (("--model", "~nosuchuser/x"), "", IMAGES, "~nosuchuser"),
     ]
 
