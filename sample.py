@@ -32,7 +32,7 @@ from model import Libra
 from plumbing.cli import Parser, add_decoding_flags, add_model_flags, fail, guard, progress
 from plumbing.fields import CountOrZero, Range, Size, check_fields
 from plumbing.image import load_image
-from tokenizer import IMAGE, Prompt, find_template, render
+from tokenizer import IMAGE, IMAGE_TEXT, Prompt, find_template, render
 
 DEFAULT_MODEL = "X-iZhang/libra-v1.0-7b"
 
@@ -148,7 +148,7 @@ def prefill(
     cache = Cache(libra.decoder.config, len(studies), capacity, libra.device, libra.dtype)
     logits = torch.empty(len(studies), libra.vocabulary, device=libra.device)
     for b, (study, prompt) in enumerate(zip(studies, prompts, strict=True)):
-        its_pixels = pixels[b] if pixels else libra.preprocess(study.images())
+        its_pixels = pixels[b] if pixels else libra.preprocess(study.images(libra.pixels.dicom_display))
         image_embeddings = libra.embed_images(its_pixels)  # [N, hidden]
         embeddings = libra.splice(prompt.ids, image_embeddings)  # [T, hidden]
         logits[b] = libra.prefill(cache, b, embeddings)
@@ -157,9 +157,8 @@ def prefill(
 
 def prompt_of(libra: Libra, query: str, template: str | None = None) -> Prompt:
     """Renders a question about a study's images, open for the answer."""
-    question = f"{libra.image_text}\n{query}"
     template = find_template(template or libra.template)
-    return render([(question, None)], template, libra.tokenizer)
+    return render([(f"{IMAGE_TEXT}\n{query}", None)], template, libra.tokenizer, libra.image_text)
 
 
 def stop_string(template: str) -> str:
@@ -499,12 +498,13 @@ class Chat:
 
         # 1) render the whole conversation; the first question has the image
         if not self.turns:
-            question = f"{libra.image_text}\n{question}"
+            question = f"{IMAGE_TEXT}\n{question}"
         turns = [*self.turns, (question, None)]
-        prompt = render(turns, find_template(self.template), libra.tokenizer)
+        prompt = render(turns, find_template(self.template), libra.tokenizer, libra.image_text)
         length = check_length(libra, prompt, options)
         if self.cache is None:
-            self.image_embeddings = libra.embed_images(libra.preprocess(self.study.images()))  # [N, hidden]
+            images = self.study.images(libra.pixels.dicom_display)
+            self.image_embeddings = libra.embed_images(libra.preprocess(images))  # [N, hidden]
             self.cache = Cache(libra.decoder.config, 1, length, libra.device, libra.dtype)
 
         # 2) keep the cache as far as the ids agree. The last id is computed in any case: its logits are needed
@@ -572,6 +572,8 @@ def options_of(arguments) -> Options:
 def load(arguments) -> Libra:
     """Reads the model of a command line."""
     flags = {name: getattr(arguments, name) for name in ("base", "encoder", "device", "dtype")}
+    if arguments.dicom_display:
+        flags["changes"] = {"mm_dicom_display": arguments.dicom_display}
     return Libra.from_pretrained(arguments.model, progress=progress("loading", "GiB", 2**30), **flags)
 
 
@@ -582,8 +584,8 @@ def run(arguments):
         logging.basicConfig(format="sample.py: %(message)s")
         logging.getLogger("attention").setLevel(logging.INFO)
     options = options_of(arguments)
-    images = [load_image(image) for image in arguments.images]
-    study = Study(*images, query=arguments.query or FINDINGS_PROMPT)
+    display = arguments.dicom_display or "standard"
+    images = [load_image(image, display) for image in arguments.images]
 
     # 2) load
     begin = time.monotonic()
@@ -593,6 +595,10 @@ def run(arguments):
         if arguments.model != DEFAULT_MODEL:
             raise
         raise OSError(f"{error}; --model assets/phantom, a toy trained on drawings, needs no download") from None
+    # only the model knows how DICOM was shown in its training
+    if libra.pixels.dicom_display != display:
+        images = [load_image(image, libra.pixels.dicom_display) for image in arguments.images]
+    study = Study(*images, query=arguments.query or FINDINGS_PROMPT)
     loaded = time.monotonic()
     if arguments.chat:
         return converse(Chat(libra, study, arguments.template), arguments.query, asdict(options))
