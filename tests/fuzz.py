@@ -16,6 +16,7 @@ it. Each input runs in a fork of this process, which has imported everything. Wh
 """
 
 import argparse
+import atexit
 import faulthandler
 import fnmatch
 import gc
@@ -43,6 +44,7 @@ CACHES = HOME / "caches"
 CACHES.mkdir()
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(CACHES), "OMP_NUM_THREADS": "1", "TMPDIR": str(CACHES)}
 tempfile.tempdir = str(CACHES)
+atexit.register(shutil.rmtree, HOME, ignore_errors=True)
 
 import torch  # noqa: E402
 from fuzzing.damage import Damage  # noqa: E402
@@ -182,6 +184,9 @@ def keep_inside(folders, report: int):
 
 RANKS = ("wrote outside", "lost", "silent", "hang", "memory", "traceback", "left behind", "lines")  # worst first
 
+# lines beside a mistake's: warnings, and what was left out before it
+NOTE = re.compile(r"^\w+\.py: warning: | left out|^skipped |: trying the one before$")
+
 
 class Problem(NamedTuple):
     rank: str
@@ -211,7 +216,7 @@ def problems_of(input: Input, run: Run, before: dict, after: dict) -> list[Probl
     lines = run.err.splitlines()
     program = f"{input.program}.py"
     foreign = [line for line in lines if re.search(r"Warning: |Exception ignored|^\[[EW]|libtiff|TIFF\w+: ", line)]
-    errors = [line for line in lines if not line.startswith(f"{program}: warning: ")]
+    errors = [line for line in lines if not NOTE.search(line)]
     is_mistake = run.status == 2 and not run.trace
     if is_mistake and (len(errors) != 1 or not re.match(rf"{program}( [a-z-]+)?: .*[a-z]{{2}}", errors[0])):
         add("lines", f"{len(errors)} lines: {general(errors[-1] if errors else '')}")
@@ -256,7 +261,7 @@ def locate(run: Run) -> tuple[str, str]:
 def general(text: str) -> str:
     """A message without what differs between inputs."""
     text = re.sub(r"'[^']*'|\"[^\"]*\"", "…", text.replace(str(HOME), ""))
-    return re.sub(r"\d+", "0", text)[:160]
+    return re.sub(r"\b[0-9a-f-]{8,}\b|\d+", "0", text)[:160]
 
 
 def snapshot(folder: Path) -> dict[str, object]:
@@ -379,6 +384,7 @@ def main(arguments: argparse.Namespace) -> int:
         plan += [(kind, number) for number in range(max(1, round(arguments.inputs * KINDS[kind] / total)))]
     if arguments.number is not None:
         folder = fuzzer.try_input(arguments.kinds[0], arguments.number)
+        atexit.unregister(shutil.rmtree)
         print(f"{folder} is kept", file=sys.stderr)
         fuzzer.report()
         return int(bool(fuzzer.failures))
@@ -392,7 +398,6 @@ def main(arguments: argparse.Namespace) -> int:
             seconds[kind.__name__] += time.monotonic() - start
             show(done, len(plan))
     finally:
-        shutil.rmtree(HOME, ignore_errors=True)
         fuzzer.report()
         times = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
         print(f"{sum(seconds.values()):.0f} s: {times}", file=sys.stderr)
