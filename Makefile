@@ -1,7 +1,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-long test-kernel phantom phantom-pair
+.PHONY: demo test test-long test-fuzz test-kernel phantom phantom-pair
 
 # a report on a drawn patient beside the previous image, and the same with the two images exchanged
 demo: .venv/ready
@@ -17,6 +17,10 @@ test-long: .venv/installed
 	KILLS=30 .venv/bin/python -m pytest tests/test_train.py -k killed
 	KILLS=20 .venv/bin/python -m pytest tests/sources/test_cache.py -k killed
 	KILLS=10 .venv/bin/python -m pytest tests/evaluation/test_answering.py -k killed
+
+# 2,000 bad files, flags and broken states
+test-fuzz: .venv/installed
+	.venv/bin/python tests/fuzz.py
 
 # the fused kernel compiled for every target, head size and type, without a GPU
 test-kernel: .venv/installed
