@@ -14,8 +14,8 @@ URL_BYTES, URL_SECONDS = 64 * 2**20, 20  # the most that one download may take
 
 # of IPv6, the unicast addresses that IANA gives out; the others include local ones and mapped IPv4 ones
 GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
-# public by its number, but every virtual machine on Azure finds its host's services there
-AZURE_HOST = ipaddress.ip_address("168.63.129.16")
+# IANA's special purposes, which older versions of Python know in part, and where Azure's machines ask their host
+SPECIAL = (ipaddress.ip_network("192.0.0.0/24"), ipaddress.ip_network("168.63.129.16/32"))
 
 
 def download(url: str, public_only: bool = False) -> bytes:
@@ -86,4 +86,4 @@ def is_public(address: str) -> bool:
         # 6to4 and Teredo addresses contain an IPv4 address, which may be a local one
         is_tunnel = ip.sixtofour is not None or ip.teredo is not None
         return ip in GLOBAL_UNICAST and ip.is_global and not is_tunnel
-    return ip.is_global and not ip.is_multicast and ip != AZURE_HOST
+    return ip.is_global and not ip.is_multicast and not any(ip in network for network in SPECIAL)
