@@ -8,9 +8,10 @@ that is: `WholeRows` (training, no cache), `Prefill` (fill the cache with a prom
 """
 
 import math
-from dataclasses import dataclass, field, fields, replace
+import warnings
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,11 @@ from torch.utils.checkpoint import checkpoint
 
 from attention import attention, shared_prefix_attention
 from plumbing.checkpoint import NameMap
-from plumbing.files import check_supported
+from plumbing.fields import Positive, Range, Size, check_fields, check_value, misfit, shorten
+
+Heads = Annotated[int, Range(1, 4096)]
+Positions = Annotated[int, Range(2, 2**30)]
+Factors = tuple[Positive, ...]
 
 
 @dataclass(frozen=True)
@@ -27,25 +32,36 @@ class DecoderConfig:
     """The fields of config.json that define the decoder, under their published names, and a family's switches."""
 
     # sizes
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    max_position_embeddings: int
-    rms_norm_eps: float
-    hidden_act: str
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Annotated[int, Range(1, 1000)]
+    num_attention_heads: Heads
+    num_key_value_heads: Heads
+    head_dim: Annotated[int, Range(2, 4096)]
+    max_position_embeddings: Positions
+    rms_norm_eps: Annotated[float, Range(1e-12, 1)]
+    hidden_act: Literal["silu", "gelu", "gelu_pytorch_tanh"]
     tie_word_embeddings: bool
-    # rotary embeddings
-    rope_theta: float
-    rope_scaling: dict
-    partial_rotary_factor: float
-    original_max_position_embeddings: int | None
-    # a sliding window, in layers from max_window_layers on
-    sliding_window: int | None
-    max_window_layers: int
+    # biases: on q, k, v and o; in the MLP
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    # rotary embeddings; config.json nests the scaling in rope_scaling or rope_parameters
+    rope_theta: Annotated[float, Range(1, 1e12)] = 10000.0
+    partial_rotary_factor: Annotated[float, Range(0, 1)] = 1.0
+    rope_type: Literal["default", "linear", "llama3", "longrope"] = "default"
+    factor: Positive | None = None
+    low_freq_factor: Positive | None = None
+    high_freq_factor: Positive | None = None
+    short_factor: Factors | None = None
+    long_factor: Factors | None = None
+    attention_factor: Positive | None = None
+    original_max_position_embeddings: Positions | None = None
+    # a sliding window: in the layers that layer_types names, else from max_window_layers on
+    sliding_window: Size | None = None
+    use_sliding_window: bool = True
+    max_window_layers: Annotated[int, Range(0, 2**20)] = 0
+    layer_types: tuple[Literal["full_attention", "sliding_attention"], ...] | None = None
     # switches of the family
     qkv_bias: bool = False
     qk_norm: bool = False
@@ -54,13 +70,22 @@ class DecoderConfig:
 
     def window(self, layer: int) -> int | None:
         """Number of latest positions that a layer sees; None: all of them."""
-        return self.sliding_window if layer >= self.max_window_layers else None
+        if self.layer_types:
+            has_window = self.layer_types[layer] == "sliding_attention"
+        else:
+            has_window = layer >= self.max_window_layers
+        return self.sliding_window if has_window else None
+
+    @property
+    def rotated(self) -> int:
+        """Number of channels of a head that are rotated; an odd number is rounded up."""
+        channels = int(self.head_dim * self.partial_rotary_factor)
+        return channels + channels % 2
 
     @property
     def rope_switch(self) -> int | None:
         """Row length above which longrope uses its second set of frequencies; None for other rope types."""
-        is_longrope = self.rope_scaling["rope_type"] == "longrope"
-        return self.original_max_position_embeddings if is_longrope else None
+        return self.original_max_position_embeddings if self.rope_type == "longrope" else None
 
 
 NAMES = NameMap(dropped=r"rotary_emb\.inv_freq$|position_ids$")
@@ -68,63 +93,88 @@ NAMES = NameMap(dropped=r"rotary_emb\.inv_freq$|position_ids$")
 
 @dataclass(frozen=True)
 class DecoderFamily:
-    defaults: dict  # what `transformers` assumes where config.json is silent
-    switches: dict = field(default_factory=dict)
-    supported: dict = field(default_factory=dict)  # fields that change the result -> the values we compute with
-    names: NameMap = NAMES
+    """`transformers` ignores a field that its model of the family does not read, and so do we: a Llama has no window,
+    whatever its config.json says. What changes the result is in `defaults` or in `supported`; the tests compare both
+    with the fields that `transformers` knows.
+    """
 
+    defaults: dict  # the fields that the family reads -> what `transformers` assumes where config.json is silent
+    switches: dict = field(default_factory=dict)
+    supported: dict = field(default_factory=dict)  # fields that would change the result -> what they may be
+    names: NameMap = NAMES
+    aliases: dict = field(default_factory=dict)  # field -> {value in a file: what it means}
+
+    def meaning(self, name: str, value):
+        known = self.aliases.get(name, {})
+        return known.get(value, value) if isinstance(value, str) else value
+
+
+# every family: no settings of single layers. Every family but Phi-3: `transformers` rotates the whole of each head
+SUPPORTED = dict(per_layer_config=type(None), partial_rotary_factor=Annotated[float, Range(1, 1)] | None)
 
 _LLAMA = DecoderFamily(
     defaults=dict(
         vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-        max_position_embeddings=2048, rms_norm_eps=1e-6, hidden_act="silu", tie_word_embeddings=False,
-        rope_theta=10000.0, partial_rotary_factor=1.0, original_max_position_embeddings=None, sliding_window=None,
-        max_window_layers=0,
+        num_key_value_heads=None, head_dim=None, max_position_embeddings=2048, rms_norm_eps=1e-6, hidden_act="silu",
+        tie_word_embeddings=False, rope_theta=10000.0, original_max_position_embeddings=None,
+        attention_bias=False, mlp_bias=False,
     ),
-    supported=dict(attention_bias=(False,), mlp_bias=(False,)),
+    supported=SUPPORTED,
 )  # fmt: skip
-_QWEN = _LLAMA.defaults | dict(
+_BASE = {name: value for name, value in _LLAMA.defaults.items() if name not in ("attention_bias", "mlp_bias")}
+_QWEN = _BASE | dict(
     vocab_size=151936, intermediate_size=22016, num_key_value_heads=32, max_position_embeddings=32768,
-    use_sliding_window=False, sliding_window=4096, max_window_layers=28,
+    use_sliding_window=False, sliding_window=4096, max_window_layers=28, layer_types=None,
 )  # fmt: skip
 
 # key: model_type without the published prefix "libra_"
 FAMILIES = {
     # Llama 2 and 3, Vicuna, Meditron
     "llama": _LLAMA,
-    # grouped-query attention and a sliding window in every layer
-    "mistral": replace(_LLAMA, defaults=_LLAMA.defaults | dict(
-        intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096,
-    )),
+    # grouped-query attention and a sliding window in every layer. With layer_types, `transformers` 4 ignores them and 5
+    # takes the file for a Ministral: they agree where every layer has the window
+    "mistral": DecoderFamily(
+        _BASE | dict(
+            intermediate_size=14336, num_key_value_heads=8, max_position_embeddings=131072, sliding_window=4096,
+        ),
+        supported=SUPPORTED | dict(layer_types=tuple[Literal["sliding_attention"], ...] | None),
+    ),
     # biases on q, k and v
-    "qwen2": DecoderFamily(_QWEN, switches=dict(qkv_bias=True)),
+    "qwen2": DecoderFamily(_QWEN, switches=dict(qkv_bias=True), supported=SUPPORTED),
     # a norm on each head's q and k instead
     "qwen3": DecoderFamily(
-        _QWEN | dict(head_dim=128),
+        _QWEN | dict(head_dim=128, attention_bias=False),
         switches=dict(qk_norm=True),
-        supported=dict(attention_bias=(False,)),
+        supported=SUPPORTED,
     ),
     # Phi-3, Phi-4 and Phi-4-mini: projections fused on disk, partial rotary embeddings, longrope
     "phi3": DecoderFamily(
-        _LLAMA.defaults | dict(
+        _BASE | dict(
             vocab_size=32064, hidden_size=3072, intermediate_size=8192, max_position_embeddings=4096,
-            original_max_position_embeddings=4096, rms_norm_eps=1e-5,
+            original_max_position_embeddings=4096, rms_norm_eps=1e-5, sliding_window=None, partial_rotary_factor=1.0,
         ),
-        supported=dict(attention_bias=(False,)),
+        supported=dict(per_layer_config=type(None), rope_type=Literal["default", "longrope"]),
         names=replace(NAMES, fused={
             "qkv_proj": ("q_proj", "k_proj", "v_proj"),
             "gate_up_proj": ("gate_proj", "up_proj"),
         }),
+        # what Phi-3's first files call longrope
+        aliases=dict(rope_type=dict(su="longrope", yarn="longrope")),
     ),
-    # Gemma 1: tied and scaled embeddings, norm weights stored minus one
+    # Gemma 1: tied and scaled embeddings, norm weights stored minus one. Its first files say "gelu" and mean tanh's
+    # approximation, which `hidden_activation` named for a while
     "gemma": DecoderFamily(
-        _LLAMA.defaults | dict(
+        _BASE | dict(
             vocab_size=256000, hidden_size=3072, intermediate_size=24576, num_hidden_layers=28, num_attention_heads=16,
             num_key_value_heads=16, head_dim=256, max_position_embeddings=8192, hidden_act="gelu_pytorch_tanh",
-            tie_word_embeddings=True,
+            tie_word_embeddings=True, attention_bias=False,
         ),
         switches=dict(norm_offset=1.0, scaled_embeddings=True),
-        supported=dict(attention_bias=(False,)),
+        supported=SUPPORTED | dict(
+            hidden_activation=Literal["gelu_pytorch_tanh"] | None,
+            use_bidirectional_attention=Literal[False] | None,
+        ),
+        aliases=dict(hidden_act=dict(gelu="gelu_pytorch_tanh")),
     ),
 }  # fmt: skip
 
@@ -134,18 +184,51 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
 }
 
-# rope type -> the fields that it needs in rope_scaling
+# rope type -> the fields that it needs
 ROPE_FIELDS = {
     "default": (),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "longrope": ("short_factor", "long_factor"),
+}
+# what training of `transformers` drops at random; here LoRA alone has dropout
+DROPOUTS = ("attention_dropout", "resid_pdrop", "embd_pdrop")
+
+
+# other names of the same layouts: Libra's, and those of LLaVA and of LLaVA-Med
+ALIASES = {"libra": "llama", "llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
+
+# models in a layout of their own -> where the same model is in Libra's
+ELSEWHERE = {
+    "maira2": "X-iZhang/libra-maira-2",
+    "llava": "the original repository, whose config.json has mm_vision_tower",
 }
 
 
 def family_of(config: dict) -> str | None:
-    """The key in FAMILIES for a parsed config.json, of a published Libra or of a stock model."""
-    model_type = str(config.get("model_type")).removeprefix("libra_")
-    return "llama" if model_type == "libra" else model_type
+    """The key in FAMILIES for a parsed config.json, of a published Libra, of a LLaVA or of a stock model."""
+    model_type = str(config.get("model_type"))
+    return ALIASES.get(model_type, model_type.removeprefix("libra_"))
+
+
+def check_family(config: dict, where):
+    """ValueError, which says what a parsed config.json describes, if this program does not compute that."""
+    model_type = config.get("model_type")
+    # `transformers` describes a model with images in two configs inside one
+    if isinstance(config.get("text_config"), dict):
+        repository = ELSEWHERE.get(str(model_type), "a model in the layout of Libra or LLaVA")
+        problem = f"model_type {model_type!r} with a text_config is the layout that transformers has for this model"
+        raise ValueError(f"{where}: {problem}, which is not supported: use {repository}")
+    if family_of(config) not in FAMILIES:
+        ours = [f"libra_{name}" for name in FAMILIES if name != "llama"]
+        known = ", ".join([*ALIASES, *ours, *FAMILIES])
+        raise ValueError(f"{where}: model_type {model_type!r} is not one of {known}")
+    # packed weights are numbers of another kind, or need scales
+    packed = config.get("quantization_config")
+    if packed:
+        method = isinstance(packed, dict) and packed.get("quant_method")
+        problem = f"quantization_config: weights packed by {method or shorten(packed)} are not supported"
+        raise ValueError(f"{where}: {problem}: use the model's 16-bit version")
 
 
 def names_of(config: dict) -> NameMap:
@@ -156,48 +239,99 @@ def names_of(config: dict) -> NameMap:
 def decoder_config(config: dict, source) -> DecoderConfig:
     """Reads a parsed config.json. ValueError names the field whose value is not supported."""
     where = f"{source}/config.json"
-    if family_of(config) not in FAMILIES:
-        ours = [f"libra_{name}" for name in FAMILIES if name != "llama"]
-        known = ", ".join(["libra", *ours, *FAMILIES])
-        raise ValueError(f"{where}: model_type {config.get('model_type')!r} is not one of {known}")
-    # the file wins over the defaults; switches are not fields of the file
+    check_family(config, where)
     family = FAMILIES[family_of(config)]
-    values = family.defaults | config | family.switches
 
-    # refuse what we would compute differently
-    check_supported(values, family.supported, where)
-    if values["hidden_act"] not in ACTIVATIONS:
-        raise ValueError(f"{where}: hidden_act {values['hidden_act']!r} is not one of {', '.join(ACTIVATIONS)}")
+    # 1) what the family reads, in its types and bounds; the file wins over the defaults
+    values = {name: family.meaning(name, config.get(name, value)) for name, value in family.defaults.items()}
+    missing = [name for name in ("num_key_value_heads", "head_dim") if values[name] is None]
+    values = {name: value for name, value in values.items() if name not in missing}
+    values = check_fields(values, DecoderConfig, where)
 
-    # fields that may be absent or null
-    heads = values["num_attention_heads"]
-    values["num_key_value_heads"] = values.get("num_key_value_heads") or heads
-    values["head_dim"] = values.get("head_dim") or values["hidden_size"] // heads
+    # 2) refuse what we would compute differently
+    for name, hint in family.supported.items():
+        if name in config:
+            check_value(config[name], hint, name, where)
+    for name in DROPOUTS:
+        if config.get(name):
+            warnings.warn(f"{where}: {name} {shorten(config[name])} is not applied in training", stacklevel=2)
+
+    # 3) fields that may be absent or null
+    heads, hidden_size = values["num_attention_heads"], values["hidden_size"]
+    values.setdefault("num_key_value_heads", heads)
+    if "head_dim" in missing:
+        if hidden_size % heads:
+            raise misfit(heads, "num_attention_heads", where, f"a divisor of hidden_size {hidden_size}")
+        values["head_dim"] = check_value(hidden_size // heads, Annotated[int, Range(2, 4096)], "head_dim", where)
     if not values.get("use_sliding_window", True):
         values["sliding_window"] = None
 
-    values |= rope_settings(values, where)
-    names = [field.name for field in fields(DecoderConfig)]
-    return DecoderConfig(**{name: values[name] for name in names if name in values})
+    values |= rope_settings(config, values, where)
+    result = DecoderConfig(**values, **family.switches)
+    check_sizes(result, where)
+    return result
 
 
-def rope_settings(values: dict, where: str) -> dict:
-    """The config fields about rotary embeddings, with `rope_scaling` in one layout.
+def rope_settings(config: dict, values: dict, where: str) -> dict:
+    """The fields of DecoderConfig about rotary embeddings, from what a file nests in `rope_scaling`.
 
-    `transformers` 5 renamed `rope_scaling` to `rope_parameters` and moved three fields into it.
+    `transformers` 5 renamed `rope_scaling` to `rope_parameters` and moved three fields into it; where a file has both,
+    the old name counts.
     """
-    scaling = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    rope_type = scaling.get("rope_type", scaling.get("type", "default"))
-    if rope_type not in ROPE_FIELDS:
-        raise ValueError(f"{where}: rope_scaling of type {rope_type!r} is none of {', '.join(ROPE_FIELDS)}")
-    missing = [name for name in ROPE_FIELDS[rope_type] if name not in scaling]
-    if missing:
-        raise ValueError(f"{where}: rope_scaling of type {rope_type!r} lacks {', '.join(missing)}")
+    name = "rope_parameters" if config.get("rope_scaling") in (None, {}) else "rope_scaling"
+    scaling = check_value(config.get(name), dict | None, name, where) or {}
+    where = f"{where}: {name}"
+    for key, value in scaling.items():
+        if isinstance(value, dict):
+            raise misfit(value, shorten(key), where, "no settings for single kinds of layers")
 
-    moved = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
-    settings = {name: scaling[name] for name in moved if name in scaling}
-    settings["rope_scaling"] = scaling | {"rope_type": rope_type}
+    # 1) the type, under its two names, and what the family allows
+    family = FAMILIES[family_of(config)]
+    rope_type = scaling.get("rope_type", scaling.get("type", "default"))
+    scaling = scaling | {"rope_type": family.meaning("rope_type", rope_type)}
+    for key in family.supported.keys() & scaling.keys():
+        check_value(scaling[key], family.supported[key], key, where)
+
+    # 2) types and bounds; of the settings outside, one wins over that inside
+    rope_fields = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings", "attention_factor")
+    rope_fields += ("rope_type", "factor", "low_freq_factor", "high_freq_factor", "short_factor", "long_factor")
+    settings = {key: scaling[key] for key in rope_fields if key in scaling}
+    settings = check_fields(settings, DecoderConfig, where)
+    outside = values["original_max_position_embeddings"]
+    inside = settings.get("original_max_position_embeddings")
+    settings["original_max_position_embeddings"] = outside or inside or values["max_position_embeddings"]
+
+    # 3) what the type needs
+    missing = [key for key in ROPE_FIELDS[settings["rope_type"]] if settings.get(key) is None]
+    if missing:
+        raise ValueError(f"{where} of type {rope_type!r} lacks {', '.join(missing)}")
     return settings
+
+
+def check_sizes(config: DecoderConfig, where: str):
+    """ValueError if fields that are fine alone do not fit each other."""
+    heads, layers, rotated = config.num_attention_heads, config.num_hidden_layers, config.rotated
+    if heads % config.num_key_value_heads:
+        raise misfit(config.num_key_value_heads, "num_key_value_heads", where, f"a divisor of {heads} heads")
+    if rotated > config.head_dim:
+        raise misfit(config.head_dim, "head_dim", where, "an even number")
+    if rotated == 0:
+        raise misfit(config.partial_rotary_factor, "partial_rotary_factor", where, "enough for one channel of a head")
+
+    # layers with a window
+    kinds = config.layer_types
+    if kinds and len(kinds) != layers:
+        raise misfit(kinds, "layer_types", where, f"one for each of {layers} layers")
+    if kinds and "sliding_attention" in kinds and config.sliding_window is None:
+        raise misfit(kinds, "layer_types", where, "no 'sliding_attention' where use_sliding_window is false")
+
+    # rotary scaling
+    if config.rope_type == "llama3" and config.high_freq_factor <= config.low_freq_factor:
+        raise misfit(config.high_freq_factor, "high_freq_factor", where, "more than low_freq_factor")
+    for name in ("short_factor", "long_factor"):
+        factors = getattr(config, name)
+        if config.rope_type == "longrope" and len(factors) != rotated // 2:
+            raise misfit(factors, name, where, f"{rotated // 2} numbers, one for each pair of rotated channels")
 
 
 # ------------------------------------------------------------------------------------------ rotary embeddings
@@ -211,16 +345,18 @@ def rope_frequencies(config: DecoderConfig, device) -> torch.Tensor:
     R = int(config.head_dim * config.partial_rotary_factor)
     exponents = torch.arange(0, R, 2, device=device).float() / R  # [R / 2]
     frequencies = config.rope_theta**-exponents
-    scaling = config.rope_scaling
-    if scaling["rope_type"] == "llama3":
+    if config.rope_type == "linear":
+        # Chen et al. 2023, Positional Interpolation
+        frequencies = frequencies / config.factor
+    if config.rope_type == "llama3":
         # Llama 3.1: channels that turn often within the original context keep their frequency, slow ones are
         # stretched by the factor, and those in between are interpolated
-        turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns = config.original_max_position_embeddings * frequencies / (2 * math.pi)
+        low, high = config.low_freq_factor, config.high_freq_factor
         keep = ((turns - low) / (high - low)).clamp(0, 1)
-        frequencies = keep * frequencies + (1 - keep) * frequencies / scaling["factor"]
-    if scaling["rope_type"] == "longrope":
-        factors = [scaling["short_factor"], scaling["long_factor"]]
+        frequencies = keep * frequencies + (1 - keep) * frequencies / config.factor
+    if config.rope_type == "longrope":
+        factors = [config.short_factor, config.long_factor]
         frequencies = frequencies / torch.tensor(factors, device=device)
     return frequencies
 
@@ -239,10 +375,10 @@ def rope(config: DecoderConfig, positions, lengths, dtype) -> Rotation:
         # each row uses the frequencies for its own length, and attention is sharpened by a constant
         is_long = (lengths > config.rope_switch).long()
         frequencies = frequencies[is_long][:, None, None]  # [B, 1, 1, R / 2]
-        factor = config.max_position_embeddings / config.rope_switch
+        factor = config.factor or config.max_position_embeddings / config.rope_switch
         if factor > 1:
             scale = math.sqrt(1 + math.log(factor) / math.log(config.rope_switch))
-        scale = config.rope_scaling.get("attention_factor") or scale
+        scale = config.attention_factor or scale
     # both halves of the channels turn by the same angles
     angles = positions[:, None, :, None].float() * frequencies  # [B, 1, T, R / 2]
     angles = torch.cat((angles, angles), -1)  # [B, 1, T, R]
@@ -297,10 +433,11 @@ class SelfAttention(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
         C, D, self.D = config.hidden_size, config.head_dim, config.head_dim
-        self.q_proj = nn.Linear(C, config.num_attention_heads * D, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(C, config.num_key_value_heads * D, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias=False)
+        qkv_bias = config.qkv_bias or config.attention_bias
+        self.q_proj = nn.Linear(C, config.num_attention_heads * D, bias=qkv_bias)
+        self.k_proj = nn.Linear(C, config.num_key_value_heads * D, bias=qkv_bias)
+        self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=qkv_bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias=config.attention_bias)
         self.qk_norm = config.qk_norm
         if self.qk_norm:
             self.q_norm = RMSNorm(D, config)
@@ -325,9 +462,9 @@ class MLP(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
         C, hidden = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(C, hidden, bias=False)
-        self.up_proj = nn.Linear(C, hidden, bias=False)
-        self.down_proj = nn.Linear(hidden, C, bias=False)
+        self.gate_proj = nn.Linear(C, hidden, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(C, hidden, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(hidden, C, bias=config.mlp_bias)
         self.activation = ACTIVATIONS[config.hidden_act]
 
     def forward(self, x):

@@ -7,7 +7,10 @@ config.json. To add an encoder, add a row.
 The encoder returns the output of every block, or of one block. There is no final norm, unless `final_norm` asks for it.
 """
 
-from dataclasses import dataclass, field, fields
+import re
+import warnings
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +18,7 @@ from torch import nn
 
 from attention import attention
 from plumbing.checkpoint import NameMap, StoredTensor, rename_tensors
-from plumbing.files import check_supported
+from plumbing.fields import Range, Size, check_fields, check_value, misfit, shorten
 
 
 @dataclass(frozen=True)
@@ -24,14 +27,14 @@ class EncoderConfig:
 
     # sizes bear their names in the encoder's config.json
     model_type: str
-    image_size: int
-    patch_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    intermediate_size: int
-    layer_norm_eps: float
-    hidden_act: str
+    image_size: Annotated[int, Range(1, 4096)]
+    patch_size: Annotated[int, Range(1, 4096)]
+    hidden_size: Size
+    num_hidden_layers: Annotated[int, Range(1, 1000)]
+    num_attention_heads: Annotated[int, Range(1, 4096)]
+    intermediate_size: Size
+    layer_norm_eps: Annotated[float, Range(1e-12, 1)]
+    hidden_act: Literal["gelu", "gelu_pytorch_tanh", "quick_gelu"]
 
     # switches, from FAMILIES
     class_token: bool
@@ -45,8 +48,8 @@ class EncoderConfig:
 class EncoderFamily:
     names: NameMap
     switches: dict
-    defaults: dict  # what `transformers` takes for a field that config.json omits
-    supported: dict[str, tuple] = field(default_factory=dict)  # field of config.json -> values we compute with
+    defaults: dict  # the fields that the family reads -> what `transformers` takes where config.json is silent
+    supported: dict = field(default_factory=dict)  # fields that would change the result -> what they may be
 
 
 # layers.0 of DINOv2 on disk: encoder.layer.0.attention.attention.query.weight -> layers.0.query.weight
@@ -106,6 +109,8 @@ TIMM_NAMES = NameMap(
     fused={"qkv": ("query", "key", "value")},
 )
 
+# three channels, and no settings of single layers
+SUPPORTED = dict(num_channels=Annotated[int, Range(3, 3)], per_layer_config=type(None))
 # what `transformers` assumes for the first three: the sizes of a ViT-Base
 BASE = dict(image_size=224, hidden_size=768, num_hidden_layers=12, num_attention_heads=12)
 
@@ -114,17 +119,19 @@ FAMILIES = {
         names=DINOV2_NAMES,
         switches=dict(class_token=True, patch_bias=True, norm_before=False, layer_scale=True),
         defaults=dict(BASE, patch_size=14, mlp_ratio=4, layer_norm_eps=1e-6, hidden_act="gelu"),
-        supported=dict(use_swiglu_ffn=(False,), qkv_bias=(True,)),
+        supported=SUPPORTED | dict(use_swiglu_ffn=Literal[False], qkv_bias=Literal[True]),
     ),
     "clip_vision_model": EncoderFamily(
         names=CLIP_NAMES,
         switches=dict(class_token=True, patch_bias=False, norm_before=True, layer_scale=False),
         defaults=dict(BASE, patch_size=32, intermediate_size=3072, layer_norm_eps=1e-5, hidden_act="quick_gelu"),
+        supported=SUPPORTED,
     ),
     "siglip_vision_model": EncoderFamily(
         names=CLIP_NAMES,
         switches=dict(class_token=False, patch_bias=True, norm_before=False, layer_scale=False),
         defaults=dict(BASE, patch_size=16, intermediate_size=3072, layer_norm_eps=1e-6, hidden_act="gelu_pytorch_tanh"),
+        supported=SUPPORTED,
     ),
     # BiomedCLIP; `_open_clip_sizes` reads the sizes and layer_scale off the tensors
     "open_clip": EncoderFamily(
@@ -133,6 +140,8 @@ FAMILIES = {
         defaults=dict(layer_norm_eps=1e-6, hidden_act="gelu"),
     ),
 }
+# what training of `transformers` drops at random, and we do not
+DROPOUTS = ("attention_dropout", "attention_probs_dropout_prob", "hidden_dropout_prob", "drop_path_rate")
 
 ACTIVATIONS = {
     "gelu": F.gelu,
@@ -149,26 +158,46 @@ def encoder_config(config: dict, source, stored: dict[str, StoredTensor], final_
     """
     where = f"{source}/config.json"
     # 1) find the description of the image encoder; a file may describe a text tower as well
+    sizes = {}
     if isinstance(config.get("vision_config"), dict):
         # "clip" becomes "clip_vision_model", the type of a CLIP that is stored without its text tower
         model_type = f"{config.get('model_type')}_vision_model"
-        config = {"model_type": model_type} | config["vision_config"]
+        described = config["vision_config"]
+        # CLIP's first files describe it twice, and `transformers` takes this one
+        if model_type == "clip_vision_model" and config.get("vision_config_dict") is not None:
+            described = check_value(config["vision_config_dict"], dict, "vision_config_dict", where)
+        config = {"model_type": model_type} | described
     elif isinstance(config.get("vision_cfg"), dict):
-        config = _open_clip_sizes(config["vision_cfg"], source, stored)
+        config = sizes = _open_clip_sizes(config["vision_cfg"], source, stored)
 
     # 2) find its family
-    model_type = config.get("model_type")
+    model_type = check_value(config.get("model_type"), str | None, "model_type", where)
     if model_type not in FAMILIES:
-        raise ValueError(f"{where}: encoder model_type {model_type!r} is not one of {', '.join(FAMILIES)}")
+        raise ValueError(f"{where}: encoder model_type {shorten(model_type)} is not one of {', '.join(FAMILIES)}")
     family = FAMILIES[model_type]
 
-    # 3) fill in the defaults, and refuse what we would compute wrongly
-    values = family.defaults | config
-    supported = dict(family.supported, num_channels=(3,), hidden_act=tuple(ACTIVATIONS))
-    check_supported(values, supported, where)
-    values.setdefault("intermediate_size", int(values["hidden_size"] * values.get("mlp_ratio", 4)))
-    values |= family.switches | dict(final_norm=final_norm)
-    return EncoderConfig(**{field.name: values[field.name] for field in fields(EncoderConfig)})
+    # 3) what the family reads, in its types and bounds; refuse what we would compute wrongly
+    values = {name: config.get(name, default) for name, default in family.defaults.items()} | sizes
+    mlp_ratio = values.get("mlp_ratio")
+    values = check_fields(values | {"model_type": model_type}, EncoderConfig, where)
+    for name, hint in family.supported.items():
+        if name in config:
+            check_value(config[name], hint, name, where)
+    for name in DROPOUTS:
+        if config.get(name):
+            warnings.warn(f"{where}: {name} {shorten(config[name])} is not applied in training", stacklevel=2)
+    if "mlp_ratio" in family.defaults:
+        mlp_ratio = check_value(mlp_ratio, Annotated[float, Range(0.01, 100)], "mlp_ratio", where)
+        width = int(values["hidden_size"] * mlp_ratio)
+        values["intermediate_size"] = check_value(width, Size, "hidden_size times mlp_ratio", where)
+
+    # 4) sizes that fit each other
+    if values["hidden_size"] % values["num_attention_heads"]:
+        expected = f"a divisor of hidden_size {values['hidden_size']}"
+        raise misfit(values["num_attention_heads"], "num_attention_heads", where, expected)
+    if values["image_size"] < values["patch_size"]:
+        raise misfit(values["patch_size"], "patch_size", where, f"at most image_size {values['image_size']}")
+    return EncoderConfig(**values | family.switches, final_norm=bool(final_norm))
 
 
 def _open_clip_sizes(vision_cfg: dict, source, stored: dict[str, StoredTensor]) -> dict:
@@ -177,10 +206,12 @@ def _open_clip_sizes(vision_cfg: dict, source, stored: dict[str, StoredTensor]) 
     vision_cfg names the architecture and the size of the image, no more.
     """
     name, image_size = vision_cfg.get("timm_model_name"), vision_cfg.get("image_size")
+    # other names have another activation, register tokens, no class token, or (huge) wider heads
+    is_plain = re.fullmatch(r"vit_(tiny|small|base|large)_patch\d+_(\d+|dinov2)(\.\w+)?", str(name)[:80])
     shapes = {key.removeprefix("module.visual.trunk."): tensor.shape for key, tensor in stored.items()}
     has_vit = "patch_embed.proj.weight" in shapes and "blocks.0.mlp.fc1.weight" in shapes
-    if not (has_vit and str(name).startswith("vit_") and isinstance(image_size, int)):
-        raise ValueError(f"{source}: timm_model_name {name!r} with image_size {image_size!r} is not a ViT we know")
+    if not (has_vit and is_plain):
+        raise ValueError(f"{source}: timm_model_name {shorten(name)} is not a ViT we know")
 
     width, _, patch_size, _ = shapes["patch_embed.proj.weight"]  # [C, 3, P, P]
     intermediate_size, _ = shapes["blocks.0.mlp.fc1.weight"]
@@ -188,7 +219,7 @@ def _open_clip_sizes(vision_cfg: dict, source, stored: dict[str, StoredTensor]) 
         model_type="open_clip", image_size=image_size, patch_size=patch_size,
         hidden_size=width, intermediate_size=intermediate_size,
         num_hidden_layers=sum(key.endswith(".attn.qkv.weight") for key in shapes),
-        num_attention_heads=width // 64,  # as in every ViT that open_clip trains
+        num_attention_heads=max(width // 64, 1),  # as in every ViT of these names
         layer_scale="blocks.0.ls1.gamma" in shapes,
     )  # fmt: skip
 

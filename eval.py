@@ -18,11 +18,12 @@ from pathlib import Path
 from evaluation import metrics, page, tables
 from evaluation.answering import CONDITIONS, QuestionSet, choose, load_model, read_questions, write_answers
 from evaluation.metrics import FLOOR, METRICS, VARIANTS, Interval, published, temporal_f1_score
-from evaluation.pairs import groups_of, read_merge, read_pairs, sizes_of, statistics_of, write_export
+from evaluation.pairs import Pair, count_empty, groups_of, read_merge, read_pairs, sizes_of, statistics_of, write_export
 from evaluation.prior import prior_scores
 from evaluation.truth import read_truth, truth_statistics
 from plumbing.cli import Parser, add_decoding_flags, add_model_flags, guard
 from plumbing.distributed import init_distributed
+from plumbing.files import check_writable
 
 __all__ = ["evaluate_report", "temporal_f1_score"]  # what others import, beside the command line
 
@@ -61,7 +62,13 @@ def score(arguments):
         truths = read_truth(arguments.truth, pairs)
         columns |= truth_statistics([pair.prediction for pair in pairs], truths)
 
-    # 2) scores and their intervals; RadEval's single values have none
+    # 2) what shall be written later is looked at before the long work
+    if arguments.csv:
+        tables.read_rows(arguments.csv, ["Model Name", *METRICS, *columns, *values])
+    if arguments.html:
+        check_writable(arguments.html)
+
+    # 3) scores and their intervals; RadEval's single values have none
     table = statistics_of(pairs, arguments.bertscore) | columns
     groups = groups_of(pairs)
     scores = metrics.intervals(table, groups, arguments.seed)
@@ -69,27 +76,29 @@ def score(arguments):
     overall = {key: cells["all"].value for key, cells in scores.items() if cells}
     name = arguments.model_name or pairs[0].model or Path(arguments.predictions).stem
 
-    # 3) a row of a CSV file: the published columns, then the others
+    # 4) a row of a CSV file: the published columns, then the others
     if arguments.csv:
         row = {"Model Name": name} | dict.fromkeys(METRICS, "") | published(overall)
         for key in (*columns, *values):
             row[key] = round(overall[key], 4) if key in overall else ""
         tables.append_csv(arguments.csv, row)
 
-    # 4) a page
+    # 5) a page
     sizes = sizes_of(groups)
     if arguments.html:
         subtitle = f"{Path(arguments.predictions).name} against {Path(arguments.references).name}"
         page.write(arguments.html, title=name, subtitle=subtitle, groups=sizes, scores=scores, notes=notes,
                    pairs=pairs, table=table, folder=arguments.image_folder)  # fmt: skip
 
-    # 5) an object or a table on stdout
+    # 6) an object or a table on stdout
+    empty = count_empty(pairs)
     if arguments.json:
         variants = {key: VARIANTS[key] for key in scores if key in VARIANTS}
         result = {"model": name, "studies": sizes, "published": published(overall), "scores": scores}
-        return tables.print_json(result | {"variants": variants})
+        return tables.print_json(result | {"variants": variants, "empty": empty})
     print(f"{name}: mean or corpus score × 100 [95 % interval]")
     tables.print_scores(scores, {group: f"{group} ({size:,})" for group, size in sizes.items()})
+    print(f"empty: {empty['answers']:,} answers, {empty['references']:,} references")
     print(f"{FLOOR}: {VARIANTS[FLOOR]}")
 
 
@@ -113,6 +122,11 @@ def prior(arguments):
     questions, out = read_questions(arguments.questions), Path(arguments.out)
     chosen = choose(questions, arguments, only_with_prior=True)
     files = {condition: out / f"{condition}.jsonl" for condition in arguments.conditions}
+    if arguments.csv:
+        check_writable(arguments.csv)
+    # a pair without texts knows its id and its images
+    studies = [Pair(str(question.id), "", "", images=tuple(question.images)) for question in chosen]
+    truths = read_truth(arguments.truth, studies) if arguments.truth else None
     if arguments.model:
         if not arguments.image_folder:
             raise ValueError("--model needs --image-folder, to answer the questions")
@@ -129,7 +143,6 @@ def prior(arguments):
     # 2) scores under each condition, over the same studies
     ids = [str(question.id) for question in chosen]
     pairs = {condition: read_pairs(arguments.questions, path, ids) for condition, path in files.items()}
-    truths = read_truth(arguments.truth, pairs["true"]) if arguments.truth else None
     scores = prior_scores(pairs, truths, arguments.seed)
 
     # 3) a CSV file, and stdout
@@ -174,7 +187,7 @@ def parse(arguments=None):
     add("--prior", default="true", choices=CONDITIONS, help=f"what the model sees as the prior; {shown}")
 
     add = score.add_argument
-    add("--references", required=True, metavar="FILE", help="question file with reference, findings or impression")
+    add("--references", required=True, metavar="FILE", help="question file with the true reports")
     either = score.add_mutually_exclusive_group(required=True)
     either.add_argument("--predictions", metavar="FILE", help="answer file (JSONL): question_id and text")
     either.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two answer files: differences B - A, paired")

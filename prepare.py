@@ -16,13 +16,14 @@ import argparse
 import os
 import sys
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import phantom.hospital as phantom
 from data import ImageFolder, Records
 from data import check as check_records
 from plumbing.cli import Parser, guard, print_table, progress
-from plumbing.files import atomic
+from plumbing.files import atomic, only_writer_in
 from sources.cache import build
 from sources.mimic import SECTIONS, prepare_sections
 from sources.records import kind_of, summary
@@ -35,20 +36,24 @@ def draw_hospital(out, patients: int, preview: bool, **settings):
     counts = phantom.write(out, patients, progress=progress("drawing", "patients"), **settings)
     if preview:
         with atomic(Path(out) / "preview.png", "wb") as file:
-            phantom.preview(settings["seed"]).save(file, "PNG", optimize=True)
+            file.write(phantom.encode(phantom.preview(settings["seed"]), "PNG", optimize=True))
     print_table(counts.items())
 
 
-def check(file, image_folder=None):
-    """Check every record of a file, and its images if their folder is given. Raises ValueError with all problems."""
+def check(file, image_folder=None, strict: bool = False):
+    """Check every record of a file, and its images if their folder is given; say which records are odd.
+
+    Raises ValueError with all problems if images are missing, if every record is odd, or if strict and one is.
+    """
     records = Records(file)
     if not len(records):
         raise ValueError(f"{records.path} holds no record")
     find = ImageFolder(image_folder, None).find if image_folder else lambda name: None
     show = progress(f"checking {records.path.name}", "records")
-    checked = check_records(records, kind_of(records), find, show)
-    print_summaries([records])
-    print(f"\nno problem in {len(records):,} records; {checked.duplicates:,} have the id of an earlier one")
+    checked = check_records(records, kind_of(records), find, show, strict=strict)
+    print_summaries([summary(records, checked.numbers)])
+    head = f"{checked.odd:,} records are odd" if checked.odd else f"no problem in {len(records):,} records"
+    print(f"\n{head}; {checked.duplicates:,} have the id of an earlier one")
 
 
 def finish(outputs: list[Path], skipped: Counter, kinds: dict[str, Counter]):
@@ -63,7 +68,7 @@ def finish(outputs: list[Path], skipped: Counter, kinds: dict[str, Counter]):
         listed = "; ".join(f"{count} {reason}" for count, reason in reasons)
         raise ValueError(f"no record could be made: {listed or 'the input is empty'}")
     # what the files hold, the kinds of questions in those that were made now, and what they do not hold
-    print_summaries(files)
+    print_summaries([summary(records, range(len(records))) for records in files])
     for column, counts in kinds.items():
         if counts:
             print(f"\n{column}: " + ", ".join(f"{kind} {count}" for kind, count in sorted(counts.items())))
@@ -72,8 +77,7 @@ def finish(outputs: list[Path], skipped: Counter, kinds: dict[str, Counter]):
         print(f"{count:>9}  {reason}")
 
 
-def print_summaries(files: list[Records]):
-    rows = list(map(summary, files))
+def print_summaries(rows: list[dict[str, object]]):
     print_table([rows[0].keys(), *(row.values() for row in rows)])
 
 
@@ -118,6 +122,8 @@ def parse(arguments=None) -> argparse.Namespace:
     add("--section", default="both", choices=(*SECTIONS, "both"), help="what the model shall write from the images")
     text = "no clinical context in questions; makes SECTION_no_context_SPLIT.jsonl"
     add("--no-context", action="store_true", help=text)
+    text = "use the studies with a rule of their own, too; the published table of sections lacks them"
+    add("--exceptions", action="store_true", help=text)
 
     add = command("diff-vqa", "MIMIC-Diff-VQA: questions about a study beside its reference study", out)
     add("--questions", required=True, metavar="CSV", help="mimic_pair_questions.csv, plain or gzip")
@@ -133,11 +139,12 @@ def parse(arguments=None) -> argparse.Namespace:
     parts = ("findings_section", "impression_section")
     add("--configuration", default=parts[0], choices=parts, help="what the model shall write from the images")
     add("--split", default="test", metavar="NAME", help="split of the data set")
-    add("--reference", metavar="COLUMN", help="column of the true text; if not given, questions have no reference")
+    add("--reference", metavar="COLUMN", help="column of the true text; default: the configuration's name")
 
     add = command("check", "check a JSON or JSONL file of your own, record by record", out="")
     add("file", metavar="FILE", help="training records or questions, in the published format")
     add("--image-folder", metavar="DIR", help="folder of the images; if not given, images are not looked for")
+    add("--strict", action="store_true", help="refuse the file if a record is odd; else such records are counted")
 
     text = "pad, resize and crop every image once, so that training need not decode it again"
     add = command("cache", text, "folder of the cache, which is made, extended or resumed")
@@ -157,7 +164,9 @@ def parse(arguments=None) -> argparse.Namespace:
 
 def main(arguments: argparse.Namespace) -> int:
     def run(flags: dict):
-        made = COMMANDS[arguments.command](**flags)
+        # one process at a time makes files in a folder
+        with only_writer_in(flags["out"]) if "out" in flags else nullcontext():
+            made = COMMANDS[arguments.command](**flags)
         if made:
             finish(*made)
 

@@ -179,7 +179,7 @@ def make_connector(kind: str, num_layers: int, width: int, heads: int, hidden_si
     """
     if kind == "TAC":
         return TAC(num_layers, width, heads, hidden_size)
-    name = re.fullmatch(r"linear|mlp(?P<depth>[1-9]\d*)x_gelu(?P<pair>_pair)?", str(kind))
+    name = re.fullmatch(r"linear|mlp(?P<depth>[1-9]\d?)x_gelu(?P<pair>_pair)?", str(kind))
     if not name:
         raise ValueError(f"mm_projector_type {kind!r} is not one of TAC, linear, mlp2x_gelu, …, mlp2x_gelu_pair, …")
     if num_layers != 1:

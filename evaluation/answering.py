@@ -24,7 +24,8 @@ from data import ImageFolder, Question, Records, Study, check
 from model import Libra
 from plumbing.cli import progress
 from plumbing.distributed import World
-from plumbing.files import atomic, only_writer, read_json, resumable
+from plumbing.fields import Count, check_value
+from plumbing.files import atomic, check_writable, only_writer, read_json, read_text, resumable
 from plumbing.image import load_image
 from plumbing.layout import find_device
 
@@ -57,7 +58,7 @@ def choose(questions: list[Question], arguments, only_with_prior: bool = False) 
     if arguments.ids is not None:
         text = arguments.ids.replace(",", "\n")
         if Path(arguments.ids).is_file():
-            text = Path(arguments.ids).read_text(encoding="utf-8")
+            text = read_text(arguments.ids)
         wanted = {line.strip() for line in text.splitlines()} - {""}
         unknown = wanted - {str(question.id) for question in questions}
         if unknown:
@@ -191,11 +192,12 @@ def write_answers(arguments, questions: QuestionSet, answers: Path, load: Callab
     Each rank appends its finished batches to a work file .NAME.RANK beside the answers; at the end rank 0 merges them.
     NAME.settings.json records how the answers are made, and a run with other settings is refused.
     """
-    if not answers.parent.is_dir():
-        raise NotADirectoryError(f"no folder {answers.parent} for the answers: make it, or check the path")
+    check_writable(answers)
     is_complete, sidecar = answers.exists(), answers.with_name(f"{answers.name}.settings.json")
     settings = find_settings(arguments, questions, answers, sidecar)
-    if not is_complete:
+    if is_complete:
+        check_answers(answers, questions)
+    else:
         # 1) form the batches; missing images show before the model is loaded, which takes longer
         questions.find_images()
         libra = load()
@@ -238,6 +240,18 @@ def write_answers(arguments, questions: QuestionSet, answers: Path, load: Callab
     world.barrier()
 
 
+def check_answers(answers: Path, questions: QuestionSet):
+    """ValueError if a finished answer file is not what this program wrote: torn, cut short or changed."""
+    try:
+        records = Records(answers)
+        lines = [records[number] for number in range(len(records))]
+        ids = [str(line.get("question_id")) for line in lines if isinstance(line.get("text"), str)]
+        if ids != list(questions.by_id):
+            raise ValueError(f"{answers} has {len(ids):,} answers to {len(questions.by_id):,} questions")
+    except ValueError as error:
+        raise ValueError(f"{error}: it is damaged; delete it and run this again") from None
+
+
 def work_files(answers: Path) -> list[Path]:
     name = re.compile(rf"\.{re.escape(answers.name)}\.\d+")
     return sorted(path for path in answers.parent.iterdir() if name.fullmatch(path.name))
@@ -247,12 +261,15 @@ def read_work(answers: Path) -> dict[str, dict]:
     """{question id: answer} of all finished batches, whichever rank has answered them."""
     done = {}
     for path in work_files(answers):
-        for line in path.read_text(encoding="utf-8").split("\n"):
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 batch = json.loads(line)
-            except ValueError:  # empty, or cut short by a kill or a full disk
+            except (ValueError, RecursionError):  # empty, or cut short by a kill or a full disk
                 continue
-            done |= {str(answer["question_id"]): answer for answer in batch}
+            try:
+                done |= {str(answer["question_id"]): answer | {"text": answer["text"]} for answer in batch}
+            except (KeyError, TypeError):
+                raise ValueError(f"{path} holds a line that is no batch of answers: delete the file") from None
     return done
 
 
@@ -267,7 +284,8 @@ def find_settings(arguments, questions: QuestionSet, answers: Path, sidecar: Pat
 
     # 2) what this run asks for; a batch size need not be given again
     options = sample.options_of(arguments)
-    size = arguments.batch_size or begun.get("batch_size") or default_batch_size(options.num_beams)
+    size = check_value(begun.get("batch_size"), Count | None, "batch_size", sidecar)
+    size = arguments.batch_size or size or default_batch_size(options.num_beams)
     # ids, texts, and the images that are shown
     seen = [(question, questions.image_names(question)) for question in questions.by_id.values()]
     digest = hashlib.sha256(repr(seen).encode()).hexdigest()

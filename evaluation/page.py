@@ -13,6 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from data import ImageFolder
 from evaluation.metrics import FLOOR, WORDS_OF_CHANGE, score_of
 from plumbing.cli import progress
 from plumbing.files import atomic
@@ -26,7 +27,7 @@ def thumbnail(path: Path) -> str:
     source = path
     if path.suffix.lower() in (".jpg", ".jpeg") and path.is_file():
         # let the JPEG decoder scale down where it can: ten times faster
-        source = Image.open(path)
+        source = Image.open(path, formats=("JPEG",))
         source.draft("L", (2 * SIDE, 2 * SIDE))
     image = load_image(source).convert("L")
     image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS, reducing_gap=2.0)
@@ -36,11 +37,12 @@ def thumbnail(path: Path) -> str:
 
 
 def thumbnails(names: list[str], folder) -> dict[str, str]:
-    """{name: data URI} of the images that can be read; one warning counts the others."""
+    """{name: data URI} of the images in a folder that can be read; one warning counts the others."""
     images, failures, show = {}, [], progress("thumbnails")
+    folder = ImageFolder(folder, None)
     for number, name in enumerate(names, 1):
         try:
-            images[name] = thumbnail(Path(folder) / name)
+            images[name] = thumbnail(Path(folder.find(name)))
         except (OSError, ValueError, Image.DecompressionBombError) as error:
             failures.append(f"{name}: {error}")
         show(number, len(names))

@@ -8,7 +8,8 @@ from evaluation.answering import CONDITIONS
 from evaluation.metrics import Interval
 from evaluation.prior import BETTER, WORSE, Cell
 from plumbing.cli import print_table
-from plumbing.files import atomic
+from plumbing.fields import shorten
+from plumbing.files import atomic, check_writable, read_text
 
 
 def print_json(result: dict):
@@ -63,15 +64,25 @@ def write_prior_csv(path, name: str, scores: dict[str, dict[str, Cell]]):
                 writer.writerow([name, key, condition, *numbers])
 
 
+def read_rows(path, columns) -> list[str]:
+    """The lines of a CSV file, which may be absent. ValueError if it has other columns: then it is somebody else's."""
+    check_writable(path)
+    # nothing is to be read from a device
+    if not Path(path).is_file():
+        return []
+    lines = read_text(path).removeprefix("\ufeff").splitlines()
+    try:
+        header = next(csv.reader(lines), list(columns))
+    except csv.Error as error:
+        raise ValueError(f"{path} is no CSV file ({error}): give another file") from None
+    if header != list(columns):
+        raise ValueError(f"{path} has the columns {shorten(header)}, not {', '.join(columns)}: give another file")
+    return lines
+
+
 def append_csv(path, row: dict):
-    """Add a row, with a header if the file is new. ValueError if the file has other columns."""
-    lines = []
-    if Path(path).exists():
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    header = next(csv.reader(lines), list(row))
-    # a file of other columns is somebody else's
-    if header != list(row):
-        raise ValueError(f"{path} has the columns {', '.join(header)}, not {', '.join(row)}: give another file")
+    """Add a row, with a header if the file is new. Errors as `read_rows`."""
+    lines = read_rows(path, row)
     with atomic(path) as file:
         file.writelines(f"{line}\n" for line in lines)
         writer = csv.writer(file, lineterminator="\n")

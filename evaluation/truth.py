@@ -1,6 +1,7 @@
 """What a report says about a drawn patient, compared with the phantom hospital's truth."""
 
 import json
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -9,19 +10,49 @@ from evaluation.metrics import Table
 from evaluation.pairs import Pair
 from phantom.history import DEVICES, FINDINGS
 from phantom.reports import SIDED, level, read_report
+from plumbing.fields import Share, check_fields
+from plumbing.files import read_text
+
+
+@dataclass
+class Truth:
+    """The fields of a line of truth.jsonl that are read here."""
+
+    dicom_id: str
+    study_id: int | str
+    findings: dict[str, dict]
+    devices: dict[str, dict]
+    changes: dict[str, str]
+
+
+@dataclass
+class Finding:
+    severity: Share
+    side: str | None
+
+
+def parse_truth(text: str) -> dict:
+    """ValueError that names the field which is wrong."""
+    truth = check_fields(dict(json.loads(text)), Truth, "it")
+    missing = [field.name for field in fields(Truth) if field.name not in truth]
+    if missing:
+        raise ValueError(f"it has no {missing[0]}")
+    for name, finding in truth["findings"].items():
+        truth["findings"][name] = check_fields(dict(severity=None, side=None) | finding, Finding, name)
+    return truth
 
 
 def read_truth(path, pairs: list[Pair]) -> list[dict]:
     """The line of a phantom hospital's truth.jsonl for each pair. ValueError if a line is wrong or missing."""
-    lines, text = {}, Path(path).read_text(encoding="utf-8")
+    lines, text = {}, read_text(path)
     # two keys for each line: pairs may name images, or studies
     for number, line in enumerate(text.splitlines(), 1):
         try:
-            truth = json.loads(line)
-            truth["findings"], truth["devices"], truth["changes"]
-            lines[truth["dicom_id"]] = lines[str(truth["study_id"])] = truth
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path} line {number} is no line of a phantom hospital's truth.jsonl") from None
+            truth = parse_truth(line)
+        except (ValueError, TypeError, RecursionError) as error:
+            problem = f"is no line of a phantom hospital's truth.jsonl ({error})"
+            raise ValueError(f"{path} line {number} {problem}") from None
+        lines[truth["dicom_id"]] = lines[str(truth["study_id"])] = truth
 
     truths, lost = [], []
     for pair in pairs:

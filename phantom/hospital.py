@@ -15,7 +15,7 @@ from PIL import Image
 from phantom.history import FINDINGS, SPLITS, VOCABULARY, State, history, picture
 from phantom.reports import image_questions, pair_questions, report
 from plumbing.cli import parallel
-from plumbing.files import atomic, atomic_folder, resumable
+from plumbing.files import atomic, atomic_folder, read_text, resumable
 
 COLUMNS = VOCABULARY["columns"]  # of the three tables
 VIEW_CODES = {"AP": "antero-posterior", "PA": "postero-anterior", "LATERAL": "lateral"}
@@ -36,8 +36,9 @@ def write(out, patients: int, seed: int = 0, size: int = 128, workers: int = 1, 
             raise ValueError(f"{name} {value} is out of range: give {least} to {most}")
     out, settings = Path(out), json.dumps({"seed": seed, "size": size, "dicom": dicom})
     mark = out / "phantom.json"
-    if out.exists() and any(out.iterdir()):
-        before = mark.read_text().strip() if mark.exists() else "nothing"
+    # a run that was killed in its first moment has left at most a part of the mark
+    if out.exists() and any(path.name != f".{mark.name}.partial" for path in out.iterdir()):
+        before = read_text(mark).strip() if mark.exists() else "nothing"
         if before != settings:
             raise ValueError(f"{out} has files, and phantom.json says {before}, not {settings}: give another folder")
     out.mkdir(parents=True, exist_ok=True)
@@ -69,9 +70,16 @@ def _write_patient(out: Path, patient: int, *, seed: int, size: int, dicom: bool
             study.with_suffix(".txt").write_text(report(state), encoding="utf-8")
             for view, image_id in state.images.items():
                 pixels = picture(state, view, size)
-                Image.fromarray(pixels).save(study / f"{image_id}.jpg", quality=95)
+                (study / f"{image_id}.jpg").write_bytes(encode(Image.fromarray(pixels), "JPEG", quality=95))
                 if dicom:
                     (study / f"{image_id}.dcm").write_bytes(_dicom(pixels, state, view))
+
+
+def encode(image: Image.Image, kind: str, **options) -> bytes:
+    """A picture as the bytes of a file. Pillow, writing a file itself, does not notice when the disk is full."""
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
 
 
 def _dicom(pixels: np.ndarray, state: State, view: str) -> bytes:

@@ -144,8 +144,15 @@ def parallel(function, items, workers):
     pool = ProcessPoolExecutor(workers, context, initializer=follow_parent)
     items = iter(items)
     # the first task forks the workers; a Ctrl-C before they ignore it would be theirs, too
-    with interrupts_wait():
-        pool.submit(int)
+    try:
+        with interrupts_wait():
+            pool.submit(int)
+    except OSError as error:
+        # those that were started would wait for ever
+        for process in multiprocessing.active_children():
+            process.kill()
+        problem = f"{workers} worker processes cannot be started ({error.strerror})"
+        raise ChildProcessError(f"{problem}: run again with fewer --workers") from None
     try:
         # in batches, because the results must not fill the memory
         while batch := list(islice(items, 32 * workers)):

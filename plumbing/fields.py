@@ -46,8 +46,13 @@ def check_value(value, hint, name: str, where):
     """Returns a value in the type that an annotation names; see `check_fields`."""
     fitted = _fit(value, hint)
     if fitted is _MISFIT:
-        raise ValueError(f"{where}: {name} is {shorten(value)}, expected {describe(hint)}")
+        raise misfit(value, name, where, describe(hint))
     return fitted
+
+
+def misfit(value, name: str, where, expected: str) -> ValueError:
+    """The error for a field's value that is not what is expected; `raise` it."""
+    return ValueError(f"{where}: {name} is {shorten(value)}, expected {expected}")
 
 
 def shorten(value) -> str:
@@ -83,6 +88,8 @@ def _fit(value, hint):
         return next((result for result in results if result is not _MISFIT), _MISFIT)
     if kind in (tuple, list):
         return _fit_sequence(value, kind, arguments)
+    if kind is dict:
+        return _fit_object(value, arguments[1])
 
     # plain types
     kind = kind or hint
@@ -115,6 +122,14 @@ def _fit_sequence(value, kind: type, arguments: tuple):
     return _MISFIT if _MISFIT in parts else kind(parts)
 
 
+def _fit_object(value, hint):
+    """dict[str, X] from an object, whose names are texts."""
+    if not isinstance(value, dict):
+        return _MISFIT
+    parts = {name: _fit(part, hint) for name, part in value.items()}
+    return _MISFIT if _MISFIT in parts.values() else parts
+
+
 NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "an object"}
 NAMES |= {type(None): "null", list: "a list", tuple: "a list"}
 
@@ -132,8 +147,12 @@ def describe(hint) -> str:
         return " or ".join(map(describe, arguments))
     if kind is list or (kind is tuple and arguments[-1] is ...):
         return f"a list, each {describe(arguments[0])}"
+    if kind is tuple and len(set(arguments)) == 1:
+        return f"a list of {len(arguments)}, each {describe(arguments[0])}"
     if kind is tuple:
         return f"a list of {len(arguments)}: {', '.join(map(describe, arguments))}"
+    if kind is dict:
+        return f"an object, each value {describe(arguments[1])}"
     return NAMES.get(kind or hint, str(hint))
 
 

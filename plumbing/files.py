@@ -100,6 +100,18 @@ def atomic(path, mode: str = "w"):
             raise
 
 
+def check_writable(path):
+    """OSError if a file cannot be written later: there is no folder for it, it is a folder, or it is not ours."""
+    path = Path(os.path.realpath(path))
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: give a file")
+    if not path.parent.is_dir():
+        raise NotADirectoryError(f"no folder {path.parent} for {path.name}: make it, or check the path")
+    place = path if path.exists() else path.parent
+    if not os.access(place, os.W_OK):
+        raise PermissionError(f"{place} may not be written: give another path")
+
+
 def write_json(path: Path, value: dict):
     """Writes a JSON object, indented, to a file. Inside `atomic_folder` the file is complete or absent."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -140,6 +152,7 @@ def only_writer_in(folder):
     The folder itself is locked, so that readers and writers that do not ask are not kept out.
     """
     folder = Path(folder)
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -147,6 +160,9 @@ def only_writer_in(folder):
             yield
     finally:
         os.close(descriptor)
+        # a mistake leaves no empty folder
+        if is_new and not os.listdir(folder):
+            folder.rmdir()
 
 
 @contextmanager

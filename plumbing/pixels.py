@@ -1,12 +1,16 @@
 """A PIL image -> the pixels that an encoder takes: pad to a square, resize, crop, normalise."""
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 
-from plumbing.files import check_supported
+from plumbing.fields import Range, Share, check_fields, check_value, misfit
+from plumbing.files import read_json, read_json_if_present
 
 
 @dataclass(frozen=True)
@@ -28,44 +32,94 @@ MAX_PIXELS = 2**28  # of a padded or resized image: 1 GB
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-# fields that change the result -> the values that we compute with
-SUPPORTED = {"do_resize": [True], "do_rescale": [True], "do_normalize": [True]}
-SUPPORTED["resample"] = [3]  # bicubic
+
+# where `transformers` keeps an image processor. Its version 5 nests it in the first; that one counts where both have it
+PREPROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+
+Edge = Annotated[int, Range(1, 4096)]
+PerChannel = tuple[Share, Share, Share]
+Std = Annotated[float, Range(1e-6, 1000)]
+OFF = Literal[False] | None
 
 
-def pixel_config(config: dict, source, pad: str) -> PixelConfig:
+@dataclass(frozen=True)
+class Preprocessor:
+    """The fields of an image processor that change pixels, with the values that we compute with."""
+
+    size: Edge | tuple[Edge, Edge] | dict
+    crop_size: Edge | tuple[Edge, Edge] | dict | None
+    image_mean: Share | PerChannel
+    image_std: Std | tuple[Std, Std, Std]
+    rescale_factor: Annotated[float, Range(1e-6, 1)] = 1 / 255
+    do_center_crop: bool | None = None
+    default_to_square: bool | None = False
+    # steps that are always taken
+    do_resize: Literal[True] = True
+    do_rescale: Literal[True] = True
+    do_normalize: Literal[True] = True
+    resample: Literal[3] = 3  # bicubic
+    # a step that `transformers` takes, and RGB images do not need
+    do_convert_rgb: bool | None = True
+    # of other image processors: never taken
+    crop_pct: OFF = None
+    rescale_offset: OFF = None
+    use_square_size: OFF = None
+
+
+def read_pixel_config(folder, pad: str) -> PixelConfig:
+    """How the encoder in a folder is shown images; see `pixel_config`."""
+    processor = read_json_if_present(Path(folder, PREPROCESSOR_FILES[0])).get("image_processor")
+    if processor is None:
+        return pixel_config(read_json(Path(folder, PREPROCESSOR_FILES[1])), folder, pad)
+    where = f"{folder}/{PREPROCESSOR_FILES[0]}"
+    return pixel_config(check_value(processor, dict, "image_processor", where), folder, pad, PREPROCESSOR_FILES[0])
+
+
+def pixel_config(config: dict, source, pad: str, file: str = PREPROCESSOR_FILES[1]) -> PixelConfig:
     """Turn a parsed preprocessor_config.json into a PixelConfig; a ValueError names a field that is not supported."""
-    where = f"{source}/preprocessor_config.json"
-    check_supported(config, SUPPORTED, where)
-    for name in ("image_mean", "image_std"):
+    # 1) a processor that we know, what it needs, and no step that we do not take
+    where = f"{source}/{file}"
+    kind = config.get("image_processor_type") or config.get("feature_extractor_type")
+    known = re.fullmatch(r"(?P<kind>CLIP|Bit|Siglip)(ImageProcessor(Fast|Pil)?|FeatureExtractor)", str(kind)[:80])
+    if kind is not None and not known:
+        raise misfit(kind, "image_processor_type", where, "an image processor of CLIP, Bit or Siglip")
+    for name in ("size", "image_mean", "image_std"):
         if config.get(name) is None:
             raise ValueError(f"{where} lacks {name}")
+    values = Preprocessor(**dict(crop_size=None) | check_fields(config, Preprocessor, where))
+    ours = [field.name for field in fields(Preprocessor)]
+    for name in config:
+        if name.startswith("do_") and name not in ours:
+            check_value(config[name], OFF, name, where)
 
-    # a number (CLIP's first files) stands for the shortest edge, and for both sides of the crop
-    size, crop = config.get("size"), config.get("crop_size")
-    if not isinstance(size, dict):
-        size = {"shortest_edge": size}
-    if not isinstance(crop, dict):
-        crop = {"height": crop, "width": crop}
-
-    # a file that gives both edges (SigLIP) resizes to them, and leaves nothing to crop
+    # 2) the edges. A number is the shortest one, and both sides of the crop; where a file gives both edges (SigLIP),
+    #    the image is resized to them, and nothing is left to crop
+    size = _edges(values.size, "size", where, "height" if values.default_to_square else "shortest_edge")
     squash = "height" in size
-    if squash:
-        size, crop = {"shortest_edge": size["height"]}, size
-    crops = config.get("do_center_crop", not squash)
+    crop = size if squash else _edges(values.crop_size, "crop_size", where, "height")
+    crops = values.do_center_crop
+    if crops is None:
+        crops = known["kind"] != "Siglip" if known else not squash
+    edge = size["height" if squash else "shortest_edge"]
 
-    # the crop must be a square within the resized image
-    try:
-        fits = 0 < crop["height"] == crop["width"] <= size["shortest_edge"]
-    except (KeyError, TypeError):
-        fits = False
-    if not fits or crops == squash:
+    # 3) what the encoder sees is a square within the resized image
+    is_square = crop.keys() == {"height", "width"} and crop["height"] == crop["width"] <= edge
+    if not is_square or crops == squash:
         raise ValueError(f"{where}: not supported together: size {size}, crop_size {crop}, do_center_crop {crops}")
-    mean, std = tuple(config["image_mean"]), tuple(config["image_std"])
-    scale = config.get("rescale_factor", 1 / 255)
-    size = size["shortest_edge"]
-    crop = crop["height"]
-    return PixelConfig(size, crop, mean, std, scale=scale, pad=pad, squash=squash)
+    mean, std = (x if isinstance(x, tuple) else (x,) * 3 for x in (values.image_mean, values.image_std))
+    return PixelConfig(edge, crop["height"], mean, std, scale=values.rescale_factor, pad=pad, squash=squash)
+
+
+def _edges(value, name: str, where: str, meaning: str) -> dict[str, int]:
+    """{"shortest_edge"} or {"height", "width"} of a field in any of its forms; meaning: what a number stands for."""
+    if isinstance(value, tuple):
+        value = {"height": value[0], "width": value[1]}
+    if isinstance(value, int):
+        value = {"shortest_edge": value} if meaning == "shortest_edge" else {"height": value, "width": value}
+    edges = {key: edge for key, edge in (value or {}).items() if edge is not None}
+    if edges.keys() not in ({"shortest_edge"}, {"height", "width"}):
+        raise misfit(value, name, where, "shortest_edge alone, or height and width")
+    return {key: check_value(edge, Edge, f"{name}.{key}", where) for key, edge in edges.items()}
 
 
 def open_clip_pixels(size: int, pad: str) -> PixelConfig:

@@ -60,10 +60,9 @@ SPANS = {
 
 
 class Part(NamedTuple):
-    """A section of a report, with the place of its text in the report."""
+    """A section of a report."""
 
     name: str
-    start: int
     text: str
 
 
@@ -85,11 +84,10 @@ def split_report(text: str) -> list[Part]:
     """
     # 1) cut at the headers
     headers = list(HEADER.finditer(text))
-    parts = [Part("preamble", 0, text[: headers[0].start(1)])] if headers else [Part("full report", 0, text)]
+    parts = [Part("preamble", text[: headers[0].start(1)])] if headers else [Part("full report", text)]
     ends = [header.start() for header in headers[1:]] + [len(text)]
     for header, end in zip(headers, ends, strict=False):
-        start = header.end()
-        parts.append(Part(section_name(header[1]), start, text[start:end]))
+        parts.append(Part(section_name(header[1]), text[header.end() : end]))
 
     # 2) drop empty findings and impressions
     parts = [part for part in parts if part.name not in SECTIONS or part.text.strip()]
@@ -99,25 +97,27 @@ def split_report(text: str) -> list[Part]:
     if "\n \n" in last.text and not any(part.name in SECTIONS for part in parts):
         head, rest = last.text.split("\n \n", 1)
         parts[-1] = last._replace(text=head)
-        parts.append(Part("last_paragraph", last.start + len(head), rest))
+        parts.append(Part("last_paragraph", rest))
     return parts
 
 
-def study_sections(study: str, text: str, skipped: Counter) -> dict[str, str]:
+def study_sections(study: str, text: str) -> dict[str, str]:
     """{name: stripped text} of a study's report. If a name occurs twice, the last section counts.
 
-    The official preparation lists studies by their number. Those have findings only, and are counted.
+    The official preparation lists studies by their number whose findings are elsewhere. Those have findings only.
     """
     sections = {part.name: part.text.strip() for part in split_report(text)}
     places = [name for name, studies in MISPLACED.items() if study in studies.split()]
-    if not places and study not in SPANS:
-        return sections
-    exception = "misplaced findings" if places else "findings by span"
-    skipped[f"studies with an exception of the official preparation: {exception}"] += 1
     if places:
         return {"findings": sections.get(places[0], "")}
+    if study not in SPANS:
+        return sections
     start, end = SPANS[study]
     return {"findings": text[start:end].strip()}
+
+
+# studies with a rule of their own; the published table of sections (mimic_cxr_sectioned.csv) lacks them
+EXCEPTIONS = {study for studies in MISPLACED.values() for study in studies.split()} | SPANS.keys()
 
 
 class Image(NamedTuple):
@@ -128,7 +128,7 @@ class Image(NamedTuple):
     dicom: str
     subject: str = ""
     study: str = ""
-    frontal: bool = True  # view AP or PA
+    frontal: bool = True
     path: str = ""  # relative to ROOT, once the file has been found
 
     @property
@@ -170,26 +170,34 @@ def on_disk(root: Path, stem: str) -> str:
     return ""
 
 
+FRONTAL_CODES = ("antero-posterior", "postero-anterior")
+
+
 class Mimic:
     """A folder of MIMIC-CXR. What is odd in it is counted in `skipped`, {reason: how often}."""
 
-    def __init__(self, root, reports=None):
+    def __init__(self, root, reports=None, exceptions: bool = False):
+        """exceptions: read the reports of EXCEPTIONS, too."""
         self.root, self.skipped = directory(f"{root}/files").parent, Counter()
+        self.exceptions = exceptions
         self.reports = directory(f"{reports or root}/files").parent
         self.images, self.splits = {}, {}  # by DICOM id
 
     def read_tables(self):
         """Read the metadata and the split into memory. If a DICOM id occurs twice, the first row counts."""
         columns = ("dicom_id", "subject_id", "study_id", "ViewPosition", "StudyDate", "StudyTime")
-        rows = read_csv(only_one(self.root, "mimic-cxr-*-metadata.csv*"), columns, self.skipped)
-        for dicom, subject, study, view, date, time in rows:
+        file = only_one(self.root, "mimic-cxr-*-metadata.csv*")
+        rows = read_csv(file, columns, self.skipped, optional=("ViewCodeSequence_CodeMeaning",))
+        for dicom, subject, study, view, date, time, code in rows:
             # an id becomes part of a path, which must not lead out of ROOT
             if not (re.fullmatch(r"\w[\w.-]*", dicom) and subject.isdecimal() and study.isdecimal()):
                 self.skipped["metadata rows without a readable dicom, subject or study id"] += 1
             elif dicom in self.images:
                 self.skipped["metadata rows with the dicom id of an earlier row"] += 1
             else:
-                frontal, date = view in ("AP", "PA"), date if re.fullmatch(r"\d{8}", date) else ""
+                # many images have no ViewPosition, but a code for it
+                frontal = view in ("AP", "PA") or (not view and code.lower() in FRONTAL_CODES)
+                date = date if re.fullmatch(r"\d{8}", date) else ""
                 time = float(time) if re.fullmatch(r"\d+(\.\d*)?", time) else math.inf
                 self.images[dicom] = Image(date, time, dicom, subject, study=study, frontal=frontal)
         rows = read_csv(only_one(self.root, "mimic-cxr-*-split.csv*"), ("dicom_id", "split"), self.skipped)
@@ -203,7 +211,7 @@ class Mimic:
         for number, image in enumerate(self.images.values(), 1):
             split = self.splits.get(image.dicom)
             if not image.frontal:
-                self.skipped["images that are not frontal (view AP or PA)"] += 1
+                self.skipped["images that are not frontal (view AP or PA, or its code)"] += 1
             elif split not in SPLITS:
                 self.skipped[f"frontal images outside of {', '.join(SPLITS)}"] += 1
             elif path := on_disk(self.root, image.stem):
@@ -225,7 +233,12 @@ class Mimic:
             show(number, len(patients))
 
     def read_report(self, image: Image) -> dict[str, str]:
-        """The sections of the report on an image's study; {} if the report is missing."""
+        """The sections of the report on an image's study; {} if the report is missing or left out."""
+        if image.study in EXCEPTIONS:
+            used = "used" if self.exceptions else "left out, as in the published table of sections; --exceptions"
+            self.skipped[f"studies with a rule of their own ({used})"] += 1
+            if not self.exceptions:
+                return {}
         try:
             data = (self.reports / f"{image.study_path}.txt").read_bytes()
         except FileNotFoundError:
@@ -233,24 +246,31 @@ class Mimic:
             return {}
         # the spans count every line end as one character
         text = decode(data).replace("\r\n", "\n").replace("\r", "\n")
-        return study_sections(image.study, text, self.skipped)
+        return study_sections(image.study, text)
 
 
 PROMPTS = {"findings": FINDINGS_PROMPT, "impression": FINDINGS_PROMPT.replace("findings", "impression")}
-CONTEXT = ("indication", "history")  # sections that the published prompt repeats, in this order
+# sections that the prompt repeats, in the order of the published figure (libra_architecture.png)
+CONTEXT = ("indication", "history", "comparison", "technique")
 
 
 def prompt(section: str, report: dict[str, str]) -> str:
-    """The published question for a section, with the clinical context that the study's report gives."""
+    """The published question for a section, "findings" or "impression", with the clinical context of a study.
+
+    report: {name: text}; those of CONTEXT are repeated. Published examples show Indication and History; the wording of
+    the other two is a guess after their pattern.
+    """
     context = [f"{name.capitalize()}: {one_line(report[name])}" for name in CONTEXT if report.get(name, "").strip()]
     if context:
         context.insert(0, "Following clinical context:")
     return " ".join([PROMPTS[section], *context])
 
 
-def prepare_sections(root, out, reports=None, section: str = "both", no_context: bool = False):
+def prepare_sections(
+    root, out, reports=None, section: str = "both", no_context: bool = False, exceptions: bool = False
+):
     """Frontal images beside their priors -> records and questions whose answer is a section of the report."""
-    mimic, suffix = Mimic(root, reports), "_no_context" if no_context else ""
+    mimic, suffix = Mimic(root, reports, exceptions), "_no_context" if no_context else ""
     names = SECTIONS if section == "both" else (section,)
     outputs = plan(out, [name + suffix for name in names])
     if all(path.exists() for path in outputs):

@@ -11,11 +11,12 @@ import re
 import sys
 import zlib
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from data import Question, Record, Records
-from plumbing.files import atomic
+from plumbing.files import atomic, check_readable
 from tokenizer import IMAGE_TEXT
 
 # endings of the files that are made of a split: training reads records, evaluation reads questions
@@ -45,22 +46,38 @@ def require(columns, present, where):
         raise ValueError(f"{where} has no column {absent}; it has {', '.join(map(str, present)) or 'none'}")
 
 
-def read_csv(path: Path, columns, skipped: Counter):
-    """Yields the columns of every row of a CSV file, plain or gzip. Raises ValueError if it lacks one or is damaged."""
+LINE_BYTES = 2**24  # the longest line of a CSV file
+
+
+def read_csv(path: Path, columns, skipped: Counter, optional=()):
+    """Yields the columns of every row of a CSV file, plain or gzip; of an optional column that it lacks, "".
+
+    Raises ValueError if the file lacks another column or is damaged.
+    """
+    check_readable(path)
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            reader = csv.reader(map(decode, file))
+            reader = csv.reader(map(decode, read_lines(file, path)))
             # the first line names the columns, perhaps behind a byte order mark
             header = [name.strip().removeprefix("\ufeff") for name in next(reader, [])]
             require(columns, header, path)
             places = [header.index(name) for name in columns]
+            places += [header.index(name) if name in header else None for name in optional]
             for row in reader:
                 if len(row) == len(header):
-                    yield [row[place].strip() for place in places]
+                    yield ["" if place is None else row[place].strip() for place in places]
                 else:
                     skipped[f"rows of {path.name} with too few or too many fields"] += 1
     except (EOFError, zlib.error, gzip.BadGzipFile, csv.Error) as error:
         raise ValueError(f"{path} is truncated or damaged ({error}): fetch it again") from None
+
+
+def read_lines(file, path: Path):
+    """Yields the lines of a binary file. ValueError if one is so long that it would fill the memory."""
+    while line := file.readline(LINE_BYTES + 1):
+        if len(line) > LINE_BYTES:
+            raise ValueError(f"{path} has a line of more than {LINE_BYTES:,} bytes: is it a CSV file?")
+        yield line
 
 
 def decode(data: bytes) -> str:
@@ -92,8 +109,8 @@ def plan(out, names, splits=SPLITS) -> list[Path]:
 def writer(outputs: list[Path]):
     """Yields write, which adds a line to the missing files of NAME_SPLIT.
 
-    images: [current, prior] or [current]. answer: None for a question without a reference. The files appear together
-    at the end; one without a line does not appear.
+    images: [current, prior] or [current]. answer: None for a question without a reference. more: other fields of a
+    question. The files appear together at the end; one without a line does not appear.
     """
     todo, files = {path.stem: path for path in outputs if not path.exists()}, {}
     with ExitStack() as stack:
@@ -106,26 +123,37 @@ def writer(outputs: list[Path]):
                 files[stem] = stack.enter_context(atomic(todo[stem]))
             files[stem].write(json.dumps(line) + "\n")
 
-        def write(name_split, id, images, question, answer):
+        def write(name_split, id, images, question, answer, **more):
             human = {"from": "human", "value": f"{IMAGE_TEXT}\n{question}"}
             gpt = {"from": "gpt", "value": answer}
             add(name_split, {"id": id, "image": images, "conversations": [human, gpt]})
             reference = {} if answer is None else {"reference": answer}
-            add(f"{name_split}_questions", {"question_id": id, "image": images, "text": question, **reference})
+            line = {"question_id": id, "image": images, "text": question}
+            add(f"{name_split}_questions", line | reference | more)
 
         yield write
 
 
 def kind_of(records: Records) -> type[Record] | type[Question]:
-    return Question if "question_id" in records[0] else Record
+    """What a file holds, by its first record that tells."""
+    for number in range(len(records)):
+        try:
+            record = records[number]
+        except ValueError:
+            continue
+        if "question_id" in record:
+            return Question
+        if "conversations" in record or "text" in record:
+            return Record if "conversations" in record else Question
+    return Record
 
 
-def summary(records: Records) -> dict[str, object]:
-    """{column: cell} of a file without errors. MIMIC-CXR's folders name patients and studies."""
+def summary(records: Records, numbers: Sequence[int]) -> dict[str, object]:
+    """{column: cell} of some records of a file, which are not odd. MIMIC-CXR's folders name patients and studies."""
     kind = kind_of(records)
     patients, studies, pairs, words = set(), set(), set(), []
     questions, with_prior = 0, 0
-    for record in map(kind.parse, records):
+    for record in map(kind.parse, map(records.__getitem__, numbers)):
         # files/p10/p10000032/s50414267/…
         folders = re.match(r"files/(p\d+/p\d+)/s\d+/", "".join(record.images[:1]))
         if folders:
@@ -142,8 +170,8 @@ def summary(records: Records) -> dict[str, object]:
         "file": records.path.name,
         "patients": len(patients) or "-",
         "studies": len(studies) or "-",
-        "records": len(records),
-        "with prior": f"{with_prior:,} ({with_prior / len(records):.0%})",
+        "records": len(numbers),
+        "with prior": f"{with_prior:,} ({with_prior / len(numbers):.0%})",
         "questions per image pair": f"{questions / len(pairs):.1f}",
         "words per answer": f"{sum(words) / len(words):.1f}" if words else "-",
     }

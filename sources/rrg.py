@@ -7,6 +7,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from data import ImageFolder
 from plumbing.files import atomic
 from sources.records import one_line, plan, require, writer
 
@@ -14,12 +15,13 @@ COLUMNS = ("main_image", "prior_image", "default_prompt")
 
 
 def prepare_rrg(out, source: str, configuration: str, split: str, reference: str | None = None):
-    """One question for each row. reference: the column of the true text; without it questions have no reference."""
+    """One question for each row. reference: the column of the true text; by default the configuration's own name."""
     out, skipped = Path(out), Counter()
     outputs, name = plan(out, [configuration], {split: ["_questions"]}), f"{configuration}_{split}"
     if all(path.exists() for path in outputs):
         return outputs, {}, {}
     columns = [*COLUMNS, reference] if reference else COLUMNS
+    seen, reference = set(), reference or configuration
     with writer(outputs) as write:
         for number, row in enumerate(published_rows(source, configuration, split, columns)):
             try:
@@ -27,13 +29,21 @@ def prepare_rrg(out, source: str, configuration: str, split: str, reference: str
                 prior = save_image(out, row["prior_image"], source)
                 if not current:
                     raise OSError
-            except (OSError, Image.DecompressionBombError):
+            except (OSError, ValueError, Image.DecompressionBombError):
                 skipped["rows whose image is missing or cannot be read"] += 1
                 continue
+            if reference not in row:
+                skipped[f"questions without a reference, since the set has no column {reference}: see --reference"] += 1
             # a study without a prior may name its current image again
             images = [current] if prior in ("", current) else [current, prior]
-            answer = one_line(row[reference] or "") if reference else None
-            write(name, f"{name}_{number}", images, question=row["default_prompt"], answer=answer)
+            answer = one_line(row[reference] or "") if reference in row else None
+            # the ids of MIMIC-CXR, if the set has them; an image's is more exact than its study's
+            ids = {column: str(row[column]) for column in ("dicom_id", "study_id") if row.get(column)}
+            id = next(iter(ids.values()), f"{name}_{number}")
+            if id in seen:
+                id = f"{id}_{number}"
+            seen.add(id)
+            write(name, id, images, question=row["default_prompt"], answer=answer, **ids)
     return outputs, skipped, {}
 
 
@@ -67,7 +77,8 @@ def save_image(out: Path, image: dict | None, source: str) -> str:
     """{"bytes", "path"} -> images/HASH.SUFFIX under `out`; "" without an image. Raises OSError if it cannot be read."""
     if image is None:
         return ""
-    data = image["bytes"] or Path(source, image["path"]).read_bytes()
+    # a row may name a file of the set's own folder instead of holding it
+    data = image["bytes"] or Path(ImageFolder(source, None).find(image["path"])).read_bytes()
     suffix = Image.open(io.BytesIO(data)).format.lower().replace("jpeg", "jpg")
     path = f"images/{hashlib.sha256(data).hexdigest()[:32]}.{suffix}"
     if not (out / path).exists():

@@ -1,47 +1,45 @@
 """Questions about MIMIC-CXR from PhysioNet: MIMIC-Diff-VQA (a study and an earlier one), MIMIC-Ext-MIMIC-CXR-VQA."""
 
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from functools import cache
 from pathlib import Path
 
 from data import Records
-from sources.mimic import Mimic, on_disk
+from sources.mimic import Image, Mimic, on_disk
 from sources.records import SPLITS, directory, one_line, only_one, plan, read_csv, require, writer
 
 # columns, from public descriptions of the data sets
 DIFF_VQA = ("study_id", "subject_id", "ref_id", "question_type", "question", "answer", "split")
 CXR_VQA = ("subject_id", "study_id", "image_id", "image_path", "question", "semantic_type", "content_type", "answer")
-CXR_VQA_FILES = {"train": "*train.json", "validate": "*valid.json", "test": "*test.json"}
+CXR_VQA_FILES = {"train": "train.json", "validate": "valid.json", "test": "test.json"}
 
 
 def prepare_diff_vqa(root, out, questions, question_type: str | None = None):
-    """Questions about a study's last frontal image, with that of its reference study as the prior.
+    """Questions about an image of a study, with that of its reference study as the prior.
 
-    question_type: only questions of this type, in files of its name.
+    Which image is the data set's choice: mimic_all.csv, beside the questions, names one for each study. Without that
+    file its rule is followed (get_mimic_all.py in https://github.com/Holipori/MIMIC-Diff-VQA): the first frontal image
+    of the study in the metadata. question_type: only questions of this type, in files of its name.
     """
     name, types, mimic = question_type or "diff_vqa", Counter(), Mimic(root)
     outputs, skipped = plan(out, [name]), mimic.skipped
     if all(path.exists() for path in outputs):
         return outputs, {}, {}
     mimic.read_tables()
-    studies = defaultdict(list)
-    for image in mimic.images.values():
-        studies[image.study].append(image)
+    chosen = choose_images(mimic, Path(questions))
 
     @cache
-    def last_frontal(study: str) -> str:
-        """The path of a study's last frontal image on disk, or ""."""
-        # a study may be written 50414267, s50414267 or 50414267.0
-        study = study.removeprefix("s").removesuffix(".0")
-        paths = [on_disk(mimic.root, image.stem) for image in sorted(studies[study]) if image.frontal]
-        return next(filter(None, reversed(paths)), "")
+    def path_of(study: str) -> str:
+        """The path of a study's image, or "" if it is not on disk."""
+        image = chosen.get(plain(study))
+        return on_disk(mimic.root, image.stem) if image else ""
 
     with writer(outputs) as write:
         rows = read_csv(Path(questions), DIFF_VQA, skipped)
         for number, (study, _, reference, kind, question, answer, split) in enumerate(rows):
             split = "validate" if split == "val" else split
-            images = [last_frontal(study), last_frontal(reference)]  # [current, prior]
+            images = [path_of(study), path_of(reference)]  # [current, prior]
             if split not in SPLITS:
                 skipped["questions of a split of another name"] += 1
             elif not (question and answer):
@@ -49,7 +47,7 @@ def prepare_diff_vqa(root, out, questions, question_type: str | None = None):
             elif question_type not in (None, kind):
                 skipped["questions of another type"] += 1
             elif not all(images):
-                skipped["questions about a study, or beside one, without a frontal image on disk"] += 1
+                skipped["questions about a study, or beside one, without its image on disk"] += 1
             else:
                 types[kind] += 1
                 write(f"{name}_{split}", f"diff_vqa_{number}", images, question=question, answer=answer)
@@ -59,17 +57,48 @@ def prepare_diff_vqa(root, out, questions, question_type: str | None = None):
     return outputs, skipped, {"question_type": types}
 
 
+def plain(study: str) -> str:
+    """A study may be written 50414267, s50414267 or 50414267.0."""
+    return study.removeprefix("s").removesuffix(".0")
+
+
+def choose_images(mimic: Mimic, questions: Path) -> dict[str, Image]:
+    """{study: the image that the questions of MIMIC-Diff-VQA are about}."""
+    chosen = {}
+    tables = [questions.with_name(f"mimic_all.csv{suffix}") for suffix in ("", ".gz")]
+    for table in filter(Path.exists, tables):
+        for study, dicom in read_csv(table, ("study_id", "dicom_id"), mimic.skipped):
+            if dicom in mimic.images:
+                chosen.setdefault(plain(study), mimic.images[dicom])
+            else:
+                mimic.skipped["studies whose image in mimic_all.csv is not in the metadata"] += 1
+        return chosen
+
+    mimic.skipped["no mimic_all.csv beside the questions: a study is shown by its first frontal image"] += 1
+    for image in mimic.images.values():
+        if image.frontal:
+            chosen.setdefault(image.study, image)
+    return chosen
+
+
 def prepare_cxr_vqa(root, out, questions):
     """Questions about one image, from a folder with train.json, valid.json and test.json."""
     root, folder = directory(f"{root}/files").parent, directory(questions)
     skipped, kinds = Counter(), {"semantic_type": Counter(), "content_type": Counter()}
     outputs = plan(out, ["cxr_vqa"])
-    for split, pattern in CXR_VQA_FILES.items():
-        if not any(folder.glob(pattern)):
-            skipped[f"missing file {pattern}"] += 1
-            continue
-        rows, name = Records(only_one(folder, pattern)), f"cxr_vqa_{split}"
-        with writer(outputs) as write:
+    # 1) find all files before one is written
+    files = {}
+    for split, ending in CXR_VQA_FILES.items():
+        if any(folder.glob(f"*{ending}")):
+            exact = folder / ending
+            files[split] = exact if exact.exists() else only_one(folder, f"*{ending}")
+        else:
+            skipped[f"missing file *{ending}"] += 1
+
+    # 2) write
+    with writer(outputs) as write:
+        for split, file in files.items():
+            rows, name = Records(file), f"cxr_vqa_{split}"
             for number, row in enumerate(rows):
                 require(CXR_VQA, row, rows.place(number))
                 answers = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]

@@ -1,13 +1,28 @@
 """The oracles: the language models of `transformers`, the adapters of `peft`, and whole rows computed at once."""
 
+import json
+import math
+from dataclasses import fields
+
 import peft
 import pytest
 import torch
 import transformers
-from conftest import relative
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from conftest import change, relative
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
-from decoder import Cache, Decoder, DecodingStep, Prefill, decoder_config, names_of, rope_frequencies
+from decoder import (
+    DROPOUTS,
+    FAMILIES,
+    Cache,
+    Decoder,
+    DecoderConfig,
+    DecodingStep,
+    Prefill,
+    decoder_config,
+    names_of,
+    rope_frequencies,
+)
 from lora import LoRAConfig, LoRALinear, add_lora, lora_parameters, merge_lora
 from plumbing import checkpoint
 from plumbing.files import read_json
@@ -32,6 +47,15 @@ ROWS = {  # family and what is special in it -> the class in `transformers`, its
     "qwen2 window": ("Qwen2", dict(use_sliding_window=True, sliding_window=7, max_window_layers=1)),
     "qwen2 window unused": ("Qwen2", dict(use_sliding_window=False, sliding_window=7, max_window_layers=1)),
     "qwen3": ("Qwen3", dict(head_dim=20)),
+    "qwen3 layer types": ("Qwen3", dict(
+        use_sliding_window=True, sliding_window=7, max_window_layers=3,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+    )),
+    "llama biases": ("Llama", dict(attention_bias=True, mlp_bias=True)),
+    "qwen3 biases": ("Qwen3", dict(attention_bias=True)),
+    "gemma biases": ("Gemma", dict(attention_bias=True, head_dim=12)),
+    "llama linear": ("Llama", dict(rope_parameters=rope(rope_type="linear", factor=2.5))),
+    "llama longrope": ("Llama", dict(head_dim=6, rope_parameters=rope(**LONGROPE))),
     "phi3": ("Phi3", {}),
     "phi3 window": ("Phi3", dict(sliding_window=7)),
     "phi4 mini": ("Phi3", dict(tie_word_embeddings=True, rope_parameters=rope(partial_rotary_factor=0.5))),
@@ -39,8 +63,32 @@ ROWS = {  # family and what is special in it -> the class in `transformers`, its
     "phi3 longrope, factor": (
         "Phi3", dict(rope_parameters=rope(partial_rotary_factor=0.5, attention_factor=1.3, **LONGROPE))
     ),
+    "phi3 longrope, stretch": ("Phi3", dict(rope_parameters=rope(partial_rotary_factor=0.5, factor=3.0, **LONGROPE))),
     "gemma": ("Gemma", dict(head_dim=20, num_key_value_heads=1)),
-    "gemma gelu": ("Gemma", dict(head_dim=12, hidden_act="gelu")),
+    # rows whose config.json is edited below
+    "llama, rope under both names": ("Llama", dict(rope_parameters=rope())),
+    "llama, original length outside": ("Llama", dict(rope_parameters=rope(**LLAMA3))),
+    "llama, fields it does not read": ("Llama", {}),
+    "mistral, fields it does not read": ("Mistral", dict(sliding_window=7)),
+    "qwen2, before layer_types": ("Qwen2", dict(use_sliding_window=True, sliding_window=7, max_window_layers=1)),
+    "phi3, fields it does not read": ("Phi3", dict(sliding_window=7)),
+    "phi3, su": ("Phi3", dict(rope_parameters=rope(**LONGROPE | dict(short_factor=[1.5] * 6, long_factor=[2.0] * 6)))),
+    "gemma, gelu": ("Gemma", dict(head_dim=12)),
+    "gemma, fields it does not read": ("Gemma", dict(head_dim=12)),
+}  # fmt: skip
+# what a file has that `transformers` would not write, or writes for other families
+WINDOWS = dict(sliding_window=7, layer_types=["sliding_attention"] * 3, max_window_layers=0)
+EDITS = {
+    "llama, rope under both names": dict(rope_scaling=dict(type="linear", factor=4.0), rope_theta=700.0),
+    "llama, original length outside": dict(original_max_position_embeddings=40),
+    "llama, fields it does not read": WINDOWS | dict(use_sliding_window=True, hidden_activation="gelu", qkv_bias=True),
+    "mistral, fields it does not read": dict(use_sliding_window=False, max_window_layers=2, attention_bias=True),
+    "qwen2, before layer_types": dict(layer_types=None, attention_bias=False),
+    "phi3, fields it does not read": dict(use_sliding_window=False, max_window_layers=2, attention_bias=True),
+    "phi3, su": dict(rope_parameters=None, rope_scaling=LONGROPE | dict(
+        rope_type="su", short_factor=[1.5] * 6, long_factor=[2.0] * 6)),
+    "gemma, gelu": dict(hidden_act="gelu", hidden_activation="gelu_pytorch_tanh"),
+    "gemma, fields it does not read": WINDOWS | dict(use_sliding_window=True, mlp_bias=True),
 }  # fmt: skip
 
 
@@ -74,8 +122,10 @@ def read(folder):
 @pytest.fixture(scope="module", params=ROWS)
 def pair(request, tmp_path_factory):
     """(theirs, ours) of one row."""
-    theirs, folder = random_model(request.param), tmp_path_factory.mktemp("decoder")
-    theirs.save_pretrained(folder)
+    folder = tmp_path_factory.mktemp("decoder")
+    random_model(request.param).save_pretrained(folder)
+    change(folder / "config.json", **EDITS.get(request.param, {}))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype="float32").eval()
     return theirs, read(folder)[0]
 
 
@@ -158,12 +208,18 @@ def test_rotary_frequencies_of_the_published_sizes_are_those_of_transformers(sca
 
 
 UNSUPPORTED = [
-    ("gemma2", {}, "model_type"), ("libra_gemma3", {}, "model_type"),
-    ("qwen3", dict(attention_bias=True), "attention_bias"), ("llama", dict(mlp_bias=True), "mlp_bias"),
+    ("gemma2", {}, "model_type"), ("libra_gemma3", {}, "model_type"), ("llama", dict(per_layer_config=[]), "per_layer"),
     ("mistral", dict(hidden_act="relu"), "hidden_act"),
+    ("mistral", dict(layer_types=["full_attention", "sliding_attention"]), "layer_types"),
+    ("gemma", dict(hidden_activation="gelu"), "hidden_activation"),
+    ("gemma", dict(use_bidirectional_attention=True), "use_bidirectional_attention"),
+    ("llama", dict(partial_rotary_factor=0.5), "partial_rotary_factor"),
+    ("llama", dict(rope_parameters=dict(rope_type="linear", factor=2.0, partial_rotary_factor=0.5)), "partial_rotary"),
+    ("qwen2", dict(rope_parameters=dict(full_attention=dict(rope_theta=5.0))), "full_attention"),
+    ("phi3", dict(rope_scaling=dict(type="linear", factor=2.0)), "linear"),
+    ("llama", dict(rope_scaling=dict(type="dynamic", factor=2.0)), "dynamic"),
     ("qwen2", dict(rope_scaling=dict(type="yarn", factor=4.0)), "yarn"),
     ("phi3", dict(rope_scaling=dict(type="longrope", long_factor=[1.0])), "short_factor"),
-    ("llama", dict(rope_scaling=dict(type="linear", factor=2.0)), "linear"),
     ("llama", dict(rope_scaling=dict(rope_type="llama3", factor=8.0)), "low_freq_factor"),
 ]  # fmt: skip
 
@@ -175,10 +231,107 @@ def test_an_unsupported_decoder_is_refused_by_the_name_of_its_field(model_type, 
     assert "folder/config.json" in str(refused.value)
 
 
+# ------------------------------------------------------------------------------------------ every field
+
+# what `transformers` knows and what changes no number here: outputs, initial values, other tasks, padding
+NEUTRAL = [
+    "_name_or_path", "architectures", "bos_token_id", "chunk_size_feed_forward", "id2label", "initializer_range",
+    "is_encoder_decoder", "label2id", "output_attentions", "output_hidden_states", "pad_token_id", "pretraining_tp",
+    "problem_type", "return_dict", "transformers_version", "use_cache",
+]  # fmt: skip
+# read by `family_of`, `plumbing.layout` and `rope_settings`
+ELSEWHERE = ["model_type", "dtype", "eos_token_id", "rope_parameters"]
+OF_REFUSED_ROPES = ["beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"]
+ROPES = ["default", "linear", "llama3", "longrope"]
+REFUSED_ROPES = ["dynamic", "yarn", "proportional"]
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "Gemma"])
+def test_every_field_that_transformers_knows_is_computed_neutral_or_refused(name):
+    config, family = getattr(transformers, f"{name}Config"), FAMILIES[name.lower()]
+    known = {field.name for field in fields(config)} | set(config().to_dict())
+    assert known <= {*family.defaults, *family.supported, *DROPOUTS, *NEUTRAL, *ELSEWHERE}
+
+
+def test_every_rope_setting_that_transformers_knows_is_computed_neutral_or_refused():
+    ours = {field.name for field in fields(DecoderConfig)}
+    # frequencies of several axes are those of one where all axes have the same position, as in text
+    assert RopeParameters.__annotations__.keys() <= {*ours, *OF_REFUSED_ROPES, "mrope_section"}
+    assert set(ROPE_INIT_FUNCTIONS) <= {*ROPES, *REFUSED_ROPES}
+    for rope_type in REFUSED_ROPES:
+        with pytest.raises(ValueError, match=f"rope_type is '{rope_type}'"):
+            decoder_config(dict(model_type="llama", rope_scaling=dict(type=rope_type, factor=2.0)), "folder")
+
+
+NESTED = json.loads("[" * 500 + "]" * 500)
+BAD = [None, "text", [], [1], {}, -1, 0, 1.5, True, math.nan, math.inf, 10**30, 10**400, NESTED, {"a": NESTED}]
+ROPE_SETTINGS = dict(rope_theta=1e4, **LLAMA3 | dict(rope_type="llama3")), dict(rope_theta=1e4, **LONGROPE)
+
+
+def check_one_line(config, *names):
+    """A config is accepted, or refused in one short line with the file and a field."""
+    try:
+        decoder_config(config, "folder")
+    except ValueError as error:
+        message = str(error)
+        assert message.startswith("folder/config.json: ") and "\n" not in message and len(message) < 250
+        assert any(name in message for name in names), message
+        return message
+    return None
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_any_value_of_any_field_is_accepted_or_refused_in_one_line(model_type):
+    family = FAMILIES[model_type]
+    for name in {*family.defaults, *family.supported, "rope_scaling", "rope_parameters"}:
+        for value in BAD:
+            check_one_line({"model_type": model_type, name: value}, name)
+    for settings in ROPE_SETTINGS:
+        for name in settings:
+            for value in BAD:
+                scaling = settings | {name: value}
+                check_one_line(dict(model_type=model_type, head_dim=6, rope_scaling=scaling), name, "rope")
+
+
+MISFITS = [
+    dict(rms_norm_eps=-1), dict(rms_norm_eps=0), dict(rms_norm_eps=math.nan), dict(rms_norm_eps=None),
+    dict(rope_theta=0), dict(rope_theta=-1.0), dict(rope_theta="10000"), dict(num_hidden_layers=100_000),
+    dict(num_hidden_layers=0), dict(vocab_size=-1), dict(hidden_size=10**30), dict(hidden_size=64.0),
+    dict(num_attention_heads=0), dict(num_attention_heads=7, hidden_size=48), dict(head_dim=21), dict(head_dim=0),
+    dict(num_key_value_heads=3, num_attention_heads=8), dict(num_key_value_heads=0),
+    dict(num_key_value_heads=8, num_attention_heads=4), dict(max_position_embeddings=-1),
+    dict(tie_word_embeddings="true"), dict(attention_bias=None), dict(mlp_bias=1), dict(hidden_act=None),
+    dict(rope_scaling=dict(type="linear", factor=0)), dict(rope_scaling=dict(type="linear", factor=math.nan)),
+    dict(rope_scaling=dict(type="linear", factor=None)), dict(rope_scaling="linear"), dict(rope_scaling=[1]),
+    dict(rope_scaling=LLAMA3 | dict(high_freq_factor=1.0)), dict(rope_scaling=LONGROPE | dict(attention_factor=0)),
+    dict(rope_scaling=LONGROPE), dict(rope_scaling=LONGROPE | dict(short_factor=[1, 0, 1]), head_dim=6),
+    dict(rope_scaling=LONGROPE | dict(original_max_position_embeddings=1), head_dim=6),
+    dict(model_type="phi3", partial_rotary_factor=0), dict(model_type="phi3", partial_rotary_factor=1.5),
+    dict(model_type="mistral", sliding_window=0), dict(model_type="mistral", sliding_window=-1),
+    dict(model_type="qwen2", layer_types=["full_attention"]), dict(model_type="qwen2", max_window_layers=-1),
+    dict(model_type="qwen3", layer_types=["sliding_attention"] * 32),
+    dict(model_type="qwen3", layer_types=["chunked_attention"] * 32),
+    dict(model_type="qwen3", use_sliding_window="yes"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", MISFITS, ids=str)
+def test_a_value_out_of_its_bounds_is_refused_in_one_line(changes):
+    names = [*changes, *(key for value in changes.values() if isinstance(value, dict) for key in value)]
+    assert check_one_line(dict(model_type="llama") | changes, *names)
+
+
+def test_dropout_of_the_decoder_warns():
+    """`transformers` applies it in training."""
+    with pytest.warns(UserWarning, match=r"attention_dropout 0\.1 is not applied"):
+        decoder_config(dict(model_type="llama", attention_dropout=0.1), "folder")
+
+
 # -------------------------------------------------------------------------------------------------- LoRA
 
 TARGETS = {
     "llama": [("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), ("q_proj", "down_proj")],
+    "llama biases": [("q_proj", "o_proj", "up_proj", "down_proj")],
     "phi3": [("qkv_proj", "o_proj", "gate_up_proj", "down_proj"), ("qkv_proj",)],
 }
 CASES = [(row, targets, rslora) for row in TARGETS for targets in TARGETS[row] for rslora in (False, True)]

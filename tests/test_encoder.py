@@ -1,7 +1,9 @@
 """The oracles: golden values, and the models and image processors of `transformers`."""
 
 import json
-from dataclasses import replace
+import math
+from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +13,11 @@ from conftest import GOLDEN, cases, load, read, relative, study_of
 from PIL import Image
 from safetensors.torch import load_file
 
-from encoder import Encoder, encoder_config, encoder_tensors
+from encoder import DROPOUTS, FAMILIES, Encoder, encoder_config, encoder_tensors
 from plumbing import checkpoint
+from plumbing.checkpoint import StoredTensor
 from plumbing.files import read_json
-from plumbing.pixels import PixelConfig, open_clip_pixels, pixel_config, preprocess
+from plumbing.pixels import PixelConfig, Preprocessor, open_clip_pixels, pixel_config, preprocess, read_pixel_config
 
 
 @pytest.mark.parametrize(("family", "case"), cases(), ids=lambda value: getattr(value, "name", value))
@@ -163,6 +166,76 @@ def test_an_unsupported_encoder_is_refused_by_the_name_of_its_field(field, value
         encoder_config(config | {field: value}, "folder", {})
 
 
+def test_a_clip_that_is_described_twice_has_the_second_description():
+    second = dict(hidden_size=48, num_attention_heads=4)
+    config = dict(model_type="clip", vision_config=SIZES, vision_config_dict=second)
+    theirs = transformers.CLIPConfig(**config).vision_config
+    ours = encoder_config(config, "folder", {})
+    for name in ("hidden_size", "num_attention_heads", "num_hidden_layers", "image_size", "layer_norm_eps"):
+        assert getattr(ours, name) == getattr(theirs, name)
+
+
+@pytest.mark.parametrize("name", ["vit_huge_patch14_224", "vit_base_patch16_clip_quickgelu_224", "vit_srelu_small"])
+def test_a_timm_model_that_is_no_plain_vit_is_refused(name):
+    shapes = {"patch_embed.proj.weight": (1280, 3, 14, 14), "blocks.0.mlp.fc1.weight": (5120, 1280)}
+    stored = {f"module.visual.trunk.{key}": StoredTensor(Path("x"), key, shape, "F32") for key, shape in shapes.items()}
+    with pytest.raises(ValueError, match=name):
+        encoder_config({"vision_cfg": {"timm_model_name": name, "image_size": 224}}, "folder", stored)
+
+
+# what `transformers` knows and what changes no feature: outputs, initial values, heads for other tasks, masks
+NEUTRAL = [
+    "_name_or_path", "architectures", "chunk_size_feed_forward", "dtype", "id2label", "initializer_factor",
+    "initializer_range", "is_encoder_decoder", "label2id", "layerscale_value", "output_attentions",
+    "output_hidden_states", "problem_type", "projection_dim", "return_dict", "transformers_version", "use_mask_token",
+    "vision_use_head",
+]  # fmt: skip
+BACKBONE = ["_out_features", "_out_indices", "apply_layernorm", "out_features", "out_indices", "reshape_hidden_states",
+            "stage_names"]  # fmt: skip
+BOTH_TOWERS = ["text_config", "vision_config", "logit_scale_init_value"]
+
+
+@pytest.mark.parametrize("name", ["Dinov2", "CLIPVision", "SiglipVision", "CLIP", "Siglip"])
+def test_every_field_that_transformers_knows_is_computed_neutral_or_refused(name):
+    config = getattr(transformers, f"{name}Config")
+    listed = {"model_type", *NEUTRAL, *BACKBONE, *DROPOUTS}
+    if config.model_type in FAMILIES:
+        family = FAMILIES[config.model_type]
+        listed |= {*family.defaults, *family.supported}
+    else:
+        listed |= set(BOTH_TOWERS)
+    assert {field.name for field in fields(config)} | set(config().to_dict()) <= listed
+
+
+NESTED = json.loads("[" * 500 + "]" * 500)
+BAD = [None, "text", [], [1], {}, -1, 0, 1.5, True, math.nan, math.inf, 10**30, 10**400, NESTED, {"a": NESTED}]
+
+
+@pytest.mark.parametrize("model_type", ["dinov2", "clip_vision_model", "siglip_vision_model"])
+def test_any_value_of_any_field_is_accepted_or_refused_in_one_line(model_type):
+    family = FAMILIES[model_type]
+    for name in {"model_type", "vision_config", "vision_cfg", *family.defaults, *family.supported}:
+        for value in BAD:
+            try:
+                encoder_config({"model_type": model_type, name: value}, "folder", {})
+            except ValueError as error:
+                assert str(error).startswith("folder") and "\n" not in str(error) and len(str(error)) < 250
+                assert any(word in str(error) for word in (name, "model_type", "timm_model_name"))
+
+
+MISFITS = [
+    ("layer_norm_eps", -1), ("layer_norm_eps", 0), ("num_hidden_layers", 100_000), ("num_attention_heads", 5),
+    ("image_size", [224, 224]), ("image_size", 7), ("patch_size", 0), ("mlp_ratio", -1), ("mlp_ratio", 0),
+    ("mlp_ratio", math.nan), ("hidden_act", "quick"), ("hidden_size", None), ("hidden_size", 10**30),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "value"), MISFITS)
+def test_a_value_out_of_its_bounds_is_refused_by_the_name_of_its_field(field, value):
+    with pytest.raises(ValueError, match=f"^folder/config.json: .*{field}"):
+        encoder_config({"model_type": "dinov2", field: value}, "folder", {})
+
+
 @pytest.mark.parametrize("family", ["Dinov2Config", "CLIPVisionConfig", "SiglipVisionConfig"])
 def test_sizes_that_config_json_omits_are_those_of_transformers(family):
     theirs = getattr(transformers, family)()
@@ -236,6 +309,64 @@ def test_siglip_pixels_are_those_of_transformers_squashed_without_a_crop():
         assert_same_pixels(picture(*shape), config, theirs)
 
 
+@pytest.mark.parametrize("kind", ["CLIP", "Bit", "Siglip"])
+def test_a_processor_config_of_transformers_5_is_read(tmp_path, kind):
+    """It nests the image processor, and counts beside an older preprocessor_config.json."""
+    theirs = getattr(transformers, f"{kind}ImageProcessorPil")(image_mean=list(MEAN))
+    nested = {"image_processor": theirs.to_dict(), "processor_class": f"{kind}Processor"}
+    (tmp_path / "processor_config.json").write_text(json.dumps(nested, default=dict))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(SETTINGS))
+    read_by_them = getattr(transformers, f"{kind}ImageProcessorPil").from_pretrained(tmp_path)
+    assert_same_pixels(picture(101, 40), read_pixel_config(tmp_path, "none"), read_by_them)
+
+
+def test_a_processor_config_without_an_image_processor_leaves_it_to_the_other_file(tmp_path):
+    (tmp_path / "processor_config.json").write_text('{"processor_class": "CLIPProcessor"}')
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(SETTINGS))
+    assert read_pixel_config(tmp_path, "mean") == pixel_config(SETTINGS, "folder", "mean")
+
+
+FORMS = [  # of sizes, means and deviations
+    ("Siglip", dict(size={"height": 56, "width": 56}, image_mean=0.5, image_std=0.5)),
+    ("Siglip", dict(size=[42, 42], image_mean=0.25, image_std=[0.2, 0.3, 0.4])),
+    ("Siglip", dict(size=42, default_to_square=True)),
+    ("CLIP", dict(size={"shortest_edge": 50}, crop_size=[40, 40], rescale_factor=1 / 127.5)),
+    ("Bit", dict(size={"shortest_edge": 50}, crop_size=40, do_pad=False, do_convert_rgb=False)),
+]
+
+
+@pytest.mark.parametrize(("kind", "settings"), FORMS)
+def test_every_form_of_a_size_or_a_mean_gives_the_pixels_of_transformers(kind, settings):
+    theirs = getattr(transformers, f"{kind}ImageProcessorPil")(**settings)
+    written = dict(image_mean=theirs.image_mean, image_std=theirs.image_std) | settings
+    config = pixel_config(written | {"image_processor_type": f"{kind}ImageProcessor"}, "folder", "none")
+    for shape in SHAPES:
+        assert_same_pixels(picture(*shape), config, theirs)
+
+
+# what changes no pixel: the layout and place of the result; what padding would pad to; tokens of other models
+NEUTRAL_PIXELS = ["data_format", "device", "disable_grouping", "image_processor_type", "image_seq_length",
+                  "input_data_format", "pad_size", "return_tensors"]  # fmt: skip
+REFUSED_PIXELS = ["do_pad"]
+
+
+@pytest.mark.parametrize("kind", ["CLIP", "Bit", "Siglip"])
+def test_every_setting_that_an_image_processor_knows_is_computed_neutral_or_refused(kind):
+    theirs = getattr(transformers, f"{kind}ImageProcessorPil")
+    ours = {field.name for field in fields(Preprocessor)}
+    assert {*theirs.valid_kwargs.__annotations__, *theirs().to_dict()} <= {*ours, *NEUTRAL_PIXELS, *REFUSED_PIXELS}
+
+
+def test_any_value_of_any_setting_is_accepted_or_refused_in_one_line():
+    for name in {*(field.name for field in fields(Preprocessor)), "image_processor_type", "do_pad", "do_grayscale"}:
+        for value in [*BAD, {"height": -1, "width": NESTED}, {"shortest_edge": 10**30}, {"longest_edge": 5}]:
+            try:
+                pixel_config(SETTINGS | {name: value}, "folder", "mean")
+            except ValueError as error:
+                assert str(error).startswith("folder/preprocessor_config.json") and name in str(error)
+                assert "\n" not in str(error) and len(str(error)) < 250
+
+
 def test_the_golden_preprocessor_is_the_one_that_transformers_reads():
     theirs = transformers.BitImageProcessorPil.from_pretrained(GOLDEN / "libra-7b" / "encoder-dinov2")
     assert_same_pixels(picture(61, 47), pixel_config(SETTINGS, "folder", "none"), theirs)
@@ -260,7 +391,12 @@ def test_settings_come_from_preprocessor_config_json():
     ("field", "value"),
     [("do_center_crop", False), ("do_resize", False), ("do_rescale", False), ("do_normalize", False), ("resample", 2),
      ("size", {"height": 56, "width": 56}), ("size", None), ("size", {"longest_edge": 56}), ("crop_size", None),
-     ("crop_size", {"height": 56, "width": 42}), ("crop_size", {"height": 70, "width": 70}), ("image_mean", None)],
+     ("crop_size", {"height": 56, "width": 42}), ("crop_size", {"height": 70, "width": 70}), ("image_mean", None),
+     ("image_std", 0), ("image_std", [0.5, 0, 0.5]), ("image_std", -0.5), ("image_mean", [0.5, 0.5]),
+     ("image_mean", math.nan), ("rescale_factor", 0), ("rescale_factor", -1), ("rescale_factor", None),
+     ("do_pad", True), ("do_grayscale", True), ("do_flip_channel_order", True), ("crop_pct", 0.9),
+     ("resample", "bicubic"), ("size", {"shortest_edge": 56, "longest_edge": 80}), ("size", {"shortest_edge": 10**9}),
+     ("image_processor_type", "ViTImageProcessor"), ("image_processor_type", "ConvNextImageProcessor")],
 )  # fmt: skip
 def test_unsupported_preprocessing_is_refused_by_the_name_of_its_field(field, value):
     with pytest.raises(ValueError, match=field):

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import math
+import os
 import re
 import shlex
 import shutil
@@ -132,6 +134,8 @@ ANSWERS = [{"question_id": i, "text": text} for i, text in enumerate(PREDICTIONS
     ([{"question_id": i, "text": 3} for i in range(5)], "a.jsonl: 0: .*text"),
     ([{"text": "a"}], "a.jsonl line 1 .*question_id"),
     ([12], "a.jsonl line 1"),
+    # questions have a text, too: their prompt
+    ([{"question_id": i, "image": "a.png", "text": "Findings?"} for i in range(5)], "a.jsonl: 0: this is a question"),
     ([], "a.jsonl is empty"),
 ])  # fmt: skip
 def test_wrong_answers_are_reported_in_one_line(score, answers, capsys, lines, culprit):
@@ -151,6 +155,45 @@ def test_wrong_questions_are_reported_in_one_line(score, questions, capsys, chan
     write_lines(questions, lines)
     assert run(*score) == 2
     assert re.search(culprit, one_line(capsys))
+
+
+def test_empty_texts_are_counted(score, questions, answers, capsys):
+    texts = ["", " \n", "___", "No change.", "Effusion."]
+    write_lines(answers, [{"question_id": i, "text": text} for i, text in enumerate(texts)])
+    write_lines(questions, [*read_lines(questions)[:4], {"question_id": 4, "image": "g.png", "reference": "."}])
+    assert run(*score) == 0
+    printed = capsys.readouterr()
+    assert "empty: 3 answers, 1 references" in printed.out
+    assert "of 5 studies 3 answers, 1 references are empty" in printed.err
+    assert scored(capsys, *score)["empty"] == {"answers": 3, "references": 1}
+
+
+def test_a_line_of_one_character_is_not_dropped(score, answers, capsys):
+    answers.write_text(answers.read_text() + "7\n")
+    assert run(*score) == 2
+    assert "a.jsonl line 6 is not a JSON object" in one_line(capsys)
+
+
+def test_files_to_write_are_looked_at_before_the_scores_are_computed(score, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "statistics_of", None)
+    (tmp_path / "others.csv").write_text("name,score\n")
+    for flag, path, problem in [
+        ("--csv", tmp_path / "nowhere" / "s.csv", "no folder"), ("--csv", tmp_path / "others.csv", "has the columns"),
+        ("--html", tmp_path, "is a folder"), ("--html", tmp_path / "nowhere" / "p.html", "no folder"),
+    ]:  # fmt: skip
+        assert run(*score, flag, path) == 2
+        assert problem in one_line(capsys)
+
+
+def test_a_csv_file_may_be_a_link_or_a_pipe(score, tmp_path):
+    (tmp_path / "link.csv").symlink_to(tmp_path / "real.csv")
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    for name in ("link.csv", "link.csv", "pipe"):
+        assert run(*score, "--csv", tmp_path / name) == 0
+    assert (tmp_path / "link.csv").is_symlink() and len((tmp_path / "real.csv").read_text().splitlines()) == 3
+    assert os.read(reader, 10**6).startswith(b"Model Name") and (tmp_path / "pipe").is_fifo()
+    os.close(reader)
 
 
 def test_a_csv_file_of_others_is_refused_and_left_alone(score, tmp_path, capsys):
@@ -218,6 +261,28 @@ def test_a_wrong_truth_is_refused(tmp_path, score, capsys):
     assert "2 of 5 studies (first: 3)" in one_line(capsys)
     assert run(*score, "--truth", score[2]) == 2
     assert "q.jsonl line 1" in one_line(capsys)
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("findings", None), ("findings", []), ("findings", {"edema": 3}), ("findings", {"edema": {"severity": "high"}}),
+    ("findings", {"edema": {"severity": math.nan}}), ("findings", {"edema": {"severity": 1, "side": 5}}),
+    ("devices", "pacemaker"), ("changes", {"edema": None}), ("dicom_id", 7), ("study_id", None), ("study_id", [1]),
+    ("changes", json.loads("[" * 400 + "]" * 400)),
+], ids=range(12))  # fmt: skip
+def test_a_wrong_field_of_a_truth_is_named(tmp_path, capsys, field, value):
+    *score, truth = write_phantom(tmp_path)
+    lines = read_lines(truth)
+    write_lines(truth, [lines[0], lines[1] | {field: value}, lines[2]])
+    assert run(*score, truth) == 2
+    line = one_line(capsys)
+    assert "t line 2" in line and "expected" in line and (field in line or "edema" in line)
+
+
+def test_a_truth_that_is_nested_without_end_is_one_line(tmp_path, capsys):
+    *score, truth = write_phantom(tmp_path)
+    truth.write_text("[" * 10**5)
+    assert run(*score, truth) == 2
+    assert "t line 1" in one_line(capsys)
 
 
 def write_hospital(folder: Path):

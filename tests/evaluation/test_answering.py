@@ -183,6 +183,26 @@ def test_a_finished_file_is_left_as_it_is(questions, answered, tmp_path, capsys)
     assert "20 answers, all there before" in one_line(capsys) and contents(tmp_path) == before
 
 
+@pytest.mark.parametrize("change", [
+    lambda lines: [], lambda lines: lines[:-1], lambda lines: [*lines[:-1], lines[-1][:20]], lambda lines: lines[::-1],
+    lambda lines: [*lines, "7"], lambda lines: [line.replace('"text": "', '"said": "') for line in lines],
+])  # fmt: skip
+def test_a_finished_file_that_is_torn_does_not_count_as_answered(questions, answered, tmp_path, capsys, change):
+    answered.write_text("".join(line + "\n" for line in change(answered.read_text().splitlines())))
+    before = contents(tmp_path)
+    assert answer(questions, answered, "--max-new-tokens", 2) == 2
+    line = one_line(capsys)
+    assert str(answered) in line and "delete it and run this again" in line and contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("text", ['[{"question_id": 1}]', "[7]", '{"a": 1}'])
+def test_a_work_file_of_something_else_is_named(questions, answered, tmp_path, capsys, text):
+    (tmp_path / ".a.0").write_text(text)
+    answered.unlink()
+    assert answer(questions, answered, "--max-new-tokens", 2) == 2
+    assert f"{tmp_path}/.a.0 holds a line that is no batch of answers" in one_line(capsys)
+
+
 @pytest.mark.parametrize(("flags", "changed"), [
     (("--max-new-tokens", 3), "max_new_tokens 2, not 3"),
     (("--num-beams", 2, "--prior", "blank"), "num_beams 1, not 2"),
@@ -220,8 +240,7 @@ def test_nothing_answered_is_nothing_to_mix_with(questions, answered, tmp_path):
 @pytest.mark.parametrize(("change", "flags", "culprit"), [
     (lambda q: q[3].update(image="9.png"), (), "question 3: no image 9.png"),
     (lambda q: q[3].update(image="../q.jsonl"), (), "question 3: image ../q.jsonl"),
-    (lambda q: q[3].update(question_id="q2"), (), "line 4: "),
-    (lambda q: q[3].pop("text"), (), "line 4: "),
+    (lambda q: [line.pop("text") for line in q], (), "line 4: "),
     (lambda q: q[3].update(text="word " * 3000), (), "question 3: "),
     (lambda q: q.clear(), (), "q.jsonl is empty"),
     (lambda q: None, ("--answers", "/nowhere/a"), "no folder /nowhere"),
@@ -238,6 +257,29 @@ def test_mistakes_are_reported_in_one_line_and_leave_nothing(tmp_path, capsys, c
     assert answer(path, tmp_path / "a", *flags) == 2
     assert culprit in one_line(capsys)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_odd_questions_are_left_out_by_answering_and_by_scoring(tmp_path, capsys, no_meteor):
+    lines = make_questions()[:6]
+    lines[2]["reference_report"] = lines[2].pop("reference")
+    odd = [lines[0] | {"text": "Again?"}, {"question_id": "x", "image": [], "text": "?", "reference": "."}, 3, {"a": 1}]
+    path = write_lines(tmp_path / "q.jsonl", [*lines, *odd])
+    assert answer(path, tmp_path / "a.jsonl", "--max-new-tokens", 2) == 0
+    assert "4 of 10 records are left out" in capsys.readouterr().err
+    alone = write_lines(tmp_path / "alone.jsonl", lines)
+    assert answer(alone, tmp_path / "b.jsonl", "--max-new-tokens", 2) == 0
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
+
+    def score(references):
+        capsys.readouterr()
+        words = ["score", "--json", "--references", references, "--predictions", tmp_path / "a.jsonl"]
+        assert cli.main(cli.parse([str(word) for word in words])) == 0
+        return capsys.readouterr()
+
+    told = score(path)
+    assert json.loads(told.out) == json.loads(score(alone).out)
+    assert "2 odd lines and 1 with an earlier one's id" in told.err
+    assert "1 odd questions without an answer are left out; the first: x" in told.err
 
 
 def test_an_image_that_cannot_be_read_names_its_question_and_keeps_the_others(tmp_path, capsys):

@@ -94,6 +94,18 @@ def test_thumbnails_are_small_grey_and_shared(tmp_path):
     assert len(data["images"][0]) < 10_000
 
 
+def test_an_image_outside_of_the_folder_is_not_on_the_page(tmp_path):
+    folder, secret = tmp_path / "images", tmp_path / "secret.png"
+    folder.mkdir()
+    Image.new("L", (9, 9), 77).save(secret)
+    (folder / "link.png").symlink_to(secret)
+    names = ("../secret.png", str(secret), "link.png")
+    pairs = [pair(number, images=(name,)) for number, name in enumerate(names)]
+    with pytest.warns(UserWarning, match=r"3 of 3 images .*leads out of the image folder"):
+        page = Page(write(tmp_path / "p.html", pairs, folder=folder).read_text())
+    assert json.loads(page.text["data"])["images"] == []
+
+
 CHECKS = """<script>
 const result = {}, text = node => node.textContent;
 const all = (selector, node) => [...(node || document).querySelectorAll(selector)];

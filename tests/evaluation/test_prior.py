@@ -19,6 +19,14 @@ def run(*arguments) -> int:
     return cli.main(cli.parse([str(argument) for argument in arguments]))
 
 
+@pytest.mark.parametrize(("flag", "problem"), [("--csv", "no folder"), ("--truth", "No such file")])
+def test_files_are_looked_at_before_a_model_answers(tmp_path, capsys, flag, problem):
+    questions = write_lines(tmp_path / "q", [{"question_id": 1, "image": ["a", "b"], "text": "?", "reference": "x"}])
+    command = ["prior", "--model", "nowhere", "--image-folder", tmp_path, "--questions", questions, "--out"]
+    assert run(*command, tmp_path / "out", flag, tmp_path / "nowhere" / "file") == 2
+    assert problem in one_line(capsys) and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(("true", "other", "expected"), [
     ("The effusion has worsened.", "The effusion has improved.", (1, 1)),
     ("New edema; the effusion is larger.", "Resolved edema; smaller effusion.", (2, 2)),

@@ -4,15 +4,20 @@ import csv
 import gzip
 import json
 import re
+import resource
+import subprocess
+import sys
 from collections import Counter, defaultdict
 from itertools import pairwise
 
 import numpy as np
 import pytest
+from conftest import ROOT, run_prepare
 from PIL import Image
 
 from phantom import hospital
 from phantom.history import DEVICES, FINDINGS, history, picture
+from plumbing.files import only_writer_in
 
 PATIENTS = 60
 PUBLISHED = ["dicom_id", "subject_id", "study_id", "PerformedProcedureStepDescription", "ViewPosition", "Rows",
@@ -69,6 +74,26 @@ def test_a_mistake_is_named_and_changes_nothing(tmp_path, folder, arguments, cul
     with pytest.raises(ValueError, match=culprit):
         hospital.write(tmp_path / folder, **{"patients": 1, "size": 48} | arguments)
     assert tree(tmp_path) == before
+
+
+def test_a_hospital_that_was_killed_before_its_first_record_goes_on(tmp_path):
+    (tmp_path / ".phantom.json.partial").write_text("{")
+    assert hospital.write(tmp_path, 1, size=48)["patients"] == 1
+
+
+def test_a_full_disk_leaves_no_torn_picture(tmp_path):
+    """A limit of the file size stands for the full disk; Pillow would not notice either."""
+    command = f"from phantom import hospital; hospital.write({str(tmp_path / 'out')!r}, 2, size=400)"
+    small = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+    run = subprocess.run([sys.executable, "-c", command], cwd=ROOT, preexec_fn=small, capture_output=True, text=True)
+    assert "File too large" in run.stderr
+    assert not list((tmp_path / "out").rglob("*.jpg"))
+
+
+def test_only_one_process_writes_into_a_folder(tmp_path, capsys):
+    with only_writer_in(tmp_path / "out"):
+        assert run_prepare("phantom", "--out", tmp_path / "out", "--patients", 1) == 2
+    assert "another process" in capsys.readouterr().err
 
 
 def test_the_tables_have_the_published_columns_and_forms(root):

@@ -1,5 +1,6 @@
 """How every command line behaves, by example: mistakes, progress, worker processes, tables."""
 
+import resource
 import signal
 import subprocess
 import sys
@@ -75,6 +76,15 @@ def test_a_wrong_number_of_the_ngram_ban_is_named(capsys):
         parser.parse_args(["--no-repeat-ngram", "x"])
     assert "auto_or_int" in capsys.readouterr().err
     assert parser.parse_args(["--no-repeat-ngram", "3"]).no_repeat_ngram == 3
+
+
+def test_more_workers_than_files_may_be_open_end_in_one_line():
+    command = "import sys; from plumbing import cli; run = lambda _: list(cli.parallel(abs, range(9), 300)); "
+    command += "sys.exit(cli.guard('tool.py', run, None))"
+    few = lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    options = dict(cwd=ROOT, preexec_fn=few, capture_output=True, text=True, timeout=60)
+    run = subprocess.run([sys.executable, "-c", command], **options)
+    assert run.returncode == 2 and run.stderr.count("\n") == 1 and "--workers" in run.stderr, run.stderr
 
 
 # -------------------------------------------------------------------------------- streams

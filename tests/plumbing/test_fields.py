@@ -51,4 +51,5 @@ def test_annotations_in_words():
     assert describe(Size | None) == "a whole number from 1 to 1,048,576 or null"
     assert describe(Literal["mean", "black"]) == "'mean' or 'black'"
     assert describe(tuple[float, ...]) == "a list, each a number"
+    assert describe(tuple[float, float, float]) == "a list of 3, each a number"
     assert describe(Annotated[list[str], Range(0, 3)]) == "a list, each a text of length from 0 to 3"

@@ -40,6 +40,38 @@ def test_rows_become_questions_and_image_files(published, tmp_path, capsys):
     assert sorted(path.suffix for path in (out / "images").iterdir()) == [".jpg", ".png", ".png"]
 
 
+def write_set(folder, **columns):
+    from pyarrow import Table, parquet
+
+    folder.mkdir()
+    parquet.write_table(Table.from_pydict(columns), folder / "test.parquet")
+    return folder
+
+
+def test_the_reference_is_the_column_of_the_configuration_and_mimics_ids_are_kept(published, tmp_path):
+    columns = dict(main_image=[picture(1)] * 3, prior_image=[None] * 3, default_prompt=["What?"] * 3)
+    columns |= dict(findings_section=["A heart.", "Lungs.", ""], dicom_id=["a", "b", None], study_id=[1, 1, 1])
+    assert run_prepare("rrg", "--source", write_set(tmp_path / "ids", **columns), "--out", tmp_path / "out") == 0
+    lines = read_lines(tmp_path / "out" / "findings_section_test_questions.jsonl")
+    assert [line["reference"] for line in lines] == ["A heart.", "Lungs.", ""]
+    assert [line["question_id"] for line in lines] == ["a", "b", "1"]
+    assert [line["study_id"] for line in lines] == ["1", "1", "1"] and lines[0]["dicom_id"] == "a"
+
+
+def test_a_row_cannot_name_a_file_outside_of_its_set(published, tmp_path, capsys):
+    (tmp_path / "secret.png").write_bytes(picture(9)["bytes"])
+    paths = ["../secret.png", str(tmp_path / "secret.png"), "link.png", "inside.png"]
+    images = [{"bytes": None, "path": path} for path in paths]
+    columns = dict(main_image=images, prior_image=[None] * 4, default_prompt=["What?"] * 4)
+    folder = write_set(tmp_path / "paths", **columns)
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    (folder / "inside.png").write_bytes(picture(1)["bytes"])
+    assert run_prepare("rrg", "--source", folder, "--out", tmp_path / "out") == 0
+    assert "3  rows whose image is missing or cannot be read" in capsys.readouterr().out
+    (image,) = (tmp_path / "out" / "images").iterdir()
+    assert image.read_bytes() == picture(1)["bytes"]
+
+
 def test_without_a_column_for_it_there_is_no_reference(published, tmp_path):
     assert run_prepare("rrg", "--source", published / "findings_section", "--out", tmp_path) == 0
     questions = read_lines(tmp_path / "findings_section_test_questions.jsonl")

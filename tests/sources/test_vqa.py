@@ -46,7 +46,7 @@ def test_difference_questions_show_a_study_beside_its_reference_study(root, pair
     assert run_prepare("diff-vqa", "--root", root, "--questions", pairs, "--out", tmp_path) == 0
     first, second = read_lines(tmp_path / "diff_vqa_train.jsonl")
     turns = [{"from": "human", "value": "<image>\nwhat has changed?"}, {"from": "gpt", "value": "the café, closed"}]
-    # a study is shown by its last frontal image
+    # a study is shown by its first frontal image in the metadata
     assert first == {"id": "diff_vqa_0", "image": [TWO, ONE], "conversations": turns}
     assert second["id"] == "diff_vqa_1" and second["image"] == [TWO, ONE]
     (question,) = read_lines(tmp_path / "diff_vqa_validate_questions.jsonl")
@@ -59,6 +59,36 @@ def test_difference_questions_show_a_study_beside_its_reference_study(root, pair
     assert "question_type: difference 1, level 1, location 1" in out
     row = next(line for line in out.splitlines() if line.startswith("diff_vqa_train.jsonl"))
     assert row.split()[1:] == ["1", "1", "2", "2", "(100%)", "2.0", "2.0"]
+
+
+def test_the_data_sets_own_choice_of_images_counts(root, pairs, tmp_path, capsys):
+    columns = ["subject_id", "study_id", "dicom_id", "view", "split", "study_date", "study_order"]
+    rows = [["1", "b", "antero-posterior"], ["2.0", "c", ""], ["8", "side", "lateral"]]
+    with open(tmp_path / "mimic_all.csv", "w", newline="") as file:
+        csv.writer(file).writerows([columns, *(["10000001", *row, "", "", ""] for row in rows)])
+    assert run_prepare("diff-vqa", "--root", root, "--questions", pairs, "--out", tmp_path / "out") == 0
+    first = read_lines(tmp_path / "out" / "diff_vqa_train.jsonl")[0]
+    assert first["image"] == [TWO, ONE.replace("a.jpg", "b.jpg")]
+    # the lateral image of a study that has no other
+    (lateral,) = read_lines(tmp_path / "out" / "diff_vqa_test_questions.jsonl")
+    assert lateral["image"][0].endswith("s8/side.jpg")
+    assert "no mimic_all.csv" not in capsys.readouterr().out
+
+
+def test_the_first_frontal_image_counts_even_if_another_is_on_disk(tmp_path):
+    """Its view may be what a question is about."""
+    hospital = Hospital(tmp_path / "hospital")
+    hospital.image(10000001, 1, "late", "21800101", 90000)
+    hospital.image(10000001, 1, "early", "21800101", 80000)
+    hospital.image(10000001, 2, "lost", "21800102", suffix="")
+    hospital.image(10000001, 2, "there", "21800102")
+    with open(tmp_path / "pairs.csv", "w", newline="") as file:
+        rows = [(study, "10000001", "1", "view", "which view?", "pa view", "train") for study in "12"]
+        csv.writer(file).writerows([DIFF_VQA, *rows])
+    command = "diff-vqa", "--root", hospital.close(), "--questions", tmp_path / "pairs.csv", "--out", tmp_path / "out"
+    assert run_prepare(*command) == 0
+    (record,) = read_lines(tmp_path / "out" / "diff_vqa_train.jsonl")
+    assert set(record["image"]) == {"files/p10/p10000001/s1/late.jpg"}
 
 
 def test_one_type_of_question_goes_to_files_of_its_name(root, pairs, tmp_path, capsys):
@@ -91,6 +121,26 @@ def test_questions_about_one_image_have_no_prior(root, tmp_path, capsys):
     assert "1  questions with an empty answer" in out
     assert "1  missing file *test.json" in out
     assert "semantic_type: choose 2" in out
+
+
+def test_all_files_are_found_before_one_is_written(root, tmp_path, capsys):
+    rows = [row("p10/p10000001/s2/c.jpg", "what?", ["left"])]
+    for name in ("train.json", "valid.json", "_valid.json", "a_test.json", "b_test.json"):
+        (tmp_path / name).write_text(json.dumps(rows))
+    command = "cxr-vqa", "--root", root, "--questions", tmp_path, "--out", tmp_path / "out"
+    assert run_prepare(*command) == 2
+    assert "a_test.json, b_test.json" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    # a file of the exact name is the one
+    (tmp_path / "b_test.json").unlink()
+    assert run_prepare(*command) == 0
+    assert len(read_lines(tmp_path / "out" / "cxr_vqa_validate.jsonl")) == 1
+
+
+def test_a_line_that_would_fill_the_memory_is_refused(root, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sources.records.LINE_BYTES", 1000)
+    (tmp_path / "pairs.csv").write_text(",".join(DIFF_VQA) + "\n" + "x" * 2000)
+    assert run_prepare("diff-vqa", "--root", root, "--questions", tmp_path / "pairs.csv", "--out", tmp_path) == 2
+    assert "pairs.csv has a line of more than 1,000 bytes" in capsys.readouterr().err
 
 
 def test_a_column_that_is_missing_is_named_with_its_place(root, tmp_path, capsys):
