@@ -13,6 +13,7 @@ import zlib
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from data import FRAMES, INDEX, ImageFolder, Records, cache_settings, image_names, parse_index
 from plumbing import checkpoint
@@ -26,7 +27,9 @@ def build(records, image_folder, model, pad: str, out, workers: int, dicom_displ
     """Make, extend or resume the cache of the images that record files name. Raises ValueError if it does not fit."""
     # 1) which images, and how the model's encoder will see them
     source = checkpoint.locate(model)
-    recorded = read_json_if_present(source.folder / "config.json").get("mm_dicom_display")
+    place = source.folder / "config.json"
+    recorded = read_json_if_present(place).get("mm_dicom_display")
+    recorded = check_value(recorded, Literal["standard", "jpg"] | None, "mm_dicom_display", place)
     config = replace(pixels_of(source, pad), dicom_display=dicom_display or recorded or "standard")
     images, names = ImageFolder(image_folder, config), names_in(records)
 
