@@ -251,7 +251,7 @@ def rope_settings(config: dict, values: dict, where: str) -> dict:
     `transformers` 5 renamed `rope_scaling` to `rope_parameters` and moved three fields into it; where a file has both,
     the old name counts.
     """
-    name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    name = "rope_parameters" if config.get("rope_scaling") in (None, {}) else "rope_scaling"
     scaling = check_value(config.get(name), dict | None, name, where) or {}
     where = f"{where}: {name}"
     for key, value in scaling.items():

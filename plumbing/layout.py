@@ -58,7 +58,7 @@ class LibraConfig:
 
     json: dict  # the whole file
     mm_vision_tower: Name
-    mm_projector_type: Name = "linear"
+    mm_projector_type: Annotated[str, Range(1, 100)] = "linear"
     mm_vision_select_layer: Annotated[int, Range(-1000, 1000)] | Literal["all"] = -2
     mm_vision_select_feature: Literal["patch", "cls_patch"] = "patch"
     image_aspect_ratio: Literal["pad", "square"] | None = None

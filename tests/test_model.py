@@ -11,6 +11,7 @@ from conftest import FAMILIES, GOLDEN, cases, change, last_logits, load, read, r
 from safetensors.torch import load_file, save_file
 
 from decoder import Cache
+from plumbing.layout import libra_config
 
 BOTH = pytest.mark.parametrize("family", ["libra-7b", "libra-3b"])
 CASE = GOLDEN / "libra-3b" / "case0"
@@ -174,14 +175,46 @@ UNSUPPORTED = [
     ("model_type", "mamba"), ("rope_scaling", dict(rope_type="mystery", factor=2.0)),
     ("mm_projector_type", "qformer"), ("mm_projector_type", "mlp2x_gelu"), ("mm_image_pad", "red"),
     ("mm_vision_select_feature", "pooled"), ("mm_vision_select_layer", "last"), ("mm_vision_select_layer", 13),
+    ("mm_vision_select_layer", 10**30), ("mm_vision_select_layer", None), ("mm_vision_select_layer", True),
+    ("mm_vision_tower", None), ("mm_vision_tower", ["a"]), ("mm_projector_type", None),
+    ("mm_projector_type", "x" * 9999), ("mm_projector_type", "mlp99999999x_gelu"), ("image_aspect_ratio", "anyres"),
+    ("mm_patch_merge_type", "spatial"), ("s2", True), ("mm_resampler_type", "perceiver"),
+    ("mm_use_im_start_end", "yes"), ("torch_dtype", ["float16"]),
+    ("mm_conversation_template", {}), ("mm_vision_tower_config", 5), ("eos_token_id", -1), ("eos_token_id", [2, 700]),
+    ("eos_token_id", "2"), ("num_hidden_layers", 100_000), ("rms_norm_eps", -1), ("rope_theta", 0),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("field", "value"), UNSUPPORTED)
 def test_an_unsupported_checkpoint_is_refused_by_the_name_of_its_field(copy, field, value):
     change(copy / "config.json", **{field: value})
-    with pytest.raises(ValueError, match=field):
+    (copy / "generation_config.json").unlink()
+    with pytest.raises(ValueError, match=field) as refused:
         read_again(copy)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_layer_that_is_written_as_text_is_read(copy):
+    change(copy / "config.json", mm_vision_select_layer="-2")
+    config = json.loads((copy / "config.json").read_text())
+    assert libra_config(config, copy).mm_vision_select_layer == -2
+
+
+def test_an_image_that_is_smaller_than_a_patch_is_refused(copy):
+    settings = dict(size={"shortest_edge": 5}, crop_size={"height": 5, "width": 5})
+    change(copy.parent / "encoder-dinov2" / "preprocessor_config.json", **settings)
+    with pytest.raises(ValueError, match="images of 5 pixels"):
+        read_again(copy)
+
+
+def test_the_image_processor_of_transformers_5_is_read_and_copied(copy):
+    """processor_config.json holds it alone. Oracle: the golden logits."""
+    folder = copy.parent / "encoder-dinov2"
+    settings = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
+    (folder / "preprocessor_config.json").unlink()
+    read_again(copy).save_pretrained(copy.parent / "out", with_encoder=True)
+    assert relative(last_logits(read_again(copy.parent / "out"), STUDY), EXPECTED["last_logits"]) < 1e-4
 
 
 def test_a_language_model_alone_is_refused(copy):
@@ -258,6 +291,13 @@ def test_a_generation_setting_that_is_not_applied_warns(copy):
     change(copy / "generation_config.json", repetition_penalty=1.2)
     with pytest.warns(UserWarning, match=r"repetition_penalty 1\.2"):
         assert read_again(copy).eos_token_ids == [694, 698]
+
+
+def test_without_a_generation_config_its_settings_may_be_in_the_config(copy):
+    (copy / "generation_config.json").unlink()
+    change(copy / "config.json", repetition_penalty=1.2)
+    with pytest.warns(UserWarning, match=r"config\.json: repetition_penalty 1\.2"):
+        read_again(copy)
 
 
 def test_eos_comes_from_the_generation_config_else_from_the_config(copy):
