@@ -237,10 +237,15 @@ CONTEXT = ("indication", "history")  # sections that the published prompt repeat
 
 def prompt(section: str, report: dict[str, str]) -> str:
     """The published question for a section, with the clinical context that the study's report gives."""
-    context = [f"{name.capitalize()}: {one_line(report[name])}" for name in CONTEXT if report.get(name, "").strip()]
+    return with_context(PROMPTS[section], report)
+
+
+def with_context(question: str, report: dict[str, str], names=CONTEXT) -> str:
+    """A question, followed by those of a report's sections that are not empty."""
+    context = [f"{name.capitalize()}: {one_line(report[name])}" for name in names if report.get(name, "").strip()]
     if context:
         context.insert(0, "Following clinical context:")
-    return " ".join([PROMPTS[section], *context])
+    return " ".join([question, *context])
 
 
 def prepare_sections(root, out, reports=None, section: str = "both", no_context: bool = False):
