@@ -9,14 +9,16 @@ import math
 import mmap
 import os
 import signal
+import sys
 import time
 import zlib
 from array import array
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import InitVar, dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
@@ -25,12 +27,20 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import ConcatDataset, DataLoader
 
 from plumbing.distributed import World
+from plumbing.fields import Range, check_value, shorten
+from plumbing.files import check_readable
 from plumbing.image import load_image
 from plumbing.pixels import PixelConfig, frame, normalise
 from tokenizer import IMAGE, IMAGE_TEXT, Template, Tokenizer, render
 
 FINDINGS_PROMPT = "Provide a detailed description of the findings in the radiology image."  # as published
 ignore = lambda *arguments: None  # a callback for whoever does not need one
+
+
+def tell(message: str):
+    """Print one line on stderr, by the first of torchrun's processes alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(" ".join(message.split()), file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,9 @@ class Study:
         return [load_image(image) for image in (self.current, self.prior) if image is not None]
 
 
+RECORD_BYTES = 2**24  # the longest record: a conversation about two images has a few thousand
+
+
 class Records:
     """The raw records of a file: a JSON list of objects, or JSONL (one object per line)."""
 
@@ -57,6 +70,7 @@ class Records:
         self.path = Path(path)
         self.starts = array("q")
         self.numbers = array("q")
+        check_readable(self.path)
         with open(self.path, "rb") as file:
             head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
             if not head:
@@ -66,21 +80,24 @@ class Records:
                 # a list has to be parsed whole; its records stay in memory, as JSONL
                 self.unit = "record"
                 records = self._parse(file.read(), self.path)
-                self.lines = b"".join(json.dumps(record).encode() + b"\n" for record in records)
-                lines = self.lines.splitlines(keepends=True)
+                try:
+                    self.lines = b"".join(json.dumps(record).encode() + b"\n" for record in records)
+                except RecursionError:
+                    raise ValueError(f"{self.path} is nested too deeply") from None
             else:
                 # JSONL stays on disk, so that millions of records cost a worker process little memory
                 self.unit = "line"
                 self.lines = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-                lines = file
-            # note where each record starts, and the number of its line; empty lines are no records
-            position = 0
-            for number, line in enumerate(lines, 1):
-                if line.strip(b"\r\n"):
-                    self.starts.append(position)
-                    self.numbers.append(number)
-                position += len(line)
-            self.starts.append(position)
+        # note where each record starts, and the number of its line; empty lines are no records
+        start = number = 0
+        while start < len(self.lines):
+            end = self.lines.find(b"\n", start) + 1 or len(self.lines)
+            number += 1
+            if self.lines[start : min(end, start + 3)].strip(b"\r\n"):
+                self.starts.append(start)
+                self.numbers.append(number)
+            start = end
+        self.starts.append(start)
 
     # a worker process opens the file itself instead of receiving its content
     def __reduce__(self):
@@ -91,10 +108,19 @@ class Records:
 
     def __getitem__(self, index):
         """Parse one record, a dict. Raises ValueError with its place if it is not a JSON object."""
-        line = self.lines[self.starts[index] : self.starts[index + 1]]
-        record = self._parse(line.rstrip(b"\r\n"), self.place(index))
+        start, end, place = self.starts[index], self.starts[index + 1], self.place(index)
+        if end - start > RECORD_BYTES:
+            raise ValueError(f"{place} is too long for a record: {end - start:,} bytes")
+        line = self.lines[start:end].rstrip(b"\r\n")
+        record = self._parse(line, place)
         if not isinstance(record, dict):
-            raise ValueError(f"{self.place(index)} is not a JSON object")
+            raise ValueError(f"{place} is not a JSON object")
+        # JSON can escape half of a character beyond U+FFFF, such as "\ud83e", which no tokenizer and no file can hold
+        if rb"\ud" in line.lower():
+            try:
+                json.dumps(record, ensure_ascii=False).encode()
+            except (UnicodeEncodeError, RecursionError):
+                raise ValueError(f"{place} holds half a character (a lone surrogate)") from None
         return record
 
     def place(self, index: int) -> str:
@@ -102,60 +128,83 @@ class Records:
 
     def _parse(self, text, place):
         try:
-            return json.loads(text)
+            return json.loads(text.decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{place} is not JSON ({error})") from None
+            raise ValueError(f"{place} is not JSON: {error}") from None
+
+
+# In the messages below, what is before the first ": " is the reason by which `check` counts the records it leaves out.
+REFERENCES = ("reference", "findings", "impression", "reference_report")  # the first with a value is the reference
+
+
+def value_of(raw: dict, name: str, hint):
+    """A field of a raw record, None if it is absent. Raises ValueError unless it has this type."""
+    return check_value(raw.get(name), hint, name, f"{name} has the wrong type")
 
 
 def image_names(raw: dict) -> list[str]:
     """The image names of a raw record: [current, prior], [current], or [] for text alone. Raises ValueError."""
-    # two equal names become one: without a prior, the model uses the current image twice anyway
-    names = raw.get("image") or []
+    names = value_of(raw, "image", str | Annotated[list[str], Range(0, 2)] | None) or []
     if isinstance(names, str):
         names = [names]
-    if not isinstance(names, list) or len(names) > 2 or not all(isinstance(name, str) and name for name in names):
-        raise ValueError(f"image {names!r} is neither a file name nor a list of one or two (current, prior)")
+    if not all(names):
+        raise ValueError("image holds an empty name")
+    # two equal names become one: without a prior, the model uses the current image twice anyway
     return list(dict.fromkeys(names))
+
+
+def turns_of(raw: dict) -> list[tuple[str, str | None]]:
+    """The turns of a raw record, [(question, answer), …]; the last answer may be None. Raises ValueError."""
+    messages = value_of(raw, "conversations", list[dict])
+    # what gpt says before the first question is left out, as published (libra/train/train.py, preprocess_libra)
+    if messages and messages[0].get("from") == "gpt":
+        messages = messages[1:]
+    speakers = [message.get("from") for message in messages]
+    in_turn = [("human", "gpt")[number % 2] for number in range(len(messages))]
+    if not messages or speakers != in_turn:
+        raise ValueError(f"human and gpt do not speak in turn: {shorten(speakers)}")
+    texts = [value_of(message, "value", str) for message in messages]
+    return list(itertools.zip_longest(texts[::2], texts[1::2]))
 
 
 class Record(NamedTuple):
     """A training record: a conversation, about images or not."""
 
-    id: str | int
-    images: list[str]  # as `image_names`
+    id: str | int | None  # only for messages; many published records have none
+    images: list[str]  # as `image_names`; [] if no question shows them
     turns: list[tuple[str, str]]  # (question, answer); with images, one question starts with "<image>"
 
     @classmethod
     def parse(cls, raw: dict) -> "Record":
-        """Raises ValueError that says what is wrong with the record."""
-        images = image_names(raw)
-        # 1) human and gpt take turns
-        messages = raw.get("conversations")
-        is_message = lambda message: isinstance(message, dict) and isinstance(message.get("value"), str)
-        if not isinstance(messages, list) or not all(map(is_message, messages)):
-            raise ValueError('conversations is not a list of {"from": …, "value": text}')
-        speakers = [message.get("from") for message in messages]
-        if not messages or speakers != ["human", "gpt"] * (len(messages) // 2):
-            raise ValueError(f"the speakers are {', '.join(map(str, speakers)) or 'none'}, not human and gpt in turn")
-        # 2) every answer is text to learn
-        texts = [message["value"] for message in messages]
-        questions, answers = texts[::2], texts[1::2]
+        """Raises ValueError that says what is wrong with the record.
+
+        A record that the published code (libra/train/train.py) takes in a clear way is taken in the same way. It
+        teaches nothing where an answer is empty or the last one is missing.
+        """
+        images, turns = image_names(raw), turns_of(raw)
+        questions = [question for question, _ in turns]
+        answers = [answer for _, answer in turns]
+        # 1) every answer is text to learn
+        if answers[-1] is None:
+            raise ValueError("the last question has no answer")
         if not all(answer.strip() for answer in answers):
             raise ValueError("an answer is empty")
         if any(IMAGE_TEXT in answer for answer in answers):
             raise ValueError(f"an answer contains {IMAGE_TEXT}")
-        # 3) one question refers to the images, if there are any
-        count = sum(question.count(IMAGE_TEXT) for question in questions)
-        if count != bool(images):
-            raise ValueError(f"{IMAGE_TEXT} occurs {count} times in the questions, not {int(bool(images))}")
-        # 4) "<image>" moves to the front of its question, as published (libra/train/train.py, preprocess_multimodal)
-        for number, question in enumerate(questions):
-            if IMAGE_TEXT in question:
-                text = question.replace(IMAGE_TEXT, "").strip()
-                questions[number] = f"{IMAGE_TEXT}\n{text}".strip()
-        if not isinstance(raw.get("id"), str | int):
-            raise ValueError("id is missing or neither text nor a whole number")
-        return cls(raw["id"], images, list(zip(questions, answers, strict=True)))
+        # 2) one question shows the images; if none does, the conversation is text alone, as published
+        showing = [number for number, question in enumerate(questions) if IMAGE_TEXT in question]
+        if len(showing) > 1:
+            raise ValueError(f"several questions contain {IMAGE_TEXT}")
+        if showing and not images:
+            raise ValueError(f"a question contains {IMAGE_TEXT}, but image names none")
+        if not showing:
+            images = []
+        # 3) "<image>" moves to the front of its question, once, as published (preprocess_multimodal)
+        for number in showing:
+            text = questions[number].replace(IMAGE_TEXT, "").strip()
+            questions[number] = f"{IMAGE_TEXT}\n{text}".strip()
+        id = raw.get("id") if isinstance(raw.get("id"), str | int) else None
+        return cls(id, images, list(zip(questions, answers, strict=True)))
 
     @property
     def starts_with_image(self):
@@ -177,53 +226,93 @@ class Question(NamedTuple):
         if not images:
             raise ValueError("there is no image")
         if "conversations" in raw:
-            record = Record.parse(raw)
-            question, answer = record.turns[0]
-            return cls(record.id, images, question.removeprefix(IMAGE_TEXT).strip(), answer)
-        text = raw.get("text")
-        if not isinstance(text, str) or IMAGE_TEXT in text:
-            raise ValueError(f"text is not the question's text without {IMAGE_TEXT}, which is put before it")
-        # the first of these fields that has a value is the reference
-        for field in ("reference", "findings", "impression"):
-            reference = raw.get(field)
-            if reference is not None:
-                break
-        if not isinstance(reference, str | None):
-            raise ValueError(f"{field} is not text")
-        if not isinstance(raw.get("question_id"), str | int):
-            raise ValueError("question_id is missing or neither text nor a whole number")
-        return cls(raw["question_id"], images, text, reference)
+            text, reference = turns_of(raw)[0]
+        else:
+            text = value_of(raw, "text", str)
+            field = next((field for field in REFERENCES if raw.get(field) is not None), REFERENCES[0])
+            reference = value_of(raw, field, str | None)
+        # a prompt has "<image>" in front of the text; LLaVA-Med's question files have it in the text
+        if IMAGE_TEXT in text:
+            text = text.replace(IMAGE_TEXT, "").strip()
+        return cls(question_id(raw), images, text, reference)
 
 
-def check(records: Records, kind: type, find=ignore, progress=ignore, visit=ignore) -> SimpleNamespace:
+def question_id(raw: dict) -> str | int:
+    """What answers are matched by: question_id, or the id of a training record. Raises ValueError."""
+    for name in ("question_id", "id"):
+        if raw.get(name) is not None:
+            return value_of(raw, name, str | int)
+    raise ValueError("has no question_id")
+
+
+def check(
+    records: Records,
+    kind: type,
+    find: Callable = ignore,
+    progress: Callable = ignore,
+    visit: Callable = ignore,
+    strict: bool = False,
+    tell: Callable = tell,
+) -> SimpleNamespace:
     """Parse every record of a file once, as kind `Record` or `Question`, and look for its images.
 
-    find(name) must raise if an image is missing; progress(done, total) and visit(record) are called for each record.
-    Raises one ValueError for all problems; it lists the first problem of each record, for 20 records at most.
+    Odd records are left out, and tell(message) says how many and why. The file alone decides, so that every process
+    leaves out the same. visit(record) is called for each of the others, progress(done, total) for each record.
+    find(name) must raise if an image is missing.
+
+    Raises one ValueError, which lists 20 problems at most, if images are missing or if all records are odd; if strict,
+    also if one is.
     """
-    ids, images, problems, alone = set(), set(), [], 0
+    ids, images, numbers, reasons = set(), set(), array("q"), Counter()
+    odd, lost, alone, unshown = [], [], 0, 0
     for index in range(len(records)):
         progress(index + 1, len(records))
+        place = f"{records.unit} {records.numbers[index]}"
+        # 1) leave out what cannot be used
         try:
-            record = kind.parse(records[index])
-            visit(record)
-            # answers are matched to questions by id; among training records, duplicates are only counted
+            raw = records[index]
+            record = kind.parse(raw)
+            # answers are matched to questions by id
             if kind is Question and str(record.id) in ids:
-                raise ValueError("its id was there already: ids must be unique")
-            ids.add(str(record.id))
-            alone += not record.images
-            # records share images, and looking at a disk is slow
+                raise ValueError("its id was there already: answers are matched by ids")
+        except ValueError as error:
+            problem = str(error).removeprefix(f"{records.place(index)} ")
+            reasons[problem.partition(": ")[0]] += 1
+            odd.append(f"{place}: {problem}")
+            continue
+        # of records, duplicates are only counted, and none has to have an id
+        ids.add(index if record.id is None else str(record.id))
+        # 2) records share images, and looking at a disk is slow
+        try:
             for name in record.images:
                 if name not in images:
                     images.add(name)
                     find(name)
         except (ValueError, OSError) as error:
-            reason = str(error).removeprefix(f"{records.place(index)} ")
-            problems.append(f"{records.unit} {records.numbers[index]}: {reason}")
+            lost.append(f"{place}: {error}")
+            continue
+        # 3) count what is kept
+        numbers.append(index)
+        alone += not record.images
+        unshown += not record.images and bool(image_names(raw))
+        visit(record)
+
+    problems = lost
+    if strict or not numbers:
+        problems = lost + odd
     if problems:
         raise ValueError(f"{records.path} has problems, {len(problems)} in all: {'; '.join(problems[:20])}")
-    # duplicates: records with the id of an earlier one; images: distinct ones; alone: records without an image
-    return SimpleNamespace(duplicates=len(records) - len(ids), images=len(images), alone=alone)
+    if odd:
+        counts = ", ".join(f"{count:,} × {reason}" for reason, count in reasons.most_common())
+        head = f"{records.path}: {len(odd):,} of {len(records):,} records are left out"
+        tell(f"{head}, {counts}; the first: {'; '.join(odd[:5])}")
+    if unshown:
+        tell(f"{records.path}: {unshown:,} records name images, but no question has {IMAGE_TEXT}: they are text alone")
+    # numbers: the records that are kept; duplicates: those of them with an earlier one's id; images: distinct ones;
+    # alone: records without an image
+    return SimpleNamespace(
+        numbers=numbers, odd=len(odd), duplicates=len(numbers) - len(ids), images=len(images), alone=alone
+    )
 
 
 # ------------------------------------------------------------------------------------------ where images are
@@ -337,9 +426,15 @@ class Row(NamedTuple):
     pixels: torch.Tensor | None = None  # [2, 3, S, S] (current, prior), or [1, 3, S, S]; None for text alone
 
 
-def encode(record: Record, template: Template, tokenizer: Tokenizer, max_length: int) -> Row:
-    """Tokenize a record: a row of its own, still without pixels."""
-    prompt = render(record.turns, template, tokenizer)
+def encode(
+    record: Record,
+    template: Template,
+    tokenizer: Tokenizer,
+    max_length: int,
+    image_text: str = IMAGE_TEXT,
+) -> Row:
+    """Tokenize a record: a row of its own, still without pixels. image_text: as for `render`."""
+    prompt = render(record.turns, template, tokenizer, image_text)
     labels = [id if learnt else IGNORED for id, learnt in zip(prompt.ids, prompt.mask, strict=True)]
     length = len(labels)
     # the image counts as one id, as published (libra/train/train.py, DataCollatorForSupervisedDataset)
@@ -432,12 +527,15 @@ class TrainingSet:
     template: Template
     image_positions: int
     max_length: int
+    image_text: str = IMAGE_TEXT  # what a prompt has for an image, `Libra.image_text`
+    strict: bool = False  # an odd record is an error; else it is left out
     progress: InitVar[Callable] = ignore
 
     def __post_init__(self, progress):
-        """Raises ValueError if a record is wrong or its image is missing."""
-        self.records = ConcatDataset([Records(path) for path in self.files])
-        self.duplicates = 0
+        """Raises ValueError if an image is missing or no record is left."""
+        self.raw = ConcatDataset([Records(path) for path in self.files])
+        self.numbers = array("q")  # record i of this set is self.raw[self.numbers[i]]
+        self.duplicates = self.alone = 0
         # the plan needs the length of each record, and the first record that starts with the same images
         self.lengths = array("q")
         self.prefixes = array("q")
@@ -450,15 +548,24 @@ class TrainingSet:
                 number = first_records.setdefault(tuple(record.images), number)
             self.prefixes.append(number)
 
-        for file in self.records.datasets:
-            self.duplicates += check(file, Record, self.images.find, progress, visit=visit).duplicates
+        first = 0
+        for file in self.raw.datasets:
+            checked = check(file, Record, self.images.find, progress, visit=visit, strict=self.strict)
+            self.numbers.extend(first + number for number in checked.numbers)
+            self.duplicates += checked.duplicates
+            self.alone += checked.alone
+            first += len(file)
 
     def __len__(self):
-        return len(self.records)
+        return len(self.numbers)
+
+    def record(self, number: int) -> Record:
+        return Record.parse(self.raw[self.numbers[number]])
 
     def place(self, number: int) -> str:
         """Where a user finds a record, such as "records.jsonl line 7"."""
-        for file in self.records.datasets:
+        number = self.numbers[number]
+        for file in self.raw.datasets:
             if number < len(file):
                 return file.place(number)
             number -= len(file)
@@ -466,9 +573,8 @@ class TrainingSet:
     def row(self, numbers: Sequence[int]) -> Row:
         """The row of these records, such as [0, 2, 3], which start with the same images. Raises ValueError."""
         rows = []
-        for number in numbers:
-            record = Record.parse(self.records[number])
-            rows.append(encode(record, self.template, self.tokenizer, self.max_length))
+        for record in map(self.record, numbers):
+            rows.append(encode(record, self.template, self.tokenizer, self.max_length, self.image_text))
         row = share_prefix(rows)
         # open the images, once for all these records, unless max_length cut them off
         if IMAGE in row.ids:

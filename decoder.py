@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from attention import attention, shared_prefix_attention
 from plumbing.checkpoint import NameMap
+from plumbing.fields import shorten
 from plumbing.files import check_supported
 
 
@@ -142,10 +143,40 @@ ROPE_FIELDS = {
 }
 
 
+# other names of the same layouts: Libra's, and those of LLaVA and of LLaVA-Med
+ALIASES = {"libra": "llama", "llava": "llama", "llava_llama": "llama", "llava_mistral": "mistral"}
+
+# models in a layout of their own -> where the same model is in Libra's
+ELSEWHERE = {
+    "maira2": "X-iZhang/libra-maira-2",
+    "llava": "the original repository, whose config.json has mm_vision_tower",
+}
+
+
 def family_of(config: dict) -> str | None:
-    """The key in FAMILIES for a parsed config.json, of a published Libra or of a stock model."""
-    model_type = str(config.get("model_type")).removeprefix("libra_")
-    return "llama" if model_type == "libra" else model_type
+    """The key in FAMILIES for a parsed config.json, of a published Libra, of a LLaVA or of a stock model."""
+    model_type = str(config.get("model_type"))
+    return ALIASES.get(model_type, model_type.removeprefix("libra_"))
+
+
+def check_family(config: dict, where):
+    """ValueError, which says what a parsed config.json describes, if this program does not compute that."""
+    model_type = config.get("model_type")
+    # `transformers` describes a model with images in two configs inside one
+    if isinstance(config.get("text_config"), dict):
+        repository = ELSEWHERE.get(str(model_type), "a model in the layout of Libra or LLaVA")
+        problem = f"model_type {model_type!r} with a text_config is the layout that transformers has for this model"
+        raise ValueError(f"{where}: {problem}, which is not supported: use {repository}")
+    if family_of(config) not in FAMILIES:
+        ours = [f"libra_{name}" for name in FAMILIES if name != "llama"]
+        known = ", ".join([*ALIASES, *ours, *FAMILIES])
+        raise ValueError(f"{where}: model_type {model_type!r} is not one of {known}")
+    # packed weights are numbers of another kind, or need scales
+    packed = config.get("quantization_config")
+    if packed:
+        method = isinstance(packed, dict) and packed.get("quant_method")
+        problem = f"quantization_config: weights packed by {method or shorten(packed)} are not supported"
+        raise ValueError(f"{where}: {problem}: use the model's 16-bit version")
 
 
 def names_of(config: dict) -> NameMap:
@@ -156,10 +187,7 @@ def names_of(config: dict) -> NameMap:
 def decoder_config(config: dict, source) -> DecoderConfig:
     """Reads a parsed config.json. ValueError names the field whose value is not supported."""
     where = f"{source}/config.json"
-    if family_of(config) not in FAMILIES:
-        ours = [f"libra_{name}" for name in FAMILIES if name != "llama"]
-        known = ", ".join(["libra", *ours, *FAMILIES])
-        raise ValueError(f"{where}: model_type {config.get('model_type')!r} is not one of {known}")
+    check_family(config, where)
     # the file wins over the defaults; switches are not fields of the file
     family = FAMILIES[family_of(config)]
     values = family.defaults | config | family.switches

@@ -174,7 +174,7 @@ def parse(arguments=None):
     add("--prior", default="true", choices=CONDITIONS, help=f"what the model sees as the prior; {shown}")
 
     add = score.add_argument
-    add("--references", required=True, metavar="FILE", help="question file with reference, findings or impression")
+    add("--references", required=True, metavar="FILE", help="question file with the true reports")
     either = score.add_mutually_exclusive_group(required=True)
     either.add_argument("--predictions", metavar="FILE", help="answer file (JSONL): question_id and text")
     either.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two answer files: differences B - A, paired")

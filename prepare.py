@@ -39,16 +39,20 @@ def draw_hospital(out, patients: int, preview: bool, **settings):
     print_table(counts.items())
 
 
-def check(file, image_folder=None):
-    """Check every record of a file, and its images if their folder is given. Raises ValueError with all problems."""
+def check(file, image_folder=None, strict: bool = False):
+    """Check every record of a file, and its images if their folder is given; say which records are odd.
+
+    Raises ValueError with all problems if images are missing, if every record is odd, or if strict and one is.
+    """
     records = Records(file)
     if not len(records):
         raise ValueError(f"{records.path} holds no record")
     find = ImageFolder(image_folder, None).find if image_folder else lambda name: None
     show = progress(f"checking {records.path.name}", "records")
-    checked = check_records(records, kind_of(records), find, show)
-    print_summaries([records])
-    print(f"\nno problem in {len(records):,} records; {checked.duplicates:,} have the id of an earlier one")
+    checked = check_records(records, kind_of(records), find, show, strict=strict)
+    print_summaries([summary(records, checked.numbers)])
+    head = f"{checked.odd:,} records are odd" if checked.odd else f"no problem in {len(records):,} records"
+    print(f"\n{head}; {checked.duplicates:,} have the id of an earlier one")
 
 
 def finish(outputs: list[Path], skipped: Counter, kinds: dict[str, Counter]):
@@ -63,7 +67,7 @@ def finish(outputs: list[Path], skipped: Counter, kinds: dict[str, Counter]):
         listed = "; ".join(f"{count} {reason}" for count, reason in reasons)
         raise ValueError(f"no record could be made: {listed or 'the input is empty'}")
     # what the files hold, the kinds of questions in those that were made now, and what they do not hold
-    print_summaries(files)
+    print_summaries([summary(records, range(len(records))) for records in files])
     for column, counts in kinds.items():
         if counts:
             print(f"\n{column}: " + ", ".join(f"{kind} {count}" for kind, count in sorted(counts.items())))
@@ -72,8 +76,7 @@ def finish(outputs: list[Path], skipped: Counter, kinds: dict[str, Counter]):
         print(f"{count:>9}  {reason}")
 
 
-def print_summaries(files: list[Records]):
-    rows = list(map(summary, files))
+def print_summaries(rows: list[dict[str, object]]):
     print_table([rows[0].keys(), *(row.values() for row in rows)])
 
 
@@ -138,6 +141,7 @@ def parse(arguments=None) -> argparse.Namespace:
     add = command("check", "check a JSON or JSONL file of your own, record by record", out="")
     add("file", metavar="FILE", help="training records or questions, in the published format")
     add("--image-folder", metavar="DIR", help="folder of the images; if not given, images are not looked for")
+    add("--strict", action="store_true", help="refuse the file if a record is odd; else such records are counted")
 
     text = "pad, resize and crop every image once, so that training need not decode it again"
     add = command("cache", text, "folder of the cache, which is made, extended or resumed")

@@ -33,7 +33,7 @@ from model import Libra
 from plumbing.cli import Parser, add_decoding_flags, add_model_flags, fail, guard, progress
 from plumbing.fields import CountOrZero, Range, Size, check_fields
 from plumbing.image import load_image
-from tokenizer import IMAGE, Prompt, find_template, render
+from tokenizer import IMAGE, IMAGE_TEXT, Prompt, find_template, render
 
 DEFAULT_MODEL = "X-iZhang/libra-v1.0-7b"
 never = lambda: False  # should_stop of whoever does not stop
@@ -186,9 +186,8 @@ def prefill(
 
 def prompt_of(libra: Libra, query: str, template: str | None = None) -> Prompt:
     """Renders a question about a study's images, open for the answer."""
-    question = f"{libra.image_text}\n{query}"
     template = find_template(template or libra.template)
-    return render([(question, None)], template, libra.tokenizer)
+    return render([(f"{IMAGE_TEXT}\n{query}", None)], template, libra.tokenizer, libra.image_text)
 
 
 def stop_string(template: str) -> str:
@@ -572,9 +571,9 @@ class Chat:
 
         # 1) render the whole conversation; the first question has the image
         if not self.turns:
-            question = f"{libra.image_text}\n{question}"
+            question = f"{IMAGE_TEXT}\n{question}"
         turns = [*self.turns, (question, None)]
-        prompt = render(turns, find_template(self.template), libra.tokenizer)
+        prompt = render(turns, find_template(self.template), libra.tokenizer, libra.image_text)
         length = check_length(libra, prompt, options)
         if self.cache is None:
             self.image_embeddings = libra.embed_images(libra.preprocess(self.study.images()))  # [N, hidden]

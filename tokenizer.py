@@ -14,12 +14,28 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken
 
-from plumbing.files import read_json_if_present
+from plumbing.fields import check_fields, check_value
+from plumbing.files import check_readable, read_json_if_present
 from plumbing.sentencepiece import BYTE, convert_sentencepiece
 
 IMAGE = -200  # the image in a list of ids, however many positions it takes; IMAGE_TOKEN_INDEX in the published code
 IMAGE_TEXT = "<image>"
 IMAGE_START, IMAGE_END = "<im_start>", "<im_end>"  # around the image, if the config sets mm_use_im_start_end
+
+
+@dataclass
+class TokenizerFields:
+    """The fields of tokenizer_config.json that count here; null is the same as absent."""
+
+    bos_token: str | dict | None
+    eos_token: str | dict | None
+    unk_token: str | dict | None
+    pad_token: str | dict | None
+    additional_special_tokens: tuple[str | dict, ...] | None
+    added_tokens_decoder: dict[str, dict]
+    clean_up_tokenization_spaces: bool | None
+    legacy: bool | None
+    add_bos_token: bool | None
 
 
 class Tokenizer:
@@ -36,15 +52,17 @@ class Tokenizer:
         folder = Path(folder)
         json_file, model_file = folder / "tokenizer.json", folder / "tokenizer.model"
         uses_model_file = model_file.exists() and (sentencepiece_first or not json_file.exists())
-        config = read_json_if_present(folder / "tokenizer_config.json")
+        config_file = folder / "tokenizer_config.json"
+        config = read_json_if_present(config_file)
+        config |= check_fields(config, TokenizerFields, config_file)
         self.cleans_up = config.get("clean_up_tokenization_spaces") is True
 
         # 1) the names of the special tokens; Llama's SentencePiece tokenizer has defaults
         defaults = {"bos": "<s>", "eos": "</s>", "unk": "<unk>"} if uses_model_file else {}
         names = {}
         for kind in ("bos", "eos", "unk", "pad"):
-            names[kind] = _text_of(config.get(f"{kind}_token")) or defaults.get(kind)
-        more_names = map(_text_of, config.get("additional_special_tokens") or [])
+            names[kind] = _text_of(config.get(f"{kind}_token"), config_file) or defaults.get(kind)
+        more_names = [_text_of(token, config_file) for token in config.get("additional_special_tokens") or ()]
 
         # 2) the tokenizer itself, from one of the two files
         self.pieces = None  # only a SentencePiece model's are needed, in `decode`
@@ -52,9 +70,14 @@ class Tokenizer:
         if uses_model_file:
             self.backend, self.pieces = convert_sentencepiece(folder, config, names, self.legacy)
         elif json_file.exists():
+            check_readable(json_file)
             try:
                 self.backend = tokenizers.Tokenizer.from_file(str(json_file))
-            except Exception as error:  # the library raises no narrower class
+                # a part that names a missing one fails only here
+                self.backend.encode("x")
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException as error:  # the library raises no narrower class, and its panics are no Exception
                 raise ValueError(f"{json_file} is not a tokenizer file ({error}): fetch it again") from None
         else:
             raise FileNotFoundError(f"{folder} holds neither tokenizer.json nor tokenizer.model: fetch one")
@@ -92,12 +115,13 @@ class Tokenizer:
             return encoding.ids, encoding.offsets
 
         # In legacy mode the backend puts a "▁" before every chunk between special tokens. Otherwise only the text as a
-        # whole gets one, here; the offsets do not count it.
+        # whole gets one, here; the offsets do not count it. If it stays a token of its own, it stands for the character
+        # behind it, as in legacy mode; bos stands for nothing, (0, 0).
         encoding = self.backend.encode("▁" + text.replace("▁", " "))
         ids = encoding.ids
         offsets = []
         for start, end in encoding.offsets:
-            offsets.append((max(start - 1, 0), max(end - 1, 0)))
+            offsets.append((max(start - 1, 0), max(end - 1, min(end, 1))))
 
         # `transformers` drops a "▁" that is alone before a special token
         first = 1 if ids[0] == self.bos_token_id else 0
@@ -145,9 +169,11 @@ class Tokenizer:
 codecs.register_error("one_each", lambda error: ("\ufffd" * (error.end - error.start), error.end))
 
 
-def _text_of(token):
+def _text_of(token, where):
     """A config writes a token as its text or as an object with the text in "content"."""
-    return token["content"] if isinstance(token, dict) else token
+    if not isinstance(token, dict):
+        return token
+    return check_value(token.get("content"), str, "the content of a special token", where)
 
 
 # ---------------------------------------------------------------------------------- conversation templates
@@ -312,27 +338,40 @@ class Prompt:
     mask: list[bool]
 
 
-def render(turns: list[tuple[str, str | None]], template: Template, tokenizer: Tokenizer) -> Prompt:
+def render(
+    turns: list[tuple[str, str | None]],
+    template: Template,
+    tokenizer: Tokenizer,
+    image_text: str = IMAGE_TEXT,
+) -> Prompt:
     """Turns a conversation, [(question, answer), ...], into text, ids and a mask of what is learnt.
+
+    image_text: what a prompt has for the "<image>" of a question, `Libra.image_text`.
 
         text    SYSTEM USER: <image>\\nIs it clear? ASSISTANT: Yes.</s>
         tokens  ...  :  IMAGE  ...  ▁clear  ?  ▁A  SS  IST  ANT  :  ▁Yes  .  </s>
         mask         0    0           0     0   0   0   0    0   0   1    1   1
 
-    A token is learnt if one of its characters is part of an answer or of the `end` that closes it. An answer None, in
-    the last turn only, leaves the prompt open. ValueError if "<image>", which stands for both images, occurs twice.
+    A token is learnt if one of its characters is part of an answer, of the space before it, or of the `end` that
+    closes it. An answer None, in the last turn only, leaves the prompt open. ValueError if "<image>", which stands for
+    both images, occurs twice.
     """
     # 1) join the turns; remember which characters are learnt, by their positions in the text
     text, learnt = "", set()
     for number, (question, answer) in enumerate(turns):
         text += template.start if number == 0 else template.next
+        # an image without a question has no marks, as published (preprocess_plain in libra/train/train.py)
+        if template.drops_question and answer is not None:
+            question = IMAGE_TEXT if IMAGE_TEXT in question else ""
+        else:
+            question = question.replace(IMAGE_TEXT, image_text)
         if answer is None:
             text += question + template.open
             break
-        if template.drops_question:
-            question = IMAGE_TEXT if IMAGE_TEXT in question else ""
+        # An open prompt ends before the space of "ASSISTANT: ". So the model has to write that space where it is a
+        # token of its own, as before a digit: "▁", "3", … Elsewhere it is part of the answer's first token.
         text += question + template.answer
-        begin = len(text)
+        begin = len(text) - len(template.answer) + len(template.answer.rstrip(" "))
         text += answer + template.end
         learnt.update(range(begin, len(text)))
         text += template.after

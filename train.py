@@ -34,7 +34,7 @@ import torch._dynamo
 from PIL import Image
 from torch.distributed.checkpoint import state_dict as states
 
-from data import IGNORED, Batch, ImageCache, ImageFolder, Record, Records, StepLoader, Study, TrainingSet
+from data import IGNORED, Batch, ImageCache, ImageFolder, Record, Records, StepLoader, Study, TrainingSet, check, ignore
 from decoder import Decoder, names_of
 from lora import LoRAConfig, lora_targets
 from model import Libra
@@ -84,6 +84,7 @@ class TrainConfig:
     records: tuple[str, ...] = ()  # training records: JSON lists or JSONL
     validation: tuple[str, ...] = ()  # records to validate with
     image_folder: str = ""  # the folder of the images that the records name
+    strict: bool = False  # refuse a file with odd records, instead of leaving them out
     image_cache: str = ""  # instead of image_folder: what prepare.py cache made of it
     max_length: Size = 2048  # longest record in ids, an image counting as one; longer records are cut
     share_prefix: bool = True  # records with the same images share one prefix
@@ -122,7 +123,8 @@ class TrainConfig:
 
 
 DEFAULTS = asdict(TrainConfig())
-RUNTIME = ("fsdp", "out_dir", "device", "workers", "log_every", "save_every", "keep")  # what a resumed run may change
+# what a resumed run may change
+RUNTIME = ("strict", "fsdp", "out_dir", "device", "workers", "log_every", "save_every", "keep")
 
 
 def check_config(config: TrainConfig):
@@ -190,6 +192,9 @@ def train(config: TrainConfig, resume: bool, world: World):
     weights = list(trainable_parameters(libra).values())
     optimizer = make_optimizer(libra, config)
     training_set = open_training_set(config, config.records, libra)
+    if training_set.alone == len(training_set) and not {"lora", "decoder"} & set(config.train):
+        parts = " and ".join(config.train)
+        raise ValueError(f"none of {len(training_set):,} records shows an image, so {parts} can learn nothing")
     validation_set = None
     if config.validate_every:
         validation_set = open_training_set(config, config.validation, libra)
@@ -228,7 +233,9 @@ def train(config: TrainConfig, resume: bool, world: World):
         for batch in batches:
             with autocast:
                 loss = libra.loss(batch) / max(labels, 1)
-            loss.backward()
+            # a batch without an image does not reach the connector: it counts in the loss and has gradients of 0
+            if loss.requires_grad:
+                loss.backward()
             losses.append(float(loss.detach()))
 
         # 5) sum over ranks and clip; numbers that are not finite must not reach the weights
@@ -318,7 +325,8 @@ def name_records(training_set: TrainingSet, batches: list, losses: list) -> str:
         if math.isfinite(loss):
             continue
         for number in itertools.chain.from_iterable(batch.numbers):
-            names.append(str(training_set.records[number]["id"]))
+            id = training_set.record(number).id
+            names.append(training_set.place(number) if id is None else str(id))
     return ", ".join(names) or "of another process, or none"
 
 
@@ -330,7 +338,8 @@ def describe(config: TrainConfig, loader: StepLoader, learning: int, frozen: int
     print()
     parts, records = "+".join(config.train), loader.training_set
     print(f"{parts} learns: {learning:,} parameters, {frozen:,} are frozen")
-    print(f"{len(records):,} records ({records.duplicates:,} with an earlier one's id) in {len(loader.rows):,} rows")
+    odd = f"{records.duplicates:,} with an earlier one's id, {records.alone:,} without an image"
+    print(f"{len(records):,} records ({odd}) in {len(loader.rows):,} rows")
 
 
 # ------------------------------------------------------------------------------------------ the model and its data
@@ -396,8 +405,7 @@ def new_parts(config: TrainConfig) -> tuple[Path, Path]:
     template = find_template(config.template)
     texts = [template.start + template.open] * 1000
     for records in map(Records, config.records):
-        for number in range(len(records)):
-            texts += [message["value"] for message in records[number]["conversations"]]
+        check(records, Record, visit=lambda record: texts.extend(itertools.chain(*record.turns)), tell=ignore)
     fresh.write_encoder(folder / "encoder", config.new_encoder, seed=config.seed)
     fresh.write_decoder(folder / "decoder", config.new_decoder, texts, seed=config.seed)
     return folder / "decoder", folder / "encoder"
@@ -457,7 +465,7 @@ def export(libra: Libra, config: TrainConfig, folder: Path, world: World):
 
 
 def open_training_set(config: TrainConfig, files: tuple[str, ...], libra: Libra) -> TrainingSet:
-    """Opens and checks record files. Raises ValueError if a record is wrong or lacks its image."""
+    """Opens and checks record files. Raises ValueError if an image is missing or no record is left."""
     if config.image_folder:
         images = ImageFolder(config.image_folder, libra.pixels)
     else:
@@ -469,6 +477,8 @@ def open_training_set(config: TrainConfig, files: tuple[str, ...], libra: Libra)
         template=find_template(libra.template),
         image_positions=libra.image_positions,
         max_length=config.max_length,
+        image_text=libra.image_text,
+        strict=config.strict,
         progress=progress("checking records"),
     )
 
@@ -520,7 +530,7 @@ def write_answers(libra: Libra, config: TrainConfig, dataset: TrainingSet, numbe
     """Answers the first question of the records that start with an image. Returns (references, predictions)."""
     studies, references = [], []
     for number in numbers:
-        record = Record.parse(dataset.records[number])
+        record = dataset.record(number)
         if record.starts_with_image:
             question, answer = record.turns[0]
             if isinstance(dataset.images, ImageFolder):

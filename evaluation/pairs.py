@@ -2,14 +2,13 @@
 
 import json
 import math
-from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from data import Question, Records, image_names
+from data import REFERENCES, Question, Records, image_names, question_id, tell
 from evaluation.metrics import VARIANTS, Groups, Table, statistics
 from plumbing.cli import progress
 from plumbing.files import atomic
@@ -35,15 +34,21 @@ class Pair:
 def read_pairs(references, predictions, chosen: Collection[str] | None = None) -> list[Pair]:
     """Returns the pairs in the order of the question file; chosen: the only ids that are wanted.
 
-    The reference is the first of reference, findings, impression; the prediction is the first of findings, impression,
-    text, as published. ValueError, with counts, if an id is missing, comes twice, or is in the answers alone.
+    The reference is the first of `data.REFERENCES` with a value; the prediction is the first of findings, impression,
+    text, as published. ValueError, with counts, if an id is missing, comes twice, or is in the answers alone. Questions
+    that `eval.py answer` leaves out are left out here, too.
     """
-    questions, answers = read_lines(references), read_lines(predictions)
+    questions, answers = read_lines(references, leaves_out=True), read_lines(predictions)
     if chosen is not None:
         # an answer to a question that is not chosen is no mistake
         ignored = questions.keys() - set(chosen)
         questions = {id: questions[id] for id in chosen}
         answers = {id: answer for id, answer in answers.items() if id not in ignored}
+    # an odd question is not asked
+    unasked = [id for id in questions if id not in answers and is_odd(questions[id])]
+    if unasked:
+        tell(f"{references}: {len(unasked):,} odd questions without an answer are left out; the first: {unasked[0]}")
+        questions = {id: question for id, question in questions.items() if id not in unasked}
     # every question has one answer, every answer a question
     require_none([id for id in questions if id not in answers], f"of {references} are missing in {predictions}")
     require_none([id for id in answers if id not in questions], f"of {predictions} are not in {references}")
@@ -53,7 +58,7 @@ def read_pairs(references, predictions, chosen: Collection[str] | None = None) -
         # an error in a line names its file and its id
         file = references
         try:
-            reference = text_of(question, ("reference", "findings", "impression"))
+            reference = text_of(question, REFERENCES)
             images = tuple(image_names(question))
             file = predictions
             prediction = text_of(answers[id], ("findings", "impression", "text"))
@@ -77,27 +82,48 @@ def text_of(line: dict, fields: tuple[str, ...]) -> str:
     return texts[0]
 
 
-def read_lines(path) -> dict[str, dict]:
-    """{question_id: line} of a question or answer file, a training record as a question. ValueError names the line."""
-    records, lines = Records(path), []
-    for number, line in enumerate(records):
-        # a training record asks its first question
-        if "conversations" in line:
-            try:
+def is_odd(question: dict) -> bool:
+    try:
+        Question.parse(question)
+    except ValueError:
+        return True
+    return False
+
+
+def read_lines(path, leaves_out: bool = False) -> dict[str, dict]:
+    """{question_id: line} of a question or answer file, a training record as a question.
+
+    leaves_out: an odd line, or one whose id was there already, is left out and counted; else ValueError names it.
+    """
+    records, lines, odd, repeated = Records(path), {}, [], []
+    for number in range(len(records)):
+        try:
+            line = records[number]
+            # a training record asks its first question
+            if "conversations" in line:
                 question = Question.parse(line)
-            except ValueError as error:
-                raise ValueError(f"{records.place(number)}: {error}") from None
-            line = {"question_id": question.id, "image": question.images, "text": question.text}
-            line["reference"] = question.reference
-        if not isinstance(line.get("question_id"), str | int):
-            raise ValueError(f"{records.place(number)} has no question_id: give one object with it on each line")
-        lines.append(line)
+                line = {"question_id": question.id, "image": question.images, "text": question.text}
+                line["reference"] = question.reference
+            # ids are compared as text: 7 and "7" are the same
+            id = str(question_id(line))
+        except ValueError as error:
+            place = f"{records.place(number)} "
+            odd.append(place + str(error).removeprefix(place))
+            continue
+        if id in lines:
+            repeated.append(id)
+        lines.setdefault(id, line)
+    if not leaves_out and odd:
+        raise ValueError(odd[0])
     if not lines:
-        raise ValueError(f"{path} is empty: give one JSON object on each line")
-    # ids are compared as text: 7 and "7" are the same
-    counts = Counter(str(line["question_id"]) for line in lines)
-    require_none([id for id, count in counts.items() if count > 1], f"come twice in {path}")
-    return {str(line["question_id"]): line for line in lines}
+        raise ValueError(odd[0] if odd else f"{path} is empty: give one JSON object on each line")
+    if not leaves_out:
+        require_none(list(dict.fromkeys(repeated)), f"come twice in {path}")
+    if odd or repeated:
+        counts = f"{len(odd):,} odd lines and {len(repeated):,} with an earlier one's id"
+        first = odd[0] if odd else f"id {repeated[0]}"
+        tell(f"{path}: {counts} are left out; the first: {first}")
+    return lines
 
 
 def groups_of(pairs: list[Pair]) -> Groups:

@@ -15,18 +15,18 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import EllipsisType
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from plumbing.files import finish_folder, read_json, write_json
+from plumbing.fields import Range, check_value, shorten
+from plumbing.files import check_readable, finish_folder, read_json, write_json
 
 CONFIG_FILES = ("*.json", "tokenizer.model")  # small files, among them the indices of the weights
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that exists counts
+WeightMap = Annotated[dict[str, str], Range(1, 10**7)]  # name of a tensor -> file
 INDEX_FILES = tuple(f"{name}.index.json" for name in WEIGHT_FILES)  # each lists the shards of one of them
 # names that the layouts give to files: a new checkpoint in the same folder replaces or removes them
 LAYOUT_FILE = re.compile(
@@ -54,10 +54,13 @@ class Source(NamedTuple):
         if not self.repository:
             return self.folder
         try:
-            return Path(snapshot_download(self.repository, allow_patterns=list(patterns)))
-        except RepositoryNotFoundError:
-            raise FileNotFoundError(f"no folder {self}, and the hub shows no such repository: check the name") from None
-        except OSError as error:
+            # imported here: a wrong environment variable of the hub is an error of the import
+            import huggingface_hub
+
+            return Path(huggingface_hub.snapshot_download(self.repository, allow_patterns=list(patterns)))
+        except Exception as error:  # the hub's client, httpx and ssl raise errors of their own
+            if type(error).__name__ == "RepositoryNotFoundError":
+                raise FileNotFoundError(f"no folder {self}, and the hub shows no such repository: check it") from None
             reason = str(error).strip().split("\n")[0]
             advice = "connect to the network, or download it elsewhere and give its folder"
             raise OSError(f"{self} is not cached and could not be downloaded ({reason}): {advice}") from None
@@ -65,6 +68,7 @@ class Source(NamedTuple):
 
 def locate(place, relative_to: Path | None = None) -> Source:
     """Finds a checkpoint by its path, first relative to a folder, or by its hub id. Its config files are downloaded."""
+    # unlike Path's, this leaves the ~ of an unknown user in place
     candidates = [Path(os.path.expanduser(place))]
     if relative_to:
         candidates.insert(0, Path(relative_to, place))
@@ -100,11 +104,12 @@ def weight_files(source: Source) -> list[Path]:
         # the index names them, never a pattern: RAD-DINO's repository has three safetensors files, and one is the model
         index, names = source.folder / index_name, [name]
         if index.exists():
-            names = sorted(set(read_json(index)["weight_map"].values()))
+            weight_map = check_value(read_json(index).get("weight_map"), WeightMap, "weight_map", index)
+            names = sorted(set(weight_map.values()))
         for name in names:
             # a damaged or malicious index must not reach other folders
-            if Path(name).name != name:
-                raise ValueError(f"{index} names a file outside its folder ({name}): refused")
+            if not re.fullmatch(r"[\w.-]+\.(safetensors|bin)", name):
+                raise ValueError(f"{index} names {shorten(name)}, which is no file of weights beside it: refused")
 
         # are they complete? Without an index, the older kind of file is next
         source.fetch(names)
@@ -125,7 +130,12 @@ class StoredTensor(NamedTuple):
     file: Path
     name: str
     shape: tuple[int, ...]
+    dtype: str  # as its file names the type
     rows: slice | EllipsisType = ...  # all of them
+
+
+# the types of weights, as safetensors and as torch name them
+FLOATS = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16")
 
 
 def list_tensors(source: Source) -> dict[str, StoredTensor]:
@@ -137,13 +147,32 @@ def list_tensors(source: Source) -> dict[str, StoredTensor]:
 
 
 def file_tensors(file: Path) -> dict[str, StoredTensor]:
-    """Lists all tensors of one .safetensors or .bin file by their names. No data is read."""
+    """Lists all tensors of one .safetensors or .bin file by their names. No data is read.
+
+    ValueError if it is no such file, or if its numbers need more than themselves to become weights (8 bits and fewer).
+    """
+    check_readable(file)
+    tensors = {}
     if file.suffix == ".safetensors":
         with _open_safetensors(file) as opened:
-            shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118 (not a dict)
+            for name in opened.keys():  # noqa: SIM118 (not a dict)
+                entry = opened.get_slice(name)
+                tensors[name] = StoredTensor(file, name, tuple(entry.get_shape()), entry.get_dtype())
     else:
-        shapes = {name: tensor.shape for name, tensor in _open_pickle(file).items()}
-    return {name: StoredTensor(file, name, tuple(shape)) for name, shape in shapes.items()}
+        _check_archive(file)
+        for name, tensor in _open_pickle(file).items():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            # what has no numbers of its own is no weight either
+            if tensor.layout != torch.strided or tensor.device.type != "cpu":
+                dtype = f"{tensor.layout} on {tensor.device}"
+            tensors[name] = StoredTensor(file, name, tuple(tensor.shape), dtype)
+
+    for tensor in tensors.values():
+        # F8_E4M3, float8_e4m3fn, F4, …
+        if re.match(r"f(loat)?[468](_|$)", tensor.dtype, re.IGNORECASE):
+            problem = f"{tensor.name} holds {tensor.dtype} numbers, which are no weights without their scales"
+            raise ValueError(f"{file}: {problem}: use the model's 16-bit version")
+    return tensors
 
 
 def read_tensor(stored: StoredTensor) -> torch.Tensor:
@@ -160,25 +189,52 @@ def _open_safetensors(file: Path):
     try:
         return safe_open(file, framework="pt")
     except SafetensorError as error:
-        raise ValueError(f"{file} is truncated or damaged ({error}): fetch it again") from None
+        raise _damage(file, error) from None
+
+
+def _check_archive(file: Path):
+    # torch maps the numbers of a zip archive as they are in the file: they must not be compressed
+    try:
+        if zipfile.is_zipfile(file):
+            compressed = [entry for entry in zipfile.ZipFile(file).infolist() if entry.compress_type]
+            if compressed:
+                raise ValueError(f"{file} is a compressed archive, not one of torch.save: unpack it, or fetch it again")
+    except zipfile.BadZipFile as error:
+        raise _damage(file, error) from None
 
 
 def _open_pickle(file: Path) -> dict[str, torch.Tensor]:
     try:
         # files from before PyTorch 1.6 are no zip archives and cannot be mapped
         tensors = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
-    except pickle.UnpicklingError:
-        raise ValueError(f"{file} holds more than tensors and could run code on loading: refused") from None
-    except (RuntimeError, EOFError) as error:
-        reason = (str(error) or "it ends early").splitlines()[0]
-        raise ValueError(f"{file} is truncated or damaged ({reason}): fetch it again") from None
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # damage shows in many ways
+        # "Unsupported global" or "class": the file names a function
+        if isinstance(error, pickle.UnpicklingError) and "Unsupported global" in str(error):
+            raise ValueError(f"{file} holds more than tensors and could run code on loading: refused") from None
+        raise _damage(file, (str(error) or "it ends early").splitlines()[0]) from None
 
     # open_clip's trainer puts the tensors one level down
     if isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):
         tensors = tensors["state_dict"]
-    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+    is_weights = isinstance(tensors, dict) and all(isinstance(name, str) for name in tensors)
+    if not is_weights or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
         raise ValueError(f"{file} is not a dictionary of named tensors: give a file of weights")
     return tensors
+
+
+def _damage(file: Path, reason) -> ValueError:
+    """The error for a file of weights that cannot be opened. It says what a failed download left in its place."""
+    with open(file, "rb") as opened:
+        start = opened.read(200).decode("utf-8", errors="replace").strip("\ufeff\ufffd \r\n\t")
+    if start.startswith("version https://git-lfs"):
+        return ValueError(f"{file} is a Git LFS pointer, not the weights: run `git lfs pull`, or fetch it again")
+    is_text = start and all(character.isprintable() or character.isspace() for character in start)
+    if is_text:
+        kind = "a web page" if start.startswith("<") else "text"
+        return ValueError(f"{file} is {kind}, not weights ({shorten(start)}): fetch it again")
+    return ValueError(f"{file} is truncated or damaged ({reason}): fetch it again")
 
 
 # ------------------------------------------------------------------------------------------ names on disk -> ours
@@ -217,7 +273,7 @@ def rename_tensors(
 
         # 2) not fused; or as many rows as in each part: LoRA's matrix A, which all parts share
         counts = [len(parameters.get(part, ())) for part in parts]
-        if not parts or set(counts) == {tensor.shape[0]}:
+        if not parts or set(counts) == set(tensor.shape[:1]) or not tensor.shape:
             renamed |= dict.fromkeys(parts or [name], tensor)
             continue
 
@@ -232,21 +288,27 @@ def rename_tensors(
 
 
 def check_fit(parameters: dict[str, torch.Tensor], tensors: dict[str, StoredTensor], complaint: str):
-    """Checks that `tensors` fill exactly these parameters, by names and shapes. No data is read.
+    """Checks that `tensors` fill exactly these parameters, by names, shapes and kind of number. No data is read.
 
     ValueError: the complaint, counts, and the first five names of each kind of problem.
     """
     # dimensions of 1 do not count, since families differ in them
     sizes = lambda shape: [size for size in shape if size != 1]
-    wrong_shapes = []
+    wrong_shapes, wrong_types = [], []
     for name, parameter in parameters.items():
-        shape = list(parameter.shape)
-        if name in tensors and sizes(tensors[name].shape) != sizes(shape):
-            wrong_shapes.append(f"{name} {list(tensors[name].shape)} instead of {shape}")
+        if name not in tensors:
+            continue
+        stored, shape = tensors[name], list(parameter.shape)
+        if sizes(stored.shape) != sizes(shape):
+            wrong_shapes.append(f"{name} {list(stored.shape)} instead of {shape}")
+        # whole numbers are packed weights, or something else
+        if stored.dtype not in FLOATS:
+            wrong_types.append(f"{name} {stored.dtype}")
     problems = {
         "missing": [name for name in parameters if name not in tensors],
         "unexpected": [name for name in tensors if name not in parameters],
         "wrongly shaped": wrong_shapes,
+        "not floating-point": wrong_types,
     }
 
     counts, examples = [], []
@@ -268,13 +330,25 @@ def load_tensors(
 ):
     """Copies tensors into the parameters of the same names, whatever their type and device. Call `check_fit` first.
 
-    progress(bytes done, bytes in all) is called after each tensor.
+    progress(bytes done, bytes in all) is called after each tensor. ValueError names a tensor with NaN or infinity.
     """
     total, done = sum(parameter.nbytes for parameter in parameters.values()), 0
     for name, parameter in parameters.items():
-        parameter.copy_(read_tensor(tensors[name]).view_as(parameter))
+        stored = tensors[name]
+        parameter.copy_(read_tensor(stored).view_as(parameter))
+        if not _is_finite(parameter):
+            where = f"{stored.file}: {stored.name}"
+            if _is_finite(read_tensor(stored)):
+                raise ValueError(f"{where} exceeds the range of {parameter.dtype}: use --dtype bfloat16 or float32")
+            raise ValueError(f"{where} holds NaN or infinity: fetch it again, or train it again more slowly")
         done += parameter.nbytes
         progress(done, total)
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    # The least and the greatest number show NaN and infinity. On one core that takes 0.05 s per GB of bfloat16 and
+    # 0.1 s of float32, as long as copying a GB out of the page cache; isfinite() takes 1 to 2 s.
+    return not tensor.numel() or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
 
 
 def check_memory(needed: int, device: torch.device, dtype: torch.dtype):

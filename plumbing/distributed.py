@@ -44,14 +44,16 @@ class World:
 
     def all_reduce_gradients(self, parameters: Iterable[nn.Parameter]):
         """Sums the gradients of all ranks. FSDP has summed those of sharded parameters in the backward pass."""
+        parameters = [parameter for parameter in parameters if not is_sharded(parameter)]
+        # a parameter that took no part on this rank counts as 0, also if there is no other rank
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         if self.size == 1:
             return
         # in buckets of some 16 million numbers: a message per tensor would take ten times as long
         buckets = [[]]
-        for parameter in [parameter for parameter in parameters if not is_sharded(parameter)]:
-            # a parameter that took no part on this rank counts as 0
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+        for parameter in parameters:
             if sum(grad.numel() for grad in buckets[-1]) > 2**24:
                 buckets.append([])
             buckets[-1].append(parameter.grad)

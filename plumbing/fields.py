@@ -83,6 +83,8 @@ def _fit(value, hint):
         return next((result for result in results if result is not _MISFIT), _MISFIT)
     if kind in (tuple, list):
         return _fit_sequence(value, kind, arguments)
+    if kind is dict:
+        return _fit_object(value, arguments[1])
 
     # plain types
     kind = kind or hint
@@ -115,6 +117,14 @@ def _fit_sequence(value, kind: type, arguments: tuple):
     return _MISFIT if _MISFIT in parts else kind(parts)
 
 
+def _fit_object(value, hint):
+    """dict[str, X] from an object, whose names are texts."""
+    if not isinstance(value, dict):
+        return _MISFIT
+    parts = {name: _fit(part, hint) for name, part in value.items()}
+    return _MISFIT if _MISFIT in parts.values() else parts
+
+
 NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", dict: "an object"}
 NAMES |= {type(None): "null", list: "a list", tuple: "a list"}
 
@@ -134,6 +144,8 @@ def describe(hint) -> str:
         return f"a list, each {describe(arguments[0])}"
     if kind is tuple:
         return f"a list of {len(arguments)}: {', '.join(map(describe, arguments))}"
+    if kind is dict:
+        return f"an object, each value {describe(arguments[1])}"
     return NAMES.get(kind or hint, str(hint))
 
 

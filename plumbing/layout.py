@@ -17,23 +17,25 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from torch import nn
 
-from decoder import Decoder, decoder_config, family_of, names_of
+from decoder import Decoder, check_family, decoder_config, family_of, names_of
 from encoder import Encoder, EncoderConfig, encoder_config, encoder_tensors
-from lora import LoRAConfig, lora_parameters
+from lora import LoRAConfig, lora_modules, lora_parameters, matches
 from plumbing import checkpoint
 from plumbing.checkpoint import Source, StoredTensor
-from plumbing.files import atomic_folder, check_supported, read_json, write_json
-from plumbing.pixels import open_clip_pixels, pixel_config
+from plumbing.fields import Range, Share, check_fields, check_value, shorten
+from plumbing.files import atomic_folder, check_supported, read_json, read_json_if_present, write_json
+from plumbing.pixels import PixelConfig, open_clip_pixels, pixel_config
 from tac import make_connector
 from tokenizer import IMAGE_END, IMAGE_START, Tokenizer, template_of
 
 CONNECTOR_FILES = ("mm_projector.safetensors", "mm_tac_projector.bin", "mm_projector.bin")
 CONNECTOR_FILE = re.compile(r"mm_\w*projector\w*\.(bin|safetensors)")
+OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 TRAINED_FILES = ("non_lora_trainables.bin",)
 TOKENIZER_FILES = (
@@ -44,6 +46,9 @@ TOKENIZER_FILES = (
 # prefixes of the names of tensors: in PEFT's files, and of an encoder inside a checkpoint
 PEFT_PREFIX = "base_model.model."
 ENCODER_PREFIX = "model.vision_tower.vision_tower."
+
+# the fields of config.json that make a language model a Libra
+OURS = re.compile("mm_.*|use_mm_proj|image_aspect_ratio|unfreeze_mm_vision_tower|use_maira_feature_norm")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -93,13 +98,37 @@ def libra_config(json: dict, source) -> LibraConfig:
     return LibraConfig(**values | {"json": json})
 
 
+# LLaVA's names -> ours for the same layout, and the template of LLaVA where its config has no other
+LLAVA_TYPES = {"llava": "libra", "llava_llama": "libra", "llava_mistral": "libra_mistral"}
+LLAVA_TEMPLATES = {"libra": "v1", "libra_mistral": "llava_med_v1.5_mistral_7b"}
+
+
+def read_config(source: Source) -> dict:
+    """Reads the config.json of a Libra, a LLaVA or a language model; that of a LLaVA becomes a Libra's.
+
+    ValueError where it describes another layout, packed weights or, in a LLaVA, more than one view of an image.
+    """
+    where = source.folder / "config.json"
+    json = read_json(where)
+    check_family(json, where)
+    model_type = LLAVA_TYPES.get(json["model_type"])
+    if not model_type:
+        return json
+    # LLaVA-1.6 cuts an image into tiles, which changes the number and the order of its positions
+    views = dict(image_aspect_ratio=(None, "pad", "square"), mm_patch_merge_type=(None, "flat"), s2=(None, False))
+    check_supported(json, views, where)
+    return {"mm_conversation_template": LLAVA_TEMPLATES[model_type]} | json | {"model_type": model_type}
+
+
 def new_config(source: Source, tower: Source, connector: str, select_layer: int, pad: str) -> dict:
     """Returns the config.json of a new model: the language model's, and what ties it to an encoder and a connector."""
-    json = read_json(source.folder / "config.json")
+    json = read_config(source)
     # refuse an unsupported family here, before its name changes
     decoder_config(json, source.folder)
     family = family_of(json)
     select_layer = "all" if connector == "TAC" else select_layer
+    # of a Libra, only its language model counts: not its encoder, nor how it read that
+    json = {name: value for name, value in json.items() if not OURS.fullmatch(name)}
     return json | dict(
         model_type="libra" if family == "llama" else f"libra_{family}",
         mm_vision_tower=tower.repository or str(tower.folder.resolve()),
@@ -137,7 +166,7 @@ def find_model_files(place, base=None, relative_to: Path | None = None, above: t
         source = checkpoint.locate(place, relative_to)
         is_adapter = (source.folder / "adapter_config.json").exists()
     file = source.folder / "config.json"
-    config = read_json(file) if file.exists() else {}
+    config = read_config(source) if file.exists() else {}
     if is_adapter:
         overlay = checkpoint.find_file(source, TRAINED_FILES)
     elif not overlay and not checkpoint.has_weights(source):
@@ -147,17 +176,21 @@ def find_model_files(place, base=None, relative_to: Path | None = None, above: t
     if not (overlay or is_adapter):
         if base:
             raise ValueError(f"{source} is a whole checkpoint: --base goes with an adapter or a connector")
-        return ModelFiles(source, read_json(file), source)
+        return ModelFiles(source, config or read_config(source), source)
 
     # 3) an adapter or a connector needs the model below
     record = read_json(source.folder / "adapter_config.json") if is_adapter else config
-    below = base or record.get("base_model_name_or_path")
+    below = base or check_value(record.get("base_model_name_or_path"), str | None, "base_model_name_or_path", source)
     if not below:
         raise ValueError(f"{overlay or source} names no base model: give it with --base")
     here = (place if place.is_file() else source.folder).resolve()
     if here in above:
         raise ValueError(f"{overlay or source} names itself as its base: give its base with --base")
     files = find_model_files(below, relative_to=None if base else source.folder, above=(*above, here))
+
+    if not base and is_adapter and record.get("revision") not in (None, "main"):
+        problem = f"{source} is for revision {shorten(record['revision'])} of {below}"
+        raise ValueError(f"{problem}: download that revision, and give its folder with --base")
 
     # 4) put this one on top
     if overlay:
@@ -175,6 +208,8 @@ class EncoderFiles(NamedTuple):
     source: Source
     config: dict
     tensors: dict[str, StoredTensor]  # by their names on disk
+    pixels: dict | None = None  # an open_clip encoder's preprocess_cfg
+    has_place: bool = True  # its folder or repository tells what it is; else the config names two files
 
     @property
     def is_open_clip(self) -> bool:
@@ -186,7 +221,10 @@ def find_encoder_files(config: LibraConfig, source: Source, encoder=None) -> Enc
     # a folder of its own
     if encoder or not config.mm_vision_tower_config:
         tower = checkpoint.locate(encoder) if encoder else checkpoint.locate(config.mm_vision_tower, source.folder)
-        return EncoderFiles(tower, read_json(tower.folder / "config.json"), checkpoint.list_tensors(tower))
+        file, open_clip = tower.folder / "config.json", open_clip_files(tower)
+        if open_clip and "model_type" not in read_json_if_present(file):
+            return _read_open_clip(tower, *open_clip)
+        return EncoderFiles(tower, read_json(file), checkpoint.list_tensors(tower))
 
     # the two files of an open_clip encoder, at the paths in the config or beside it
     files = []
@@ -195,7 +233,62 @@ def find_encoder_files(config: LibraConfig, source: Source, encoder=None) -> Enc
         if file is None:
             raise FileNotFoundError(f"{source} lacks the encoder's file {name}, also beside its config.json: fetch it")
         files.append(file)
-    return EncoderFiles(Source(files[0].parent), read_json(files[0]), checkpoint.file_tensors(files[1]))
+    return _read_open_clip(Source(files[0].parent), *files)._replace(has_place=False)
+
+
+def open_clip_files(tower: Source) -> tuple[Path, Path] | None:
+    """Finds the config and the weights of an open_clip encoder: open_clip_config.json, or NAME.json of a trainer.
+
+    None if there is no such pair; FileNotFoundError if only the weights are missing.
+    """
+    file = tower.folder / "open_clip_config.json"
+    if file.exists():
+        weights = checkpoint.find_file(tower, OPEN_CLIP_WEIGHTS)
+        if not weights:
+            raise FileNotFoundError(f"{tower} lacks {' or '.join(OPEN_CLIP_WEIGHTS)}: fetch it again")
+        return file, weights
+
+    if not (tower.folder / "config.json").exists():
+        tower.fetch(["*_checkpoint.pt"])
+    for weights in sorted(tower.folder.glob("*_checkpoint.pt")):
+        file = weights.with_name(weights.name.replace("_checkpoint.pt", ".json"))
+        if file.exists():
+            return file, weights
+    return None
+
+
+def _read_open_clip(source: Source, file: Path, weights: Path) -> EncoderFiles:
+    json = read_json(file)
+    model, pixels = json.get("model_cfg", json), json.get("preprocess_cfg", {})
+    check_value(pixels, dict, "preprocess_cfg", file)
+    model = check_value(model, dict, "model_cfg", file)
+    vision = check_value(model.get("vision_cfg"), dict, "vision_cfg", file)
+    # 64 channels to a head, which the file does not say, is true of these alone
+    name = vision.get("timm_model_name")
+    if not re.match(r"vit_(tiny|small|base|large)_patch\d+", str(name)):
+        raise ValueError(f"{file}: timm_model_name {shorten(name)} is no ViT of the sizes tiny to large")
+    # the size, or open_clip's default
+    size = pixels.get("size") or 224
+    vision = {"image_size": size[0] if isinstance(size, list) else size} | vision
+    # a trainer saves its model as a module of a larger one, and encoder.py knows the longer names
+    tensors = {}
+    for name, tensor in checkpoint.file_tensors(weights).items():
+        tensors[f"module.{name.removeprefix('module.')}"] = tensor
+    return EncoderFiles(source, model | {"vision_cfg": vision}, tensors, pixels)
+
+
+def _open_clip_pixels(tower: EncoderFiles, size: int, pad: str) -> PixelConfig:
+    """open_clip's preprocessing with the mean and deviation of preprocess_cfg, if there are any."""
+    where = f"{tower.source}'s preprocess_cfg"
+    supported = dict(size=(size, [size, size]), mode=("RGB",), interpolation=("bicubic",), resize_mode=("shortest",))
+    settings = tower.pixels or {}
+    check_supported(settings, supported, where)
+    pixels = open_clip_pixels(size, pad)
+    colours = {}
+    for name, default in (("mean", pixels.mean), ("std", pixels.std)):
+        channel = Annotated[float, Range(1e-6, 1)] if name == "std" else Share
+        colours[name] = check_value(settings.get(name, default), tuple[channel, channel, channel], name, where)
+    return replace(pixels, **colours)
 
 
 def find_device(name: str) -> torch.device:
@@ -210,7 +303,7 @@ def find_device(name: str) -> torch.device:
 
 def find_dtype(name: str, device: torch.device, config: dict) -> torch.dtype:
     """auto (float32 on the CPU, else the checkpoint's 16-bit type), stored (the checkpoint's) or a name -> a type."""
-    recorded = config.get("torch_dtype") or config.get("dtype") or "float32"
+    recorded = str(config.get("torch_dtype") or config.get("dtype") or "float32")
     if name == "stored":
         name = recorded
     elif name == "auto" and device.type == "cpu":
@@ -289,8 +382,9 @@ def read_model(
         added = dict(mm_hidden_size=encoder_settings.hidden_size, mm_conversation_template=template)
         config = libra_config(config.json | added | changes, folder)
     _add_image_tokens(tokenizer, config, decoder_settings.vocab_size, folder)
-    pixels = open_clip_pixels(encoder_settings.image_size, config.pad)
-    if not tower.is_open_clip:
+    if tower.is_open_clip:
+        pixels = _open_clip_pixels(tower, encoder_settings.image_size, config.pad)
+    else:
         pixels = pixel_config(read_json(tower.source.folder / "preprocessor_config.json"), tower.source, config.pad)
     return dict(
         **modules, config=config, tokenizer=tokenizer, pixels=pixels,
@@ -317,7 +411,13 @@ def _tensors_by_part(files: ModelFiles) -> dict[str, dict[str, StoredTensor]]:
     # files on top replace the tensors below
     add(checkpoint.list_tensors(files.weights))
     for file in files.overlays:
-        add(checkpoint.file_tensors(file))
+        stored = checkpoint.file_tensors(file)
+        # a connector's file replaces the whole connector below; an adapter's replaces what it holds, if anything
+        if file.name not in TRAINED_FILES:
+            tensors["connector"].clear()
+            if not any("mm_projector." in name for name in stored):
+                raise ValueError(f"{file} holds no tensor of a connector (mm_projector.…): fetch it again")
+        add(stored)
     # published checkpoints may have their connector in a file beside the weights
     beside = None if tensors["connector"] else checkpoint.find_file(files.weights, CONNECTOR_FILES)
     if beside:
@@ -360,46 +460,88 @@ def _eos_token_ids(folder: Path, config: dict) -> list[int]:
     for name, neutral in NEUTRAL.items():
         if generation.get(name) not in (None, neutral):
             warnings.warn(f"{file}: {name} {generation[name]!r} is not applied", stacklevel=2)
-    for settings in (generation, config):
-        eos = settings.get("eos_token_id")
+    token_id = Annotated[int, Range(0, 2**31)]
+    for settings, where in ((generation, file), (config, f"{folder}/config.json")):
+        ids = token_id | tuple[token_id, ...] | None
+        eos = check_value(settings.get("eos_token_id"), ids, "eos_token_id", where)
         if eos is not None:
-            return eos if isinstance(eos, list) else [eos]
+            return [eos] if isinstance(eos, int) else list(eos)
     return []
 
 
-LORA_SUPPORTED = dict(  # fields of adapter_config.json that change the result -> the only value we compute with
-    peft_type="LORA", bias="none", use_dora=False, fan_in_fan_out=False, lora_bias=False, rank_pattern={},
-    alpha_pattern={}, modules_to_save=None, layers_to_transform=None, layer_replication=None, use_qalora=False,
+# Every field of PEFT's LoraConfig is in LoRAConfig (computed) or in one of these three. A field in none of them, which
+# a later PEFT may have, is refused like the second kind: unless it is null, false or empty.
+ADAPTER_VALUES = {  # the values that we compute with
+    "peft_type": Literal["LORA"],
+    "bias": Literal["none"],
+    # These set the first values of A and B, which the file replaces. The others (pissa, olora, corda, loftq, lora_ga)
+    # change the base's weights as well: `update_layer` in peft/tuners/lora/layer.py.
+    "init_lora_weights": bool | Literal["gaussian", "eva", "orthogonal", "mica"] | None,
+}
+ADAPTER_REFUSED = (
+    "modules_to_save", "trainable_token_indices", "target_parameters", "use_dora", "lora_bias", "layer_replication",
+    "megatron_config", "alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "monteclora_config",
+    "kasa_config", "velora_config",
 )  # fmt: skip
+ADAPTER_NEUTRAL = (
+    # descriptions
+    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    # of the initial values, of other hardware; of embeddings, beside which no LoRA is supported
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config",
+    "qalora_group_size", "megatron_core", "ensure_weight_tying",
+    # PEFT sets it to false beside a torch.nn.Linear; merge_weights was a field of its first versions
+    "fan_in_fan_out", "merge_weights",
+)  # fmt: skip
+
+
+def adapter_config(json: dict, where) -> LoRAConfig:
+    """Reads a parsed adapter_config.json, with PEFT's defaults. ValueError names a field that is not supported."""
+    advice = "merge the adapter into its base with PEFT (merge_and_unload), and use the merged model"
+    for name, hint in ADAPTER_VALUES.items():
+        try:
+            check_value(json.get(name), hint | None, name, where)
+        except ValueError as error:
+            raise ValueError(f"{error}: {advice}") from None
+    known = {*ADAPTER_VALUES, *ADAPTER_NEUTRAL, *(field.name for field in fields(LoRAConfig))}
+    for name, value in json.items():
+        if value and name not in known:
+            problem = "is not supported" if name in ADAPTER_REFUSED else "is a field that this program does not know"
+            raise ValueError(f"{where}: {name} {shorten(value)} {problem}: {advice}")
+    # a field that is null has its default
+    return LoRAConfig(**check_fields({k: v for k, v in json.items() if v is not None}, LoRAConfig, where))
 
 
 def load_adapter(libra, source: Source):
     """Puts an adapter in PEFT's layout beside the layers of a model, unmerged. ValueError names what is unsupported."""
     # 1) its config
     where = source.folder / "adapter_config.json"
-    json = read_json(where)
-    for name, value in LORA_SUPPORTED.items():
-        if json.get(name) and json[name] != value:
-            raise ValueError(f"{where}: {name} {json[name]!r} is not supported, only {value!r}")
+    config = adapter_config(read_json(where), where)
 
     # 2) its tensors, whose names have a longer form in a trainer's files:
     #    base_model.model.model.layers.0.mlp.up_proj.lora_A.default.weight -> layers.0.mlp.up_proj.lora_A.weight
     file = checkpoint.find_file(source, ADAPTER_FILES)
     if file is None:
         raise FileNotFoundError(f"{source} holds no adapter ({' or '.join(ADAPTER_FILES)}): fetch it again")
-    our_name = lambda name: name.removeprefix(f"{PEFT_PREFIX}model.").replace(".default.weight", ".weight")
-    stored = {our_name(name): tensor for name, tensor in checkpoint.file_tensors(file).items()}
+    stored = {}
+    for name, tensor in checkpoint.file_tensors(file).items():
+        our_name = name.removeprefix(f"{PEFT_PREFIX}model.").replace(".default.weight", ".weight")
+        if not re.fullmatch(r"layers\.\d+\..+\.lora_[AB]\.weight", our_name):
+            raise ValueError(f"{file}: {name} is no LoRA matrix of a decoder layer, which is not supported")
+        stored[our_name] = tensor
 
-    # 3) put it into the model, with PEFT's defaults where the config is silent
-    targets = json.get("target_modules")
-    if not isinstance(targets, list):
-        # PEFT takes a pattern as well: see which modules have tensors
-        targets = {name.split(".lora_")[0].split(".")[-1] for name in stored}
-    dropout, rslora = json.get("lora_dropout") or 0.0, bool(json.get("use_rslora"))
-    rank, alpha = json.get("r", 8), json.get("lora_alpha", 8)
-    libra.add_lora(LoRAConfig(rank, alpha, tuple(sorted(targets)), lora_dropout=dropout, use_rslora=rslora))
+    # 3) put it into the model. PEFT ignores a name in a list of targets that matches nothing
+    names, targets = names_of(libra.config.json), config.target_modules
+    if targets is None:
+        targets = tuple(sorted({f"model.{name.split('.lora_')[0]}" for name in stored}))
+    elif not isinstance(targets, str):
+        modules = lora_modules(libra.decoder, names)
+        targets = tuple(target for target in sorted(targets) if any(matches((target,), name) for name in modules))
+    try:
+        libra.add_lora(replace(config, target_modules=targets))
+    except re.error as error:
+        raise ValueError(f"{where}: {error.pattern!r} is no regular expression ({error})") from None
     parameters = lora_parameters(libra.decoder)
-    tensors = checkpoint.rename_tensors(stored, names_of(libra.config.json), libra.decoder)
+    tensors = checkpoint.rename_tensors(stored, names, libra.decoder)
     checkpoint.check_fit(parameters, tensors, f"the adapter in {source} does not fit its base {libra.base}")
     checkpoint.load_tensors(parameters, tensors)
 
@@ -409,8 +551,6 @@ def load_adapter(libra, source: Source):
 
 def write_model(libra, folder, dtype: torch.dtype | None, shard_size: int, with_encoder: bool):
     """Writes a whole checkpoint with LoRA merged; see `Libra.save_pretrained`."""
-    if with_encoder and libra.encoder_files.is_open_clip:
-        raise ValueError("an open_clip encoder is two files of its own: it is named, not copied")
     config = _config_for(libra, folder)
     config["torch_dtype"] = str(dtype or libra.dtype).removeprefix("torch.")
     named = itertools.chain(_decoder_tensors(libra), _connector_tensors(libra), _trained_encoder_tensors(libra))
@@ -427,6 +567,8 @@ def write_model(libra, folder, dtype: torch.dtype | None, shard_size: int, with_
 
 def write_encoder(libra, folder):
     """Writes the image encoder as a stock one."""
+    if libra.encoder_files.is_open_clip:
+        raise ValueError("an open_clip encoder has a layout of its own: it is named, not copied")
     with atomic_folder(folder, checkpoint.LAYOUT_FILE) as partial:
         _copy_files(libra.encoder_files.source.folder, ("config.json", "preprocessor_config.json"), partial)
         checkpoint.write_tensors(partial, _encoder_tensors(libra))
@@ -434,9 +576,7 @@ def write_encoder(libra, folder):
 
 def write_language_model(libra, folder):
     """Writes the decoder and the tokenizer as a stock language model."""
-    # drop the fields that make it a Libra
-    ours = re.compile("mm_.*|use_mm_proj|image_aspect_ratio|unfreeze_mm_vision_tower")
-    config = {name: value for name, value in libra.config.json.items() if not ours.fullmatch(name)}
+    config = {name: value for name, value in libra.config.json.items() if not OURS.fullmatch(name)}
     config["model_type"] = family_of(config)
     with atomic_folder(folder, checkpoint.LAYOUT_FILE) as partial:
         write_json(partial / "config.json", config)
@@ -456,10 +596,9 @@ def write_connector(libra, folder):
 
 def write_adapter(libra, folder):
     """Writes LoRA in PEFT's layout, and non_lora_trainables.bin with the connector and a trained encoder."""
-    # PEFT's fields: those with one supported value, ours, and the model below
-    record = LORA_SUPPORTED | asdict(libra.lora) | dict(task_type="CAUSAL_LM", inference_mode=True)
+    # PEFT's fields: ours, what kind of adapter it is, and the model below
+    record = asdict(libra.lora) | dict(peft_type="LORA", bias="none", task_type="CAUSAL_LM", inference_mode=True)
     record["base_model_name_or_path"] = _place_for(libra.base, folder)
-    record["target_modules"] = list(libra.lora.target_modules)
 
     # what else was trained, with the prefix that PEFT puts before every name
     named = itertools.chain(_connector_tensors(libra), _trained_encoder_tensors(libra))
@@ -476,11 +615,15 @@ def _config_for(libra, folder) -> dict:
     config = dict(libra.config.json)
     config.pop("base_model_name_or_path", None)
     tower = _place_for(libra.encoder_files.source, folder)
-    if libra.encoder_files.is_open_clip:
-        for name in ("mm_vision_tower_config", "mm_vision_tower_checkpoint"):
-            config[name] = f"{tower}/{Path(config[name]).name}"
-    else:
+    files = ("mm_vision_tower_config", "mm_vision_tower_checkpoint")
+    if libra.encoder_files.has_place:
         config["mm_vision_tower"] = tower
+        # what these files told of the template must not be lost with them
+        names = [config.pop(name, None) for name in files]
+        if any(names):
+            config.setdefault("mm_conversation_template", libra.template)
+    else:
+        config |= {name: f"{tower}/{Path(config[name]).name}" for name in files}
     return config
 
 
@@ -544,7 +687,7 @@ def _lora_tensors(libra) -> dict[str, torch.Tensor]:
         module, matrix = name.split(".lora_")
         block, projection = module.rsplit(".", 1)
         for on_disk, projections in fused.items():
-            if projection in projections and on_disk in libra.lora.target_modules:
+            if projection in projections:
                 projection = on_disk
         published = f"{PEFT_PREFIX}model.{block}.{projection}.lora_{matrix}"
         parts.setdefault(published, []).append(parameter)

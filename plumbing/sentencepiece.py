@@ -1,23 +1,41 @@
 """A SentencePiece `tokenizer.model` -> a BPE of the `tokenizers` library that gives the same ids."""
 
+import math
+import re
 import struct
 from collections import namedtuple
+from dataclasses import dataclass
 from io import BytesIO
 
 import tokenizers
 from tokenizers import AddedToken, models, normalizers, processors
 
-from plumbing.files import read_json_if_present
+from plumbing.fields import check_fields, check_value
+from plumbing.files import check_readable, read_json_if_present
 
 # These kinds and the numbers of fields are those of sentencepiece_model.proto in github.com/google/sentencepiece.
 KINDS = NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
 Piece = namedtuple("Piece", ["text", "score", "kind"])
 
 
+@dataclass
+class TokenFields:
+    """What added_tokens_decoder, or a special token of tokenizer_config.json, says about a token."""
+
+    content: str
+    single_word: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+
+
 def convert_sentencepiece(folder, config, names, legacy):
     """Converts tokenizer.model. Returns (a `tokenizers` BPE that gives the same ids, the pieces by id)."""
-    pieces, byte_fallback = _parse_sentencepiece(folder / "tokenizer.model")
+    file, config_file = folder / "tokenizer.model", folder / "tokenizer_config.json"
+    check_readable(file)
+    pieces, byte_fallback = _parse_sentencepiece(file)
     vocab = {piece.text: id for id, piece in enumerate(pieces)}
+    if names["unk"] not in vocab:
+        raise ValueError(f"{config_file}: unk_token {names['unk']!r} is no piece of {file.name}")
 
     # 1) SentencePiece merges whichever two neighbours form the piece with the best score. BPE wants the pairs listed:
     # every split of a piece into two pieces, best score first.
@@ -37,8 +55,14 @@ def convert_sentencepiece(folder, config, names, legacy):
     backend.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
 
     # 3) added tokens: of the config, else of the older added_tokens.json, else the special pieces
-    added = {int(id): token for id, token in config.get("added_tokens_decoder", {}).items()}
-    for text, id in read_json_if_present(folder / "added_tokens.json").items():
+    added = {}
+    for id, token in config.get("added_tokens_decoder", {}).items():
+        if not id.isdecimal() or "content" not in token:
+            raise ValueError(f"{config_file}: added_tokens_decoder has {id!r} without an id or a content")
+        added[int(id)] = check_fields(token, TokenFields, config_file)
+    older_file = folder / "added_tokens.json"
+    older = check_value(read_json_if_present(older_file), dict[str, int], "the whole", older_file)
+    for text, id in older.items():
         added.setdefault(id, {"content": text})
     for text in vocab.keys() & names.values():
         added.setdefault(vocab[text], {"content": text})
@@ -55,6 +79,8 @@ def convert_sentencepiece(folder, config, names, legacy):
     if config.get("add_bos_token", True):
         bos = names["bos"]
         special = [(bos, backend.token_to_id(bos))]
+        if special[0][1] is None:
+            raise ValueError(f"{config_file}: bos_token {bos!r} is no token")
         backend.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=special)
     return backend, pieces
 
@@ -78,6 +104,8 @@ def _parse_sentencepiece(file):
         raise ValueError(f"{file} is truncated or not a SentencePiece model ({error!r}): fetch it again") from None
 
     # a model that needs more than the conversion can do would give wrong ids
+    texts = {piece.text for piece in pieces}
+    is_byte = lambda piece: bool(re.fullmatch("<0x[0-9A-F]{2}>", piece.text))
     needs = {
         "a model type other than BPE": trainer.get(3) != 2,
         "a normalisation table": normalizer.get(2),
@@ -85,6 +113,9 @@ def _parse_sentencepiece(file):
         "removal of extra whitespace": normalizer.get(4, True),
         "user-defined pieces": any(piece.kind not in KINDS for piece in pieces),
         "no pieces": not pieces,
+        "a piece twice": len(texts) < len(pieces),
+        "scores that are no numbers": not all(math.isfinite(piece.score) for piece in pieces),
+        "bytes under other names": not all(is_byte(piece) for piece in pieces if piece.kind == BYTE),
     }
     unsupported = " and ".join(need for need, is_needed in needs.items() if is_needed)
     if unsupported:
@@ -113,6 +144,9 @@ def _protobuf_fields(data):
 def _read_varint(stream):
     value, shift, byte = 0, 0, 128
     while byte >= 128:
+        # 64 bits take ten bytes
+        if shift > 63:
+            raise ValueError("a number is too long")
         (byte,) = stream.read(1)  # ValueError at the end of the data
         value |= (byte & 127) << shift
         shift += 7

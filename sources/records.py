@@ -11,6 +11,7 @@ import re
 import sys
 import zlib
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -117,15 +118,25 @@ def writer(outputs: list[Path]):
 
 
 def kind_of(records: Records) -> type[Record] | type[Question]:
-    return Question if "question_id" in records[0] else Record
+    """What a file holds, by its first record that tells."""
+    for number in range(len(records)):
+        try:
+            record = records[number]
+        except ValueError:
+            continue
+        if "question_id" in record:
+            return Question
+        if "conversations" in record or "text" in record:
+            return Record if "conversations" in record else Question
+    return Record
 
 
-def summary(records: Records) -> dict[str, object]:
-    """{column: cell} of a file without errors. MIMIC-CXR's folders name patients and studies."""
+def summary(records: Records, numbers: Sequence[int]) -> dict[str, object]:
+    """{column: cell} of some records of a file, which are not odd. MIMIC-CXR's folders name patients and studies."""
     kind = kind_of(records)
     patients, studies, pairs, words = set(), set(), set(), []
     questions, with_prior = 0, 0
-    for record in map(kind.parse, records):
+    for record in map(kind.parse, map(records.__getitem__, numbers)):
         # files/p10/p10000032/s50414267/…
         folders = re.match(r"files/(p\d+/p\d+)/s\d+/", "".join(record.images[:1]))
         if folders:
@@ -142,8 +153,8 @@ def summary(records: Records) -> dict[str, object]:
         "file": records.path.name,
         "patients": len(patients) or "-",
         "studies": len(studies) or "-",
-        "records": len(records),
-        "with prior": f"{with_prior:,} ({with_prior / len(records):.0%})",
+        "records": len(numbers),
+        "with prior": f"{with_prior:,} ({with_prior / len(numbers):.0%})",
         "questions per image pair": f"{questions / len(pairs):.1f}",
         "words per answer": f"{sum(words) / len(words):.1f}" if words else "-",
     }

@@ -1,5 +1,6 @@
 """The oracles: golden logits, and `transformers` and `peft`, which read what we write and write what we read."""
 
+import dataclasses
 import json
 import os
 import resource
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from lora import LoRAConfig, LoRALinear, lora_parameters
 from model import Libra
 from plumbing import checkpoint
-from plumbing.layout import CONNECTOR_FILES
+from plumbing.layout import ADAPTER_NEUTRAL, ADAPTER_REFUSED, ADAPTER_VALUES, CONNECTOR_FILES
 from sample import generate, prefill
 
 ADAPTERS, SEVEN, ENCODER = GOLDEN / "adapters", GOLDEN / "libra-7b" / "model", GOLDEN / "libra-7b" / "encoder-dinov2"
@@ -163,12 +164,43 @@ def test_an_adapter_reads_back_and_loads_in_peft(tmp_path, name):
     same_logits(libra, peft.PeftModel.from_pretrained(seven_in_transformers(), tmp_path / "adapter"))
 
 
-def test_an_adapter_written_by_peft_is_read(tmp_path):
-    settings = dict(r=3, lora_alpha=5, target_modules=["q_proj", "up_proj"], use_rslora=True)
-    theirs = peft.get_peft_model(seven_in_transformers(), peft.LoraConfig(**settings, task_type="CAUSAL_LM"))
+TARGETS = ["q_proj", "up_proj"]
+WRITTEN_BY_PEFT = {  # fields of peft.LoraConfig, beside r 3 and lora_alpha 5
+    "plain names": dict(target_modules=TARGETS, use_rslora=True),
+    "dotted names": dict(target_modules=["self_attn.q_proj", "1.mlp.up_proj"]),
+    "whole names": dict(target_modules=["model.layers.0.self_attn.v_proj", "model.layers.2.mlp.down_proj"]),
+    "a name that no module has": dict(target_modules=["q_proj", "query_key_value"]),
+    "a regular expression": dict(target_modules=r".*layers\.[02]\.(self_attn\.[qk]|mlp\.up)_proj"),
+    "all linear layers": dict(target_modules="all-linear"),
+    "all but some": dict(target_modules=TARGETS, exclude_modules=["0.self_attn.q_proj", "layers.1.mlp.up_proj"]),
+    "all but a pattern": dict(target_modules=TARGETS, exclude_modules=r".*\.[12]\.mlp\..*"),
+    "one layer": dict(target_modules=TARGETS, layers_to_transform=0),
+    "some layers": dict(target_modules=[*TARGETS, "model.layers.1.mlp.gate_proj"], layers_to_transform=[0, 2]),
+    "some layers of a list": dict(target_modules=TARGETS, layers_to_transform=[1], layers_pattern=["h", "layers"]),
+    "ranks": dict(target_modules=TARGETS, rank_pattern={"q_proj": 2, r"layers\.[12]\.mlp\.up_proj": 1}),
+    "factors": dict(target_modules=TARGETS, alpha_pattern={"1.mlp.up_proj": 11, "up_proj": 2.5, "q": 9}),
+    "both, rank-stabilised": dict(
+        target_modules=TARGETS, rank_pattern={"up_proj": 2}, alpha_pattern={"^model.layers.0.+": 7}, use_rslora=True
+    ),
+    "weights of another kind": dict(target_modules=TARGETS, fan_in_fan_out=True),
+    **{f"{init} at first": dict(target_modules=TARGETS, init_lora_weights=init, r=4) for init in
+       (False, "gaussian", "orthogonal", "mica")},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRITTEN_BY_PEFT)
+def test_an_adapter_written_by_peft_is_read_merged_and_written_again(tmp_path, name):
+    fields = dict(r=3, lora_alpha=5, task_type="CAUSAL_LM") | WRITTEN_BY_PEFT[name]
+    theirs = peft.get_peft_model(seven_in_transformers(), peft.LoraConfig(**fields))
     randomise_lora(theirs.named_parameters())
-    theirs.save_pretrained(tmp_path)
-    same_logits(read_again(tmp_path, base=SEVEN), theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    libra = read_again(tmp_path / "theirs", base=SEVEN, merge=False)
+    same_logits(libra, theirs)
+    same_logits(read_again(tmp_path / "theirs", base=SEVEN), theirs)
+    libra.save_adapter(tmp_path / "ours")
+    same_logits(libra, peft.PeftModel.from_pretrained(seven_in_transformers(), tmp_path / "ours"))
+    libra.save_pretrained(tmp_path / "merged")
+    same_logits(read_again(tmp_path / "merged"), theirs)
 
 
 @pytest.fixture
@@ -308,8 +340,15 @@ def refused(culprit, source, **options):
     ("fields", "culprit"),
     [
         (dict(peft_type="IA3"), "peft_type"), (dict(use_dora=True), "use_dora"), (dict(bias="all"), "bias"),
-        (dict(rank_pattern={"q_proj": 2}), "rank_pattern"), (dict(r=8), "lora_A"),
-        (dict(target_modules=["q_proj", "k_proj"]), "up_proj"),
+        (dict(init_lora_weights="pissa_niter_4"), "init_lora_weights"), (dict(init_lora_weights="olora"), "olora"),
+        (dict(modules_to_save=["lm_head"]), "modules_to_save"), (dict(alora_invocation_tokens=[5]), "alora_invoc"),
+        (dict(next_years_field="on"), "next_years_field"),
+        (dict(rank_pattern={"q_proj": 2}), "q_proj.lora_A"), (dict(r=8), "lora_A"),
+        (dict(lora_alpha=float("nan")), "lora_alpha is nan"), (dict(lora_alpha="8"), "lora_alpha is '8'"),
+        (dict(r=0), "r is 0"), (dict(alpha_pattern={"q_proj": None}), "alpha_pattern"),
+        (dict(target_modules=["q_proj", "k_proj"]), "up_proj"), (dict(target_modules="q_proj("), "'q_proj('"),
+        (dict(target_modules=["lm_head"]), "match no module"), (dict(target_modules=7), "target_modules is 7"),
+        (dict(layers_to_transform=[0]), "layers.1"),
         (dict(base_model_name_or_path=None), "--base"), (dict(base_model_name_or_path="../nowhere"), "../nowhere"),
         (dict(base_model_name_or_path="."), "itself"),
     ],
@@ -317,6 +356,21 @@ def refused(culprit, source, **options):
 def test_an_unsupported_adapter_is_refused_by_name(copy, fields, culprit):
     change(copy / "lora" / "adapter_config.json", **fields)
     refused(culprit, copy / "lora")
+
+
+def test_every_field_of_peft_s_config_is_computed_neutral_or_refused():
+    """The oracle is the installed peft; a field of its next version must be looked at here."""
+    computed = {field.name for field in dataclasses.fields(LoRAConfig)}
+    listed = [*computed, *ADAPTER_VALUES, *ADAPTER_REFUSED, *ADAPTER_NEUTRAL]
+    assert len(listed) == len(set(listed))
+    assert {field.name for field in dataclasses.fields(peft.LoraConfig)} <= set(listed)
+
+
+def test_tensors_beside_other_modules_are_refused_by_name(copy):
+    file = copy / "lora" / "adapter_model.safetensors"
+    name = "base_model.model.lm_head.lora_A.weight"
+    save_file(load_file(file) | {name: torch.zeros(4, 64)}, file)
+    refused(name, copy / "lora")
 
 
 def test_an_adapter_for_another_base_is_refused(copy):

@@ -4,7 +4,7 @@ import gzip
 import json
 
 import pytest
-from conftest import Hospital, read, read_lines, run_prepare
+from conftest import Hospital, one_line, read, read_lines, run_prepare, training_record, write_lines
 
 
 def test_the_drawn_hospital_is_prepared_from_end_to_end(tmp_path, capsys):
@@ -58,6 +58,17 @@ def test_check_lists_what_is_wrong_in_one_line(tmp_path, capsys, text, culprits)
     assert run_prepare("check", tmp_path / "mine.jsonl", "--image-folder", tmp_path) == 2
     error = capsys.readouterr().err
     assert all(culprit in error for culprit in culprits) and error.count("\n") == 1
+
+
+def test_odd_records_cost_no_more_than_themselves_unless_strict(tmp_path, capsys):
+    records = [training_record(answer=""), training_record(), training_record("Why?")]
+    file = write_lines(tmp_path / "mine.jsonl", records)
+    assert run_prepare("check", file) == 0
+    printed = capsys.readouterr()
+    assert "1 of 3 records are left out, 1 × an answer is empty; the first: line 1" in printed.err
+    assert "1 records are odd; 1 have the id" in printed.out
+    assert run_prepare("check", file, "--strict") == 2
+    assert "1 in all: line 1: an answer is empty" in one_line(capsys)
 
 
 METADATA, SPLIT = "mimic-cxr-2.0.0-metadata.csv.gz", "mimic-cxr-2.0.0-split.csv.gz"

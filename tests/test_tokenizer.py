@@ -8,12 +8,12 @@ import shutil
 
 import pytest
 import sentencepiece
-from conftest import GOLDEN, read
+from conftest import FAMILIES, GOLDEN, read
 from safetensors.torch import load_file
 from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 from transformers import PreTrainedTokenizerFast
 
-from tokenizer import IMAGE, Tokenizer, find_template, render, template_of
+from tokenizer import IMAGE, TEMPLATES, Tokenizer, find_template, render, template_of
 
 SEVEN, THREE = GOLDEN / "libra-7b" / "model", GOLDEN / "libra-3b" / "model"
 ADDED = json.loads((SEVEN / "added_tokens.json").read_text())
@@ -195,6 +195,8 @@ NOT_SENTENCEPIECE = [b"no model\n", b"\x0a\x02\x08\x01", b"\x08\x01" * 9, b"\x0a
 BROKEN = [("tokenizer.model", data) for data in NOT_SENTENCEPIECE]
 BROKEN += [(name, data) for name in ("tokenizer.json", "tokenizer_config.json") for data in (b"{", b"", b"weights")]
 BROKEN += [("added_tokens.json", b'{"[NEW]": 5}'), ("added_tokens.json", b"[]")]  # id 5 is taken
+BROKEN += [("added_tokens.json", b'{"[NEW]": "700"}'), ("added_tokens.json", b'{"[NEW]": null}')]
+BROKEN += [("tokenizer.model", b"\x0a" + b"\xff" * 10**6)]  # a length that never ends
 
 
 @pytest.mark.parametrize(("file", "data"), BROKEN)
@@ -202,6 +204,33 @@ def test_a_broken_file_is_refused(tmp_path, file, data):
     copy_of(THREE if file == "tokenizer.json" else SEVEN, tmp_path, added_tokens_decoder={})
     (tmp_path / file).write_bytes(data)
     with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+        Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        (dict(bos_token=3), "bos_token"), (dict(bos_token={"text": "<s>"}), "special token"),
+        (dict(unk_token="<no>"), "unk_token"), (dict(bos_token="<no>"), "bos_token"),
+        (dict(additional_special_tokens={"a": 1}), "additional_special_tokens"), (dict(legacy="no"), "legacy"),
+        (dict(additional_special_tokens=[1]), "additional_special_tokens"), (dict(add_bos_token=1), "add_bos_token"),
+        (dict(added_tokens_decoder=[]), "added_tokens_decoder"), (dict(added_tokens_decoder={"x": {}}), "'x'"),
+        (dict(added_tokens_decoder={"700": {"content": 5}}), "content"),
+        (dict(added_tokens_decoder={"700": {"content": "<a>", "lstrip": "yes"}}), "lstrip"),
+    ],
+)  # fmt: skip
+def test_a_field_of_another_type_is_refused_by_name(tmp_path, changes, field):
+    with pytest.raises(ValueError, match=f"tokenizer_config.json.*{field}"):
+        Tokenizer(copy_of(SEVEN, tmp_path, **changes))
+
+
+def test_a_tokenizer_json_whose_parts_do_not_fit_is_refused(tmp_path):
+    copy_of(THREE, tmp_path)
+    content = json.loads((THREE / "tokenizer.json").read_text())
+    single = [{"SpecialToken": {"id": "<s>", "type_id": 0}}]
+    content["post_processor"] = dict(type="TemplateProcessing", single=single, pair=[], special_tokens={})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"tokenizer\.json"):
         Tokenizer(tmp_path)
 
 
@@ -274,10 +303,50 @@ def test_golden_labels(family, template, number):
 def test_both_answers_of_two_turns_are_learnt_with_what_closes_them(folder, template, end):
     tokenizer, turns = Tokenizer(folder), turns_of(1)
     prompt = render(turns, find_template(template), tokenizer)
-    pairs = itertools.groupby(zip(prompt.ids, prompt.mask, strict=True), key=lambda pair: pair[1])
-    runs = [[id for id, _ in run] for is_learnt, run in pairs if is_learnt]
+    runs = learnt_runs(prompt)
     assert [tokenizer.decode(run[:-1]) for run in runs] == [answer for _, answer in turns]
     assert [tokenizer.backend.id_to_token(run[-1]) for run in runs] == [end, end]
+
+
+def learnt_runs(prompt):
+    """The learnt ids of each answer."""
+    runs = itertools.groupby(zip(prompt.ids, prompt.mask, strict=True), key=lambda pair: pair[1])
+    return [[id for id, _ in run] for is_learnt, run in runs if is_learnt]
+
+
+NUMBERS = [("<image>\nHow large?", "3.5 cm"), ("What is there?", "2 views"), ("List them.", "1. Left PICC")]
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+@pytest.mark.parametrize("template", ["libra_v1", "llama_2", "llava_med_v1.5_mistral_7b"])
+def test_a_space_that_is_a_token_of_its_own_is_learnt(tmp_path, template, legacy):
+    """SentencePiece cuts "3.5 cm" into "▁", "3", …; the open prompt ends before the "▁"."""
+    ours, theirs = Tokenizer(copy_of(SEVEN, tmp_path, legacy=legacy)), sentencepiece_of(SEVEN)
+    template = find_template(template)
+    runs = learnt_runs(render(NUMBERS, template, ours))
+    assert [theirs.id_to_piece(run[0]) for run in runs] == ["▁"] * 3
+    assert runs == [[*theirs.encode(answer + template.end.removesuffix("</s>")), 2] for _, answer in NUMBERS]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_learnt_continues_the_open_prompt(family):
+    """A model meets the open prompt when it writes. (Qwen's, Llama 3's and the plain one differ, as published.)"""
+    config = read(family, "model", "config.json")
+    tokenizer = Tokenizer(GOLDEN / family / "model", sentencepiece_first=config["model_type"] == "libra")
+    for template in TEMPLATES.values():
+        if template.answer.rstrip(" ") == template.open:
+            for question, answer in [*NUMBERS, ("Clear?", "No."), ("Which?", "🫁")]:
+                closed = render([(question, answer)], template, tokenizer)
+                assert closed.ids[: closed.mask.index(True)] == render([(question, None)], template, tokenizer).ids
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_an_image_before_a_digit_does_not_take_its_space(tmp_path, legacy):
+    """The published code learns all that follows the image (preprocess_plain)."""
+    tokenizer = Tokenizer(copy_of(SEVEN, tmp_path, legacy=legacy))
+    prompt = render(NUMBERS[:1], find_template("plain"), tokenizer)
+    assert prompt.ids == [1, IMAGE, *sentencepiece_of(SEVEN).encode("3.5 cm\n")]
+    assert prompt.mask == [False] * 2 + [True] * (len(prompt.ids) - 2)
 
 
 def test_the_plain_template_learns_answer_and_line_break_without_the_question():

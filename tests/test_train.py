@@ -17,7 +17,7 @@ import peft
 import pytest
 import torch
 import transformers
-from conftest import GOLDEN, ROOT, relative
+from conftest import GOLDEN, ROOT, change, relative
 from safetensors.torch import load_file
 
 import train
@@ -25,6 +25,7 @@ from data import IGNORED
 from model import Libra
 from plumbing.distributed import World
 from plumbing.files import only_writer_in
+from sample import prompt_of
 from tokenizer import IMAGE
 from train import TrainConfig, build, open_loader, open_training_set, trainable_parameters
 
@@ -259,6 +260,68 @@ def test_micro_batches_and_shared_prefixes_change_nothing(tmp_path, records):
     separate = run(tmp_path / "separate at once", records, batch_size=23, share_prefix=False)
     assert run(tmp_path / "shared at once", records, batch_size=23) == pytest.approx(separate, rel=1e-5)
     assert_close(weights(tmp_path / "shared at once"), weights(tmp_path / "separate at once"))
+
+
+TEXT = [{"from": "human", "value": "Is it clear?"}, {"from": "gpt", "value": "3 findings."}]
+
+
+def test_records_of_text_alone_train_beside_others(tmp_path, records):
+    """In steps of their own, in micro-batches of their own, and on a rank of their own they add gradients of 0."""
+    lines = Path(records).read_text().splitlines()[:6]
+    lines += [json.dumps({"id": f"t{number}", "conversations": TEXT}) for number in range(6)]
+    path = tmp_path / "mixed.jsonl"
+    path.write_text("\n".join(lines))
+    for size in (1, 4):
+        settings = dict(batch_size=size, share_prefix=False, weight_decay=0.1)
+        whole = run(tmp_path / f"whole {size}", str(path), **settings)
+        assert run(tmp_path / f"cut {size}", str(path), micro_batch=1, **settings) == pytest.approx(whole, rel=1e-5)
+        assert_close(weights(tmp_path / f"cut {size}"), weights(tmp_path / f"whole {size}"))
+    # the encoder has no dropout, which would differ between ranks
+    settings = dict(batch_size=4, share_prefix=False, train=("encoder",))
+    whole = run(tmp_path / "one", str(path), **settings)
+    finish(start(tmp_path / "two", str(path), ranks=2, micro_batch=1, **settings))
+    assert losses(tmp_path / "two") == pytest.approx(whole, rel=1e-5)
+
+
+def test_a_connector_cannot_learn_from_text_alone(tmp_path, capsys):
+    path = tmp_path / "text.jsonl"
+    path.write_text("\n".join([json.dumps({"conversations": TEXT})] * 5))
+    config = write_config(tmp_path / "run", str(path))
+    assert_mistake(capsys, [config], "none of 5 records shows an image")
+    assert train.main([config, "--train=lora"]) == 0
+
+
+def test_odd_records_are_left_out_as_if_they_were_not_there(tmp_path, records, capsys):
+    lines = Path(records).read_text().splitlines()
+    odd = [json.dumps({"conversations": TEXT[:1]}), "{", json.dumps({"image": 3, "conversations": TEXT})]
+    path = tmp_path / "odd.jsonl"
+    path.write_text("\n".join([odd[0], *lines[:9], *odd[1:], *lines[9:]]))
+    run(tmp_path / "whole", records)
+    capsys.readouterr()
+    run(tmp_path / "odd", str(path))
+    assert "3 of 26 records are left out, 1 × the last question has no answer, 1 × is not" in capsys.readouterr().err
+    assert losses(tmp_path / "odd") == losses(tmp_path / "whole")
+    assert digests(tmp_path / "odd" / "last") == digests(tmp_path / "whole" / "last")
+    config = write_config(tmp_path / "strict", str(path))
+    assert_mistake(capsys, [config, "--strict=True"], "3 in all: line 1: the last")
+
+
+def test_training_marks_the_image_as_inference_does(tmp_path):
+    """mm_use_im_start_end: <im_start><image><im_end>, in libra/train/train.py and in libra/eval/eval_vqa_libra.py."""
+    folder = shutil.copytree(GOLDEN / "libra-7b", tmp_path / "libra-7b") / "model"
+    for name in ("added_tokens.json", "tokenizer_config.json"):
+        text = (folder / name).read_text()
+        (folder / name).write_text(text.replace("[CLS]", "<im_start>").replace("[SEP]", "<im_end>"))
+    change(folder / "config.json", mm_use_im_start_end=True)
+    libra = build(replace(GOLDEN_RUN, model=str(folder)))
+    row = open_training_set(GOLDEN_RUN, GOLDEN_RUN.records, libra).row([2])
+    record = json.loads(Path(GOLDEN_RECORDS).read_text())[2]
+    question = record["conversations"][0]["value"].removeprefix("<image>\n")
+    answer = next(place for place, label in enumerate(row.labels) if label != IGNORED)
+    assert row.ids[:answer] == prompt_of(libra, question).ids
+    place = row.ids.index(IMAGE)
+    marks = [libra.tokenizer.backend.token_to_id(name) for name in ("<im_start>", "<im_end>")]
+    assert [row.ids[place - 1], row.ids[place + 1]] == marks
 
 
 def count_answers(references, predictions):

@@ -220,8 +220,7 @@ def test_nothing_answered_is_nothing_to_mix_with(questions, answered, tmp_path):
 @pytest.mark.parametrize(("change", "flags", "culprit"), [
     (lambda q: q[3].update(image="9.png"), (), "question 3: no image 9.png"),
     (lambda q: q[3].update(image="../q.jsonl"), (), "question 3: image ../q.jsonl"),
-    (lambda q: q[3].update(question_id="q2"), (), "line 4: "),
-    (lambda q: q[3].pop("text"), (), "line 4: "),
+    (lambda q: [line.pop("text") for line in q], (), "line 4: "),
     (lambda q: q[3].update(text="word " * 3000), (), "question 3: "),
     (lambda q: q.clear(), (), "q.jsonl is empty"),
     (lambda q: None, ("--answers", "/nowhere/a"), "no folder /nowhere"),
@@ -238,6 +237,29 @@ def test_mistakes_are_reported_in_one_line_and_leave_nothing(tmp_path, capsys, c
     assert answer(path, tmp_path / "a", *flags) == 2
     assert culprit in one_line(capsys)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_odd_questions_are_left_out_by_answering_and_by_scoring(tmp_path, capsys, no_meteor):
+    lines = make_questions()[:6]
+    lines[2]["reference_report"] = lines[2].pop("reference")
+    odd = [lines[0] | {"text": "Again?"}, {"question_id": "x", "image": [], "text": "?", "reference": "."}, 3, {"a": 1}]
+    path = write_lines(tmp_path / "q.jsonl", [*lines, *odd])
+    assert answer(path, tmp_path / "a.jsonl", "--max-new-tokens", 2) == 0
+    assert "4 of 10 records are left out" in capsys.readouterr().err
+    alone = write_lines(tmp_path / "alone.jsonl", lines)
+    assert answer(alone, tmp_path / "b.jsonl", "--max-new-tokens", 2) == 0
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
+
+    def score(references):
+        capsys.readouterr()
+        words = ["score", "--json", "--references", references, "--predictions", tmp_path / "a.jsonl"]
+        assert cli.main(cli.parse([str(word) for word in words])) == 0
+        return capsys.readouterr()
+
+    told = score(path)
+    assert json.loads(told.out) == json.loads(score(alone).out)
+    assert "2 odd lines and 1 with an earlier one's id" in told.err
+    assert "1 odd questions without an answer are left out; the first: x" in told.err
 
 
 def test_an_image_that_cannot_be_read_names_its_question_and_keeps_the_others(tmp_path, capsys):

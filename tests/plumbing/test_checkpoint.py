@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import zipfile
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -36,6 +37,7 @@ SECOND = {
     "special": torch.tensor([float("nan"), float("inf"), -0.0, 1e-45]),
 }
 TENSORS = FIRST | SECOND
+WEIGHTS = {name: tensor for name, tensor in TENSORS.items() if name not in ("counts", "special")}
 LAYOUTS = {  # the four published layouts -> their files
     "model.safetensors": {"model.safetensors": TENSORS},
     "shards of model.safetensors": {"model-1-of-2.safetensors": FIRST, "model-2-of-2.safetensors": SECOND},
@@ -90,14 +92,15 @@ def test_every_layout_gives_names_shapes_and_values(tmp_path, layout):
 def test_a_module_is_filled_in_its_own_type_with_progress_in_bytes(tmp_path, layout):
     write_layout(tmp_path, layout)
     stored = checkpoint.list_tensors(Source(tmp_path))
-    parameters = {name: torch.empty(tensor.shape) for name, tensor in TENSORS.items()}  # float32
+    stored = {name: stored[name] for name in WEIGHTS}
+    parameters = {name: torch.empty(tensor.shape) for name, tensor in WEIGHTS.items()}  # float32
     checkpoint.check_fit(parameters, stored, "")
     progress = []
     checkpoint.load_tensors(parameters, stored, lambda *state: progress.append(state))
-    for name, tensor in TENSORS.items():
+    for name, tensor in WEIGHTS.items():
         assert same_bits(parameters[name], tensor.float()), name
-    assert progress == sorted(progress) and len(progress) == len(TENSORS)
-    assert progress[-1] == (4 * 75, 4 * 75)  # 15 + 15 + 24 + 7 + 1 + 0 + 9 + 4 numbers
+    assert progress == sorted(progress) and len(progress) == len(WEIGHTS)
+    assert progress[-1] == (4 * 62, 4 * 62)  # 15 + 15 + 24 + 7 + 1 + 0 numbers
 
 
 @every_layout
@@ -179,6 +182,79 @@ def test_config_json_must_be_a_json_object(tmp_path, content):
     if content is not None:
         file.write_bytes(content)
     refused((ValueError, OSError), str(file), read_json, file)
+
+
+LEFT_BY_A_DOWNLOAD = {  # first bytes of a file -> what the message calls it
+    b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9976576152\n": "Git LFS pointer",
+    b"\xef\xbb\xbf\n<!DOCTYPE html><html><head>": "web page",
+    b'{"error": "Invalid username or password."}': "text",
+    b"Entry not found": "text",
+}
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("start", LEFT_BY_A_DOWNLOAD)
+def test_what_a_download_left_instead_of_weights_is_named(tmp_path, file, start):
+    (tmp_path / file).write_bytes(start)
+    for words in (LEFT_BY_A_DOWNLOAD[start], str(tmp_path / file), "fetch it again"):
+        refused(ValueError, words, checkpoint.list_tensors, Source(tmp_path))
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_numbers_of_8_bits_are_refused_by_name(tmp_path, file, kind):
+    write = save_file if file.endswith(".safetensors") else torch.save
+    write({"a.weight": torch.ones(2, 2).to(kind)}, tmp_path / file)
+    refused(ValueError, "a.weight holds", checkpoint.list_tensors, Source(tmp_path))
+
+
+@pytest.mark.parametrize("weight", [torch.ones(2, 3, dtype=torch.int8), torch.ones(2, 3).to_sparse(),
+                                    torch.ones(2, 3, device="meta"), torch.ones(2, 3).cfloat()])  # fmt: skip
+def test_numbers_that_are_no_weights_do_not_fit(tmp_path, weight):
+    torch.save({"weight": weight, "bias": torch.ones(2)}, tmp_path / "pytorch_model.bin")
+    refused(ValueError, "1 not floating-point", fill, nn.Linear(3, 2), checkpoint.list_tensors(Source(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "words"),
+    [
+        (float("nan"), torch.float32, "a.weight holds NaN or infinity"),
+        (float("-inf"), torch.bfloat16, "a.weight holds NaN or infinity"),
+        (1e5, torch.float16, "a.weight exceeds the range of torch.float16"),
+    ],
+)
+def test_one_number_that_is_not_finite_is_refused(tmp_path, value, dtype, words):
+    weight = torch.zeros(300, 300)
+    weight[299, 7] = value
+    save_file({"a.weight": weight}, tmp_path / "model.safetensors")
+    module = nn.ModuleDict({"a": nn.Linear(300, 300, bias=False, dtype=dtype)})
+    refused(ValueError, words, fill, module, checkpoint.list_tensors(Source(tmp_path)))
+
+
+def test_a_compressed_archive_is_refused(tmp_path):
+    """torch maps compressed numbers as if they were plain."""
+    torch.save({"weight": torch.ones(64, 64)}, tmp_path / "plain.bin")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.bin") as plain,
+        zipfile.ZipFile(tmp_path / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED) as archive,
+    ):
+        for entry in plain.namelist():
+            archive.writestr(entry, plain.read(entry))
+    refused(ValueError, "compressed archive", checkpoint.list_tensors, Source(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        {"metadata": {"total_size": 0}}, {"weight_map": None}, {"weight_map": ["a"]}, {"weight_map": "a"},
+        {"weight_map": {"a": 1}}, {"weight_map": {"a": None}}, {"weight_map": {"a": ""}}, {"weight_map": {"a": ".."}},
+        {"weight_map": {"a": "."}}, {"weight_map": {"a": "config.json"}}, {"weight_map": {"a": "b\0.bin"}},
+        {"weight_map": {"a": ["model.safetensors"]}}, {"weight_map": {}},
+    ],
+)  # fmt: skip
+def test_an_index_that_names_no_files_is_refused(tmp_path, index):
+    write_json(tmp_path / "model.safetensors.index.json", index)
+    refused(ValueError, "model.safetensors.index.json", checkpoint.list_tensors, Source(tmp_path))
 
 
 def test_what_does_not_fit_is_counted_and_named_before_data_is_read(tmp_path):
@@ -360,7 +436,7 @@ def test_a_hub_id_is_downloaded_once_with_only_the_files_needed(hub):
     ("model", "variables"),
     [
         ("owner/nothing", {}), ("owner/model", NO_NETWORK), ("owner/model", {"HF_HUB_OFFLINE": "1"}),
-        (sample.DEFAULT_MODEL, {"HF_HUB_OFFLINE": "1"}),
+        (sample.DEFAULT_MODEL, {"HF_HUB_OFFLINE": "1"}), ("owner/model", {"HF_ENDPOINT": "hub.example"}),
     ],
 )  # fmt: skip
 def test_a_hub_that_lacks_the_repository_or_cannot_be_reached_is_one_line(hub, model, variables):
