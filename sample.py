@@ -601,10 +601,6 @@ class Chat:
         self.ids = prompt.ids
         return Prefix([self.study], [prompt], self.cache, logits[None], stop_string(self.template)), question
 
-    def forget(self):
-        """Gives the memory of the cache back; the next question computes the conversation anew."""
-        self.image_embeddings, self.cache, self.ids = None, None, []
-
 
 # ------------------------------------------------------------------------------------------ command line
 
