@@ -54,9 +54,9 @@ class Study:
     # sampling draws by it, not by what else is in the batch; None: by the study's place in the list
     id: str | None = None
 
-    def images(self):
+    def images(self, dicom_display: str = "standard"):
         """Open the PIL images, in mode RGB: [current, prior], or [current] if there is no prior."""
-        return [load_image(image) for image in (self.current, self.prior) if image is not None]
+        return [load_image(image, dicom_display) for image in (self.current, self.prior) if image is not None]
 
 
 RECORD_BYTES = 2**24  # the longest record: a conversation about two images has a few thousand
@@ -341,7 +341,7 @@ class ImageFolder:
 
     def frame(self, name: str) -> np.ndarray:
         """The image as the encoder sees it, but not normalised: padded, resized and cropped, uint8 [S, S, 3]."""
-        return frame(load_image(self.find(name)), self.config)
+        return frame(load_image(self.find(name), self.config.dicom_display), self.config)
 
 
 class ImageCache:
@@ -394,6 +394,8 @@ def cache_settings(config: PixelConfig) -> dict:
     # these are written only where they matter
     if config.pad == "mean":
         settings["mean"] = list(config.mean)
+    if config.dicom_display != "standard":
+        settings["dicom_display"] = config.dicom_display
     for name in ("squash", "rounds"):
         if getattr(config, name):
             settings[name] = True

@@ -150,6 +150,8 @@ def parse(arguments=None) -> argparse.Namespace:
     add("--model", required=True, metavar="ID_OR_DIR", help="checkpoint or image encoder: a folder or a hub id")
     text = "how images become square: black borders as in training, mean colour as in inference, none crops"
     add("--pad", default="black", choices=("black", "mean", "none"), help=text)
+    text = "show DICOM as the file says, or as MIMIC-CXR-JPG did; if not given, as the checkpoint was trained"
+    add("--dicom-display", choices=("standard", "jpg"), help=text)
 
     parsed = parser.parse_args(arguments)
     if getattr(parsed, "workers", 1) < 1:

@@ -177,7 +177,7 @@ def prefill(
     cache = Cache(libra.decoder.config, len(studies), capacity, libra.device, libra.dtype)
     logits = torch.empty(len(studies), libra.vocabulary, device=libra.device)
     for b, (study, prompt) in enumerate(zip(studies, prompts, strict=True)):
-        its_pixels = pixels[b] if pixels else libra.preprocess(study.images())
+        its_pixels = pixels[b] if pixels else libra.preprocess(study.images(libra.pixels.dicom_display))
         image_embeddings = libra.embed_images(its_pixels)  # [N, hidden]
         embeddings = libra.splice(prompt.ids, image_embeddings)  # [T, hidden]
         logits[b] = libra.prefill(cache, b, embeddings)
@@ -576,7 +576,8 @@ class Chat:
         prompt = render(turns, find_template(self.template), libra.tokenizer, libra.image_text)
         length = check_length(libra, prompt, options)
         if self.cache is None:
-            self.image_embeddings = libra.embed_images(libra.preprocess(self.study.images()))  # [N, hidden]
+            images = self.study.images(libra.pixels.dicom_display)
+            self.image_embeddings = libra.embed_images(libra.preprocess(images))  # [N, hidden]
             self.cache = Cache(libra.decoder.config, 1, length, libra.device, libra.dtype)
 
         # 2) keep the cache as far as the ids agree. The last id is computed in any case: its logits are needed
@@ -638,6 +639,8 @@ def options_of(arguments) -> Options:
 def load(arguments) -> Libra:
     """Reads the model of a command line."""
     flags = {name: getattr(arguments, name) for name in ("base", "encoder", "device", "dtype")}
+    if arguments.dicom_display:
+        flags["changes"] = {"mm_dicom_display": arguments.dicom_display}
     return Libra.from_pretrained(arguments.model, progress=progress("loading", "GiB", 2**30), **flags)
 
 
@@ -648,8 +651,8 @@ def run(arguments):
         logging.basicConfig(format="sample.py: %(message)s")
         logging.getLogger("attention").setLevel(logging.INFO)
     options = options_of(arguments)
-    images = [load_image(image) for image in arguments.images]
-    study = Study(*images, query=arguments.query or FINDINGS_PROMPT)
+    display = arguments.dicom_display or "standard"
+    images = [load_image(image, display) for image in arguments.images]
 
     # 2) load
     begin = time.monotonic()
@@ -659,6 +662,10 @@ def run(arguments):
         if arguments.model != DEFAULT_MODEL:
             raise
         raise OSError(f"{error}; --model assets/phantom, a toy trained on drawings, needs no download") from None
+    # only the model knows how DICOM was shown in its training
+    if libra.pixels.dicom_display != display:
+        images = [load_image(image, libra.pixels.dicom_display) for image in arguments.images]
+    study = Study(*images, query=arguments.query or FINDINGS_PROMPT)
     loaded = time.monotonic()
     if arguments.chat:
         return converse(Chat(libra, study, arguments.template), arguments.query, asdict(options))

@@ -72,6 +72,7 @@ class TrainConfig:
     select_layer: Annotated[int, Range(-1000, 1000)] = -2  # the encoder layer that an MLP connector reads
     template: str = ""  # conversation template; by default the model's own
     pad: Literal["black", "mean", "none"] = "black"  # how images become square, also after training
+    dicom_display: Literal["", "standard", "jpg"] = ""  # jpg: show DICOM as MIMIC-CXR-JPG did; by default the model's
 
     # what learns
     train: tuple[Part, ...] = ("connector",)  # the parts that learn: connector, lora, decoder, encoder
@@ -379,6 +380,8 @@ def load_model(config: TrainConfig, show) -> Libra:
     """Loads a whole model, or puts one together from a language model, an encoder and a connector."""
     # settings that config.json records for whoever loads the trained model
     changes = {"mm_image_pad": config.pad}
+    if config.dicom_display:
+        changes["mm_dicom_display"] = config.dicom_display
     if config.template:
         changes["mm_conversation_template"] = config.template
     if "encoder" in config.train:

@@ -138,7 +138,7 @@ class QuestionSet:
         for question in map(self.by_id.get, batch):
             with naming(question):
                 files = [self.folder.find(name) for name in self.image_names(question)]
-                images = [load_image(file) for file in files]
+                images = [load_image(file, libra.pixels.dicom_display) for file in files]
                 if self.condition == "blank" and len(question.images) == 2:
                     images.append(Image.new("RGB", images[0].size))
                 # the pixels are kept, much smaller than the images; the study keeps their files' names
@@ -278,6 +278,7 @@ def find_settings(arguments, questions: QuestionSet, answers: Path, sidecar: Pat
         "dtype": arguments.dtype,
         "device": find_device(arguments.device).type,
         "template": arguments.template,
+        "dicom_display": arguments.dicom_display,
         "questions": f"{len(seen)} questions ({digest[:16]})",
         "prior": questions.condition,
         "image_folder": str(questions.folder.root),

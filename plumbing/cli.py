@@ -46,6 +46,8 @@ def add_model_flags(add):
     add("--base", metavar="ID_OR_DIR", help="model below an adapter or a connector; default: the one that it records")
     add("--encoder", metavar="ID_OR_DIR", help="image encoder; default: the one that the checkpoint names")
     add("--template", metavar="NAME", help="conversation template; default: the checkpoint's own")
+    text = "show DICOM as the file says, or as MIMIC-CXR-JPG did; default: as the checkpoint was trained, else standard"
+    add("--dicom-display", choices=("standard", "jpg"), help=text)
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="auto: float32 on a CPU")
     add("--device", default="auto", help="auto, cpu, cuda or mps")
 

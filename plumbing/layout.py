@@ -65,6 +65,7 @@ class LibraConfig:
     image_aspect_ratio: str | None = None
     mm_image_pad: str | None = None  # ours: how images were padded in training
     mm_use_im_patch_token: bool = True
+    mm_dicom_display: Literal["standard", "jpg"] | None = None  # ours: how DICOM was shown in training
     mm_use_im_start_end: bool = False
     mm_vision_tower_config: str | None = None  # the two files of an open_clip encoder
     mm_vision_tower_checkpoint: str | None = None
@@ -134,7 +135,7 @@ def new_config(source: Source, tower: Source, connector: str, select_layer: int,
         mm_vision_tower=tower.repository or str(tower.folder.resolve()),
         mm_projector_type=connector, mm_vision_select_layer=select_layer, mm_vision_select_feature="patch",
         mm_use_im_start_end=False, mm_use_im_patch_token=False, use_mm_proj=True,
-        image_aspect_ratio="pad", mm_image_pad=pad,
+        image_aspect_ratio="pad", mm_image_pad=pad, mm_dicom_display="standard",
     )  # fmt: skip
 
 
@@ -386,6 +387,7 @@ def read_model(
         pixels = _open_clip_pixels(tower, encoder_settings.image_size, config.pad)
     else:
         pixels = pixel_config(read_json(tower.source.folder / "preprocessor_config.json"), tower.source, config.pad)
+    pixels = replace(pixels, dicom_display=config.mm_dicom_display or "standard")
     return dict(
         **modules, config=config, tokenizer=tokenizer, pixels=pixels,
         eos_token_ids=_eos_token_ids(files.weights.folder, files.config),

@@ -21,7 +21,10 @@ class PixelConfig:
     pad: str  # "mean" or "black": pad to a square of this colour first; "none"
     squash: bool = False  # resize both edges to `size`, whatever the shape
     rounds: bool = False  # round the corner of the crop half to even, instead of down
+    dicom_display: str = "standard"  # how `load_image` shows DICOM
 
+
+MAX_PIXELS = 2**28  # of a padded or resized image: 1 GB
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -76,13 +79,17 @@ def preprocess(image: Image.Image, config: PixelConfig) -> torch.Tensor:
 
 
 def frame(image: Image.Image, config: PixelConfig) -> np.ndarray:
-    """A PIL image in mode RGB -> what the encoder sees of it, uint8 [S, S, 3]: padded, resized and cropped."""
+    """A PIL image in mode RGB -> what the encoder sees of it, uint8 [S, S, 3]: padded, resized and cropped.
+
+    ValueError if the image is so narrow that it would not fit the memory on the way.
+    """
     # 1) pad to a square, with the image in its centre; an odd pixel goes right or below
     if config.pad != "none":
         colour = "black"
         if config.pad == "mean":
             colour = tuple(int(255 * mean) for mean in config.mean)
         side = max(image.size)
+        _check_size(image, (side, side))
         square = Image.new("RGB", (side, side), colour)
         left, top = (side - image.width) // 2, (side - image.height) // 2
         square.paste(image, (left, top))
@@ -94,6 +101,7 @@ def frame(image: Image.Image, config: PixelConfig) -> np.ndarray:
         shortest = min(image.size)
         width = config.size * image.width // shortest
         height = config.size * image.height // shortest
+        _check_size(image, (width, height))
     image = image.resize((width, height), Image.Resampling.BICUBIC)
 
     # 3) cut a square out of the centre
@@ -102,6 +110,13 @@ def frame(image: Image.Image, config: PixelConfig) -> np.ndarray:
     left = to_int((width - crop) / 2)
     top = to_int((height - crop) / 2)
     return np.array(image.crop((left, top, left + crop, top + crop)))
+
+
+def _check_size(image: Image.Image, size: tuple[int, int]):
+    width, height = size
+    if width * height > MAX_PIXELS:
+        shape = f"{image.width} × {image.height} pixels"
+        raise ValueError(f"an image of {shape} is too narrow: it would become {width} × {height}")
 
 
 def normalise(frame: np.ndarray, config: PixelConfig) -> torch.Tensor:

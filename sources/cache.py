@@ -10,20 +10,23 @@ import os
 import sys
 import time
 import zlib
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from data import FRAMES, INDEX, ImageFolder, Records, cache_settings, image_names, parse_index
 from plumbing import checkpoint
 from plumbing.cli import parallel, print_table, progress
-from plumbing.files import atomic, only_writer, read_json, resumable
+from plumbing.files import atomic, only_writer, read_json, read_json_if_present, resumable
 from plumbing.pixels import PixelConfig, open_clip_pixels, pixel_config
 
 
-def build(records, image_folder, model, pad: str, out, workers: int):
+def build(records, image_folder, model, pad: str, out, workers: int, dicom_display: str | None = None):
     """Make, extend or resume the cache of the images that record files name. Raises ValueError if it does not fit."""
     # 1) which images, and how the model's encoder will see them
-    config = pixels_of(checkpoint.locate(model), pad)
+    source = checkpoint.locate(model)
+    recorded = read_json_if_present(source.folder / "config.json").get("mm_dicom_display")
+    config = replace(pixels_of(source, pad), dicom_display=dicom_display or recorded or "standard")
     images, names = ImageFolder(image_folder, config), names_in(records)
 
     # 2) append what the cache lacks, as the only process that writes it

@@ -158,6 +158,9 @@ def priors(images: list[Image]) -> list[tuple[Image, Image | None]]:
     return pairs
 
 
+DICOM_HINT = "DICOM images: a model that learnt from MIMIC-CXR-JPG needs --dicom-display jpg where they are read"
+
+
 def on_disk(root: Path, stem: str) -> str:
     """The image file of a path without its suffix, both relative to ROOT; "" if it is missing or empty."""
     for path in (f"{stem}.jpg", f"{stem}.dcm"):
@@ -205,6 +208,8 @@ class Mimic:
                 self.skipped[f"frontal images outside of {', '.join(SPLITS)}"] += 1
             elif path := on_disk(self.root, image.stem):
                 patients[split, image.subject].append(image._replace(path=path))
+                if path.endswith(".dcm"):
+                    self.skipped[DICOM_HINT] += 1
             else:
                 self.skipped["frontal images missing or empty on disk"] += 1
             show(number, len(self.images))

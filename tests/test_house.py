@@ -20,7 +20,7 @@ import sample
 FOLDERS = ("plumbing", "sources", "phantom", "evaluation", "bench")
 FLOORS = [  # a module imports only from the lines above its own
     {"plumbing.start", "plumbing.fields", "plumbing.distributed", "phantom.radiograph", "kernel"},
-    {"plumbing.files"},
+    {"plumbing.files", "plumbing.dicom", "plumbing.download"},
     {"plumbing.cli", "plumbing.settings", "plumbing.checkpoint", "plumbing.image", "plumbing.pixels", "plumbing.log",
      "plumbing.resume", "plumbing.sentencepiece", "attention", "phantom.history"},
     {"tokenizer", "encoder", "tac", "decoder"},

@@ -459,6 +459,17 @@ def test_the_trained_parts_and_no_others_are_read_from_last(tmp_path, records, p
     assert (tmp_path / "run" / "last" / files.get(parts, "adapter_model.safetensors")).exists()
 
 
+def test_how_dicom_is_shown_is_recorded_and_kept_by_a_later_stage(tmp_path, records):
+    run(tmp_path / "one", records, "--dicom_display=jpg", batch_size=23)
+    later = ("--train=lora", f"--model={tmp_path / 'one' / 'last'}")
+    run(tmp_path / "two", records, *later, batch_size=23)
+    for name in ("one", "two"):
+        libra = Libra.from_pretrained(tmp_path / name / "last", device="cpu")
+        assert libra.config.mm_dicom_display == libra.pixels.dicom_display == "jpg"
+    run(tmp_path / "three", records, *later, "--dicom_display=standard", batch_size=23)
+    assert Libra.from_pretrained(tmp_path / "three" / "last", device="cpu").pixels.dicom_display == "standard"
+
+
 def test_fresh_parts_learn_and_become_stock_parts(tmp_path, records):
     sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
     values = run(

@@ -1,12 +1,16 @@
 """The oracles: Pillow, numpy, the formulas of the DICOM standard pixel by pixel, files of other programs, a server."""
 
 import io
+import json
 import math
+import os
+import shutil
 import struct
 import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import zlib
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,7 +26,8 @@ from pydicom.encaps import encapsulate
 
 import sample
 from data import Study
-from plumbing import image
+from plumbing import dicom as dicom_module
+from plumbing import download, image
 from plumbing.image import load_image
 
 RANDOM = np.random.default_rng(0)
@@ -166,6 +171,166 @@ def test_a_study_gives_current_and_prior_in_this_order_and_one_image_without_a_p
     assert (np.asarray(current) == COLOUR).all() and (np.asarray(prior) == grey(GREY)).all()
     (alone,) = Study(encode(COLOUR)).images()
     assert (np.asarray(alone) == COLOUR).all()
+
+
+# ------------------------------------------------------------------------------------------- more than 8 bits
+
+
+RAMP = np.append(np.linspace(0, 4095, 76), 4095).astype(np.uint16).reshape(7, 11)  # 12 bits, rows of half bytes
+
+
+def tiff(values, bits=16, order="<", compressed=False, **tags):
+    """A TIFF of values [rows, columns], packed in `bits` each (TIFF 6.0, sections 2 and 3); tags replace ours."""
+    if bits % 8:
+        # rows end at a byte
+        unpacked = values[..., None] >> np.arange(bits)[::-1] & 1  # [rows, columns, bits]
+        data = np.packbits(unpacked.reshape(len(values), -1).astype(np.uint8), axis=1).tobytes()
+    else:
+        data = values.astype(f"{order}u{bits // 8}").tobytes()
+    data = zlib.compress(data) if compressed else data
+    rows, columns = values.shape
+    fields = {256: columns, 257: rows, 258: bits, 259: 8 if compressed else 1, 262: 1, 277: 1, 278: rows}
+    fields |= {279: len(data), 339: 1} | {int(name[1:]): value for name, value in tags.items()}
+    fields[273] = 8 + 2 + 12 * (len(fields) + 1) + 4  # where the data begin
+    entries = [struct.pack(f"{order}HHII", tag, 4, 1, value) for tag, value in sorted(fields.items())]
+    magic = b"II*\0" if order == "<" else b"MM\0*"
+    head = magic + struct.pack(f"{order}IH", 8, len(entries))
+    return head + b"".join(entries) + bytes(4) + data
+
+
+def png_chunk(data, name, content):
+    """The PNG with another chunk behind its header."""
+    chunk = struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+    return data[:33] + chunk + data[33:]
+
+
+def graymap(values, highest):
+    rows, columns = values.shape
+    return b"P5 %d %d %d\n" % (columns, rows, highest) + values.astype(">u2").tobytes()
+
+
+def scaled(values, bits):
+    return (np.asarray(values, float) * 255 / (2**bits - 1)).round()
+
+
+DEPTHS_STATED = {  # a file that states its depth, and what it shows
+    "12 packed bits": (tiff(RAMP, 12), scaled(RAMP, 12)),
+    "12 packed bits, compressed": (tiff(RAMP, 12, compressed=True), scaled(RAMP, 12)),
+    "12 packed bits of a dark image": (tiff(RAMP // 64, 12), scaled(RAMP // 64, 12)),
+    "16 bits, white is zero": (tiff(DEEP, t262=0), 255 - scaled(DEEP, 16)),
+    "16 bits, white is zero, compressed": (tiff(DEEP, compressed=True, t262=0), 255 - scaled(DEEP, 16)),
+    "8 bits, white is zero": (tiff(GREY, 8, t262=0), 255 - GREY),
+    "4 bits, white is zero": (tiff(GREY % 16, 4, t262=0), 255 - 17 * (GREY % 16)),
+    "MaxSampleValue 4095": (tiff(RAMP, t281=4095), scaled(RAMP, 12)),
+    "MaxSampleValue 4095 in big endian": (tiff(RAMP, order=">", t281=4095), scaled(RAMP, 12)),
+    "MaxSampleValue 4095, white is zero": (tiff(RAMP, t281=4095, t262=0), 255 - scaled(RAMP, 12)),
+    "MaxSampleValue 1023": (tiff(RAMP // 4, t281=1023), scaled(RAMP // 4, 10)),
+    "MaxSampleValue 65535 of a dark image": (tiff(RAMP, t281=65535), scaled(RAMP, 16)),
+    "MaxSampleValue that is only the brightest value": (tiff(DEEP // 2, t281=30000), scaled(DEEP // 2, 16)),
+    "sBIT 12": (png_chunk(encode(RAMP), b"sBIT", b"\x0c"), scaled(RAMP, 12)),
+    "sBIT 12 of values that were scaled": (png_chunk(encode(DEEP), b"sBIT", b"\x0c"), scaled(DEEP, 16)),
+    "sBIT 16 of a dark image": (png_chunk(encode(RAMP), b"sBIT", b"\x10"), scaled(RAMP, 16)),
+    "a graymap up to 4095": (graymap(RAMP, 4095), scaled(RAMP, 12)),
+    "a dark graymap up to 4095": (graymap(RAMP // 64, 4095), scaled(RAMP // 64, 12)),
+    "a dark JPEG 2000": (encode(RAMP, "JPEG2000"), scaled(RAMP, 16)),
+}
+
+
+@pytest.mark.parametrize(("data", "expected"), DEPTHS_STATED.values(), ids=DEPTHS_STATED)
+def test_a_depth_that_the_file_states_is_used(data, expected, recwarn):
+    assert (pixels(data) == grey(expected)).all()
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_16_bits_that_hold_12_are_shown_as_12_with_a_warning_that_helps(tmp_path, kind, recwarn):
+    file = tmp_path / "chest.image"
+    file.write_bytes(encode(RAMP, kind))
+    assert (pixels(file) == grey(scaled(RAMP, 12))).all()
+    (warning,) = recwarn.list
+    assert f"{file} has 16 bits per pixel but no value above 4095: shown as 12 bits" in str(warning.message)
+    # what the warning says forces another depth
+    for bits in (14, 16):
+        Image.open(file).save(tmp_path / "new.tif", tiffinfo={281: 2**bits - 1})
+        assert (pixels(tmp_path / "new.tif") == grey(scaled(RAMP, bits))).all()
+    assert len(recwarn.list) == 1
+
+
+@pytest.mark.parametrize("level", [0, 4096])
+def test_an_image_that_is_black_or_brighter_is_not_taken_for_12_bits(level, recwarn):
+    values = np.full((4, 5), level, np.uint16)
+    assert (pixels(encode(values)) == grey(scaled(values, 16))).all()
+    assert not recwarn.list
+
+
+def tiff_in_planes(values):
+    """A TIFF of values [rows, columns, 3], 16 bits, a plane after the other (PlanarConfiguration 2)."""
+    file = io.BytesIO(tiff(np.concatenate(np.moveaxis(values, 2, 0)), t257=len(values), t262=2, t277=3, t284=2))
+    return file.getvalue()
+
+
+def png_of_colours(values):
+    """A PNG of 16-bit colours [rows, columns, 3], which Pillow cannot write; each row begins with its filter, 0."""
+    rows, columns, _ = values.shape
+    lines = [b"\0" + line.astype(">u2").tobytes() for line in values]
+    chunks = {b"IHDR": struct.pack(">IIBBBBB", columns, rows, 16, 2, 0, 0, 0), b"IDAT": zlib.compress(b"".join(lines))}
+    data = b"\x89PNG\r\n\x1a\n"
+    for name, content in (chunks | {b"IEND": b""}).items():
+        data += struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+    return data
+
+
+def test_colours_of_16_bits_keep_their_upper_8():
+    values = RANDOM.integers(0, 65536, (6, 9, 3))
+    assert (pixels(png_of_colours(values)) == values >> 8).all()
+
+
+UNREAD = "a TIFF of a kind that Pillow does not read"
+MISREAD = {  # what Pillow reads wrongly or not at all, and what the refusal says
+    "12 bits, white is zero": (tiff(RAMP, 12, t262=0), UNREAD),
+    "12 bits in big endian": (tiff(RAMP, 12, order=">"), UNREAD),
+    "10 bits": (tiff(RAMP // 4, 10), UNREAD),
+    "16 bits in big endian, white is zero": (tiff(DEEP, order=">", t262=0), UNREAD),
+    "signed, compressed and in big endian": (tiff(RAMP, order=">", compressed=True, t339=2), "signed"),
+    "colours of 16 bits in planes": (tiff(DEEP, t262=2, t277=3, t284=2), "planes"),
+    "colours of 12 bits in 16": (png_of_colours(np.dstack([RAMP] * 3)), "sixteenth"),
+}
+
+
+@pytest.mark.parametrize(("data", "reason"), MISREAD.values(), ids=MISREAD)
+def test_what_would_be_noise_is_refused_by_its_kind(data, reason):
+    refused(data, reason)
+
+
+def test_the_first_of_several_pages_is_read_with_a_warning():
+    pages = encode(Image.fromarray(GREY), "TIFF", save_all=True, append_images=[Image.fromarray(GREY + 1)])
+    with pytest.warns(UserWarning, match="the image has several pictures: the first is read"):
+        assert (pixels(pages) == grey(GREY)).all()
+
+
+@pytest.mark.parametrize("compression", ["tiff_lzw", "tiff_adobe_deflate", "group4"])
+def test_the_errors_of_libtiff_are_our_one_line(compression, capfd):
+    picture = Image.fromarray(DEEP.view(np.uint8))
+    data = bytearray(encode(picture.convert("1" if compression == "group4" else "L"), "TIFF", compression=compression))
+    data[1000:1400] = b"\xff" * 400
+    refused(bytes(data), "damaged")
+    assert capfd.readouterr().err == ""
+
+
+def test_a_pipe_a_device_and_a_huge_file_are_refused(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.png")
+    refused(tmp_path / "pipe.png", "pipe")
+    refused("/dev/zero", "device")
+    monkeypatch.setattr(image, "FILE_BYTES", len(PNG) - 1)
+    (tmp_path / "huge.png").write_bytes(PNG)
+    refused(tmp_path / "huge.png", "larger than")
+
+
+def test_control_characters_of_a_name_do_not_reach_the_message(tmp_path):
+    for name in ("\x1b[31mred.png", "\u202egnp.png", "a\0b.png"):
+        with pytest.raises((OSError, ValueError)) as caught:
+            load_image(str(tmp_path / name))
+        assert str(caught.value).isprintable()
 
 
 # ------------------------------------------------------------------------------------------- DICOM
@@ -323,6 +488,222 @@ def test_with_preamble_the_content_tells(tmp_path):
     assert (pixels(tmp_path / "image.dcm") == pixels(PNG)).all()
 
 
+# ------------------------------------------------------------------------------------------- odd DICOM
+
+
+def padded(values, padding):
+    """The values with a frame of padding around them."""
+    return np.pad(values, 2, constant_values=padding)
+
+
+S16 = (U12 - 2048).view(np.int16)
+PADDING = {  # values, and the elements that name their padding
+    "a value": (padded(U12, 65535), {"PixelPaddingValue": 65535}),
+    "a value below": (padded(U12, 0), {"PixelPaddingValue": 0}),
+    "a range": (padded(padded(U12, 65535), 60000), {"PixelPaddingValue": 60000, "PixelPaddingRangeLimit": 65535}),
+    "a range downwards": (padded(padded(U12, 5), 9), {"PixelPaddingValue": 9, "PixelPaddingRangeLimit": 0}),
+    "a signed value": (padded(S16, -32768), {"PixelPaddingValue": -32768}),
+    "a value of the other sign": (padded(U12, 65535), {"PixelPaddingValue": -1}),
+}
+
+
+@pytest.mark.parametrize("syntax", SYNTAXES.values(), ids=SYNTAXES)
+@pytest.mark.parametrize(("values", "elements"), PADDING.values(), ids=PADDING)
+def test_padding_is_no_part_of_the_range_without_a_window(values, elements, syntax):
+    picture = values[2:-2, 2:-2] if "Limit" not in str(elements) else values[4:-4, 4:-4]
+    low, high = int(picture.min()), int(picture.max())
+    expected = ((values.astype(float) - low) * 255 / (high - low)).clip(0, 255)
+    if elements["PixelPaddingValue"] < 0 and values.dtype == np.uint16:
+        made = dataset(values, syntax)
+        made.add_new("PixelPaddingValue", "SS", -1)
+        if syntax == uid.ImplicitVRLittleEndian:
+            return  # which has no place for the other sign
+        shows(to_bytes(made), expected)
+    else:
+        shows(dicom(values, syntax, **elements), expected)
+
+
+def test_a_frame_of_nothing_but_padding_is_shown_as_it_is():
+    shows(dicom(U12, PixelPaddingValue=0, PixelPaddingRangeLimit=65535), stretched(U12))
+
+
+def test_padding_does_not_change_a_window():
+    values = padded(U12, 65535)
+    shows(dicom(values, PixelPaddingValue=65535, **window(2000, 900)), each(lambda x: linear(x, 2000, 900), values))
+
+
+@pytest.mark.parametrize("first", [("", ""), (1000, ""), ("", 500), (1000, 0)])
+def test_the_first_window_that_is_whole_counts(first):
+    center, width = first
+    shows(dicom(U12, WindowCenter=[center, 2000], WindowWidth=[width, 900]), each(lambda x: linear(x, 2000, 900), U12))
+
+
+def test_a_window_that_is_nowhere_whole_is_none():
+    shows(dicom(U12, WindowCenter=["", 2000], WindowWidth=[900, ""]), stretched(U12))
+
+
+def test_the_deflate_syntax_counts_only_where_the_file_names_its_syntax():
+    text = f"converted from {uid.DeflatedExplicitVRLittleEndian}"
+    shows(dicom(U12, ImageComments=text), stretched(U12))
+
+
+@pytest.mark.parametrize("syntax", [*SYNTAXES.values(), uid.RLELossless], ids=[*SYNTAXES, "rle"])
+@pytest.mark.parametrize("values", [U12, S16], ids=["unsigned", "signed"])
+def test_values_end_at_the_high_bit(values, syntax):
+    in_upper_bits = values << 4 | 7  # PS3.5, 8.1.1; the lower bits may hold anything
+    plain = uid.ExplicitVRLittleEndian if syntax == uid.RLELossless else syntax
+    made = dataset(in_upper_bits, plain, stored=16, **window(int(values.mean()), 900))
+    if syntax == uid.RLELossless:
+        made.compress(uid.RLELossless)
+    made.BitsStored, made.HighBit = 12, 15
+    shows(to_bytes(made), each(lambda x: linear(x, int(values.mean()), 900), values))
+
+
+@pytest.mark.parametrize("high", [3, 16])
+def test_a_high_bit_outside_of_the_cell_is_refused(high):
+    refused(dicom(U12, stored=12, HighBit=high), f"high bit {high}")
+
+
+@pytest.mark.parametrize("syntax", SYNTAXES.values(), ids=SYNTAXES)
+@pytest.mark.parametrize("bits", [8, 16])
+def test_palettes_in_every_byte_order(syntax, bits):
+    order = "u2" if syntax == uid.ExplicitVRBigEndian else "<u2"
+    order = order.replace("u2", ">u2") if syntax == uid.ExplicitVRBigEndian else order
+    elements = {}
+    for channel, name in enumerate(("Red", "Green", "Blue")):
+        words = COLOURS[:, channel].astype("u2") * 257
+        if bits == 8:
+            # two entries in a word, the first in its lower half (PS3.3, C.7.6.3.1.6)
+            words = COLOURS[::2, channel] + 256 * COLOURS[1::2, channel].astype("u2")
+        elements[f"{name}PaletteColorLookupTableDescriptor"] = [256, 3, bits]
+        elements[f"{name}PaletteColorLookupTableData"] = words.astype(order).tobytes()
+    shown = pixels(dicom(U16 % 300, syntax, kind="PALETTE COLOR", **elements))
+    assert (shown == COLOURS[(U16 % 300).astype(int).clip(3, 258) - 3]).all()
+
+
+@pytest.mark.parametrize("syntax", SYNTAXES.values(), ids=SYNTAXES)
+def test_a_lookup_table_of_more_entries_than_a_signed_number_holds(syntax):
+    order = ">" if syntax == uid.ExplicitVRBigEndian else "<"
+    values = RANDOM.integers(-30000, 30000, (6, 9)).astype(np.int16)
+    table = np.arange(40000) + 20000
+    made = dataset(values, syntax)
+    item = pydicom.Dataset()
+    item.add_new("LUTDescriptor", "SS", [40000, -25000, 16])
+    item.add_new("LUTData", "OW", table.astype(f"{order}u2").tobytes())
+    made.VOILUTSequence = [item]
+    shows(to_bytes(made), (values.astype(float) + 25000).clip(0, 39999) * 255 / 65535 + 20000 * 255 / 65535)
+
+
+@pytest.mark.parametrize("name", ["RescaleSlope", "RescaleIntercept", "WindowCenter"])
+@pytest.mark.parametrize("number", [b"nan ", b"inf "])
+def test_a_rescale_or_window_that_is_no_number_is_refused(name, number):
+    data = dicom(U12, **window(2000, 900) | rescale(1, 0) | {name: "1234"})
+    # pydicom does not write such a number
+    assert data.count(b"1234") == 1
+    refused(data.replace(b"1234", number), "no number")
+
+
+def test_a_lookup_table_that_is_cut_is_refused():
+    made = lut("VOI", range(100), 0, 8)
+    made["VOILUTSequence"][0].LUTDescriptor = [4096, 0, 8]
+    refused(dicom(U12, **made), "shorter than its 4096 entries")
+
+
+def larger(data: bytes, marker: bytes, offset: int, form: str) -> bytes:
+    """A compressed image whose header is changed to say 60,000 × 60,000."""
+    start = data.find(marker) + offset
+    size = struct.pack(form, 60000, 60000)
+    return data[:start] + size + data[start + len(size) :]
+
+
+HUGE = {
+    "JPEG": (uid.JPEGBaseline8Bit, larger(GREY_JPEG, b"\xff\xc0", 5, ">HH")),
+    "JPEG 2000": (uid.JPEG2000Lossless, larger(encode(GREY, "JPEG2000", no_jp2=True), b"\xff\x51", 6, ">II")),
+    "JP2": (uid.JPEG2000Lossless, larger(encode(GREY, "JPEG2000"), b"\xff\x4f\xff\x51", 8, ">II")),
+}
+
+
+@pytest.mark.parametrize(("syntax", "frame"), HUGE.values(), ids=HUGE)
+def test_a_compressed_frame_that_is_larger_than_the_data_set_says_is_refused(syntax, frame):
+    refused(dicom(GREY, syntax, PixelData=encapsulate([frame])), "larger than 9 × 6")
+
+
+def test_a_picture_takes_little_memory_beside_its_values():
+    """Real numbers for every pixel would take 8 bytes each, several times."""
+    values = np.tile(U12, (400, 400))
+    made = dataset(values, **rescale(2, -5), **window(2000, 900))
+    tracemalloc.start()
+    shown = dicom_module._show(made, values, "standard")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert shown.shape == values.shape and peak < shown.nbytes + 64 * dicom_module.STRIP
+
+
+# ------------------------------------------------------------------------------------------- as MIMIC-CXR-JPG
+
+
+def test_equalising_gives_each_level_its_share_of_darker_pixels():
+    """The oracle is OpenCV's definition of equalizeHist, pixel by pixel."""
+    picture = np.minimum(RANDOM.integers(20, 200, (30, 40)), RANDOM.integers(20, 250, (30, 40)))
+    darkest = (picture == picture.min()).sum()
+    expected = [round(255 * ((picture <= level).sum() - darkest) / (picture.size - darkest)) for level in picture.flat]
+    levels = dicom_module.equalise(np.bincount(picture.ravel(), minlength=256))
+    assert (levels[picture].ravel() == expected).all()
+    # by hand: of 4 pixels, 1 is darkest and 2 are at most 7; 255 · (2 - 1) / (4 - 1) = 85
+    small = np.bincount([3, 7, 9, 9], minlength=256)
+    assert dicom_module.equalise(small)[[3, 7, 9]].tolist() == [0, 85, 255]
+    assert dicom_module.equalise(np.bincount([3, 3], minlength=256))[3] == 3
+
+
+@pytest.mark.parametrize("kind", ["MONOCHROME1", "MONOCHROME2"])
+def test_the_jpg_display_scales_inverts_and_equalises_the_stored_values(kind):
+    """The oracle follows the MIMIC-CXR-JPG paper step by step (arXiv 1901.07042)."""
+    values = U12.astype(float)
+    scaled_values = np.floor((values - values.min()) / (values - values.min()).max() * 255)
+    upright = 255 - scaled_values if kind == "MONOCHROME1" else scaled_values
+    darkest = (upright == upright.min()).sum()
+    share = lambda level: ((upright <= level).sum() - darkest) / (upright.size - darkest)
+    expected = each(lambda level: round(255 * share(level)), upright)
+    # neither a window nor a rescale counts
+    data = dicom(U12, kind=kind, stored=12, **window(2000, 900), **rescale(-2, 7))
+    assert (np.asarray(load_image(data, dicom_display="jpg")) == grey(expected)).all()
+
+
+def test_the_jpg_display_leaves_colours_and_other_files_alone():
+    for data in (dicom(COLOUR, kind="RGB"), PNG):
+        assert (np.asarray(load_image(data, "jpg")) == pixels(data)).all()
+    with pytest.raises(ValueError, match="dicom_display 'jpeg' is none of standard, jpg"):
+        load_image(PNG, "jpeg")
+
+
+def test_the_command_line_shows_dicom_as_the_model_learnt_it(tmp_path, capsys):
+    stock = GOLDEN / "libra-7b" / "model"
+    shutil.copytree(stock, tmp_path / "model")
+    settings = json.loads((stock / "config.json").read_text())
+    settings["mm_vision_tower"] = str(GOLDEN / "libra-7b" / "encoder-dinov2")
+    (tmp_path / "model" / "config.json").write_text(json.dumps(settings | {"mm_dicom_display": "jpg"}))
+    values = np.tile(U12, (9, 8))
+    (tmp_path / "chest.dcm").write_bytes(dicom(values, stored=12, **window(300, 200)))
+    load_image(tmp_path / "chest.dcm", "jpg").save(tmp_path / "jpg.png")
+    load_image(tmp_path / "chest.dcm").save(tmp_path / "standard.png")
+
+    def report(model, image, *more):
+        flags = ["--device", "cpu", "--max-new-tokens", "8", "--images", str(tmp_path / image)]
+        assert sample.main(sample.parse(["--model", str(model), *flags, *more])) == 0
+        return capsys.readouterr().out
+
+    jpg, standard = report(stock, "jpg.png"), report(stock, "standard.png")
+    assert jpg != standard
+    # the model decides, and the flag before it
+    assert report(stock, "chest.dcm") == standard
+    assert report(tmp_path / "model", "chest.dcm") == jpg
+    assert report(stock, "chest.dcm", "--dicom-display", "jpg") == jpg
+    assert report(tmp_path / "model", "chest.dcm", "--dicom-display", "standard") == standard
+
+
+# ------------------------------------------------------------------------------------------- mistakes
+
+
 def png_of_size(side):
     """A PNG whose header says that it has side × side pixels."""
     header = b"IHDR" + struct.pack(">II", side, side) + PNG[24:29]
@@ -454,9 +835,9 @@ def test_an_address_where_nothing_answers_and_other_schemes_are_refused(start, s
 
 
 def test_a_download_ends_at_its_limits_of_size_and_time(server, monkeypatch):
-    monkeypatch.setattr(image, "URL_BYTES", 2**20)
+    monkeypatch.setattr(download, "URL_BYTES", 2**20)
     refused(server.url + "/endless", "1 MB")
-    monkeypatch.setattr(image, "URL_SECONDS", 0.5)  # a byte comes every 0.1 s, so that no single wait is long
+    monkeypatch.setattr(download, "URL_SECONDS", 0.5)  # a byte comes every 0.1 s, so that no single wait is long
     refused(server.url + "/slow", "0.5 s")
 
 

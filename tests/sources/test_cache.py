@@ -209,7 +209,9 @@ def _die(images, name):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("change", [{"pad": "mean"}, {"pad": "none"}, {"size": 60}, {"squash": True}, {"rounds": True}])
+@pytest.mark.parametrize("change", [
+    {"pad": "mean"}, {"pad": "none"}, {"size": 60}, {"squash": True}, {"rounds": True}, {"dicom_display": "jpg"},
+])  # fmt: skip
 def test_a_cache_of_other_settings_is_refused_by_name(made, change):
     ((name, value),) = change.items()
     with pytest.raises(ValueError, match=f"'{name}': {value!r}"):

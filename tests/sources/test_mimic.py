@@ -242,6 +242,7 @@ def test_what_is_odd_is_left_out_and_counted(odd, tmp_path, capsys):
         "1  images that are not frontal (view AP or PA)",
         "2  frontal images outside of train, validate, test",
         "2  frontal images missing or empty on disk",
+        f"1  {mimic.DICOM_HINT}",
         "1  studies without a report",
         "1  studies with an exception of the official preparation: misplaced findings",
         "3  images of a study without findings",
