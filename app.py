@@ -13,7 +13,6 @@ import argparse
 import asyncio
 import io
 import json
-import logging
 import re
 import secrets
 import socket
@@ -22,27 +21,27 @@ import threading
 import warnings
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 import anyio
 import uvicorn
 from PIL import Image
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from data import FINDINGS_PROMPT, Study
 from evaluation.metrics import WORDS_OF_CHANGE
 from evaluation.prior import BETTER, WORSE
-from model import Libra
 from page.safety import Guard, Impatient, TooLarge, content_security_policy, is_loopback, read_body
-from page.work import Conversation, Job, Shelf, Worker, notes_to, one_line, show_warning
+from page.work import Conversation, Job, Shelf, Worker, is_dicom, notes_to, one_line, show_warning
 from plumbing.checkpoint import locate
 from plumbing.cli import Parser, add_decoding_flags, add_model_flags, guard
+from plumbing.download import HTTP, download
 from plumbing.fields import Range, check_fields
-from plumbing.image import HTTP, load_image
-from sample import DEFAULT_MODEL, Options, counterfactuals, options_of
+from plumbing.image import load_image
+from sample import DEFAULT_MODEL, Options, counterfactuals, load, options_of
 from sources.mimic import with_context
 
 HERE = Path(__file__).resolve().parent
@@ -116,7 +115,7 @@ class App:
     def __init__(self, models: list[str], worker: Worker, defaults: Options):
         self.models, self.worker, self.defaults = models, worker, defaults
         self.page = (HERE / "page" / "index.html").read_text(encoding="utf-8")
-        self.images = Shelf(**IMAGES)  # PNG, as the model and the viewer see them
+        self.images = Shelf(**IMAGES)  # of Pictures
         self.jobs: dict[str, Job] = {}
         self.incoming = 0  # bytes of uploads on their way
         self.decoders = anyio.Semaphore(2)
@@ -140,7 +139,13 @@ class App:
         """What the page must know of the server."""
         other = WORDS_OF_CHANGE - WORSE - BETTER
         words = {"worse": sorted(WORSE), "better": sorted(BETTER), "other": sorted(other)}
-        about = {"models": self.models, "question": FINDINGS_PROMPT, "options": asdict(self.defaults), "words": words}
+        about = {
+            "models": self.models,
+            "question": FINDINGS_PROMPT,
+            "options": asdict(self.defaults),
+            "published": asdict(Options()),
+            "words": words,
+        }
         return JSONResponse(about)
 
     # ---- images
@@ -156,9 +161,9 @@ class App:
         else:
             source, limiter = await self._receive(request), self.decoders
         async with limiter:
-            png, size, notes = await anyio.to_thread.run_sync(as_png, source)
-        name = self.images.put(png, len(png))
-        return JSONResponse({"name": name, "width": size[0], "height": size[1], "notes": notes})
+            picture = await anyio.to_thread.run_sync(read_picture, source)
+        name = self.images.put(picture, len(picture.file) + len(picture.png))
+        return JSONResponse({"name": name, "width": picture.width, "height": picture.height, "notes": picture.notes})
 
     async def _receive(self, request: Request) -> bytes:
         """An upload, in memory: a form (multipart) would be written to a temporary file."""
@@ -175,10 +180,10 @@ class App:
             self.incoming -= size
 
     async def image(self, request: Request):
-        png = self.images.get(request.path_params["name"])
-        if png is None:
+        picture = self.images.get(request.path_params["name"])
+        if picture is None:
             raise Gone("the image is no longer in memory: give it again")
-        return Response(png, media_type="image/png")
+        return Response(picture.png, media_type="image/png")
 
     async def example(self, request: Request):
         # a fixed table: no name from a request becomes a path
@@ -207,14 +212,14 @@ class App:
             return conversation, question.question
 
         # 2) the first one
-        images = [self.images.get(name) for name in question.images]
-        if None in images:
+        pictures = [self.images.get(name) for name in question.images]
+        if None in pictures:
             raise Gone("the image is no longer in memory: give it again")
-        if not 1 <= len(images) <= 2:
+        if not 1 <= len(pictures) <= 2:
             raise ValueError("give one or two images: the current one, then the prior")
         if question.model not in self.models:
             raise ValueError(f"there is no model {question.model[:60]}")
-        studies = counterfactuals(Study(*images))
+        studies = counterfactuals(Study(*[picture.file for picture in pictures]))
         if question.circumstance not in studies:
             raise ValueError(f"a question {question.circumstance} needs a prior")
         context = asdict(checked(question.context, Context, "the clinical context"))
@@ -262,26 +267,45 @@ class App:
         return values
 
 
-def as_png(source: bytes | str) -> tuple[bytes, tuple[int, int], list[str]]:
-    """An image file or an address -> PNG with the same values, (width, height), and notes. OSError, ValueError."""
-    notes = []
+class Picture(NamedTuple):
+    """An image in memory. file: what the model reads, PNG or DICOM; png: what is shown, with the same values."""
+
+    file: bytes
+    png: bytes
+    width: int
+    height: int
+    notes: list[str]
+
+
+def read_picture(source: bytes | str) -> Picture:
+    """The bytes of an image file, or an http(s) address on the public internet. OSError, ValueError."""
+    # 1) never a path
+    if isinstance(source, str):
+        try:
+            source = download(source, public_only=True)
+        except Exception as error:  # urllib, http.client and ssl raise errors of their own
+            raise OSError(f"no image from {source} ({one_line(error)}): check the address") from None
+
+    # 2) decode it
+    notes: list[str] = []
     with notes_to(notes.append):
-        image = load_image(source, public_only=True)
+        image = load_image(source)
     # grey takes a third of the memory
     red, green, blue = image.split()
     if red.tobytes() == green.tobytes() == blue.tobytes():
         image = red
+
+    # 3) one lossless picture for the viewer and the model. How a model takes DICOM, only the model knows
     file = io.BytesIO()
     image.save(file, "PNG", compress_level=1)
-    return file.getvalue(), image.size, notes
+    png = file.getvalue()
+    return Picture(source if is_dicom(source) else png, png, *image.size, notes)
 
 
 async def refusal(request: Request, error: Exception):
     """A mistake of the user, as a sentence."""
     status = {TooLarge: 413, Gone: 410, TimeoutError: 408}.get(type(error), 400)
     sentence = one_line(error) if status != 408 else "the request took too long"
-    if isinstance(error, MemoryError):
-        sentence = "there is not enough memory for this image"
     return JSONResponse({"error": sentence}, status)
 
 
@@ -296,7 +320,7 @@ def parse(arguments=None):
     add("--model", action="append", metavar="ID_OR_DIR", help=f"{help} (default: {DEFAULT_MODEL})")
     add("--host", default="127.0.0.1", help="address to bind to; beyond this machine a token is asked for")
     add("--port", type=int, default=7860, help="port to bind to; 0: any that is free")
-    add("--token", metavar="TEXT", help="what others must show; default: a random one, if --host is no loopback address")
+    add("--token", metavar="TEXT", help="what others must show; default: a random one, if --host lets others in")
     add("--open", action="store_true", help="open the page in a browser")
     add_model_flags(add)
     add_decoding_flags(add)
@@ -329,17 +353,16 @@ def make_server(arguments) -> tuple[uvicorn.Server, socket.socket, str]:
         address += f"?token={token}"
 
     # 3) the worker and the routes
-    flags = {name: getattr(arguments, name) for name in ("base", "encoder", "device", "dtype")}
-    worker = Worker(lambda model, progress: Libra.from_pretrained(model, progress=progress, **flags), arguments.template)
+    worker = Worker(lambda model, show: load(arguments, model, show), arguments.template)
     worker.start(arguments.model[0])
     app = App(arguments.model, worker, defaults)
-    mistakes = dict.fromkeys((ValueError, OSError, MemoryError), refusal)
+    mistakes = dict.fromkeys((ValueError, OSError, MemoryError, ClientDisconnect), refusal)
     application = Guard(
         Starlette(routes=app.routes(), exception_handlers=mistakes), host, token, content_security_policy(app.page)
     )
     config = uvicorn.Config(
-        application, http=Impatient, ws="none", lifespan="off", log_level="error", access_log=False, server_header=False,
-        limit_concurrency=CONNECTIONS, timeout_graceful_shutdown=1,
+        application, http=Impatient, ws="none", lifespan="off", log_level="error", access_log=False,
+        server_header=False, limit_concurrency=CONNECTIONS, timeout_graceful_shutdown=1,
     )  # fmt: skip
     return uvicorn.Server(config), listener, address
 

@@ -636,12 +636,12 @@ def options_of(arguments) -> Options:
     return Options(**{name: getattr(arguments, name) for name in names})
 
 
-def load(arguments) -> Libra:
-    """Reads the model of a command line."""
+def load(arguments, model: str | None = None, show: Callable[[int, int], None] | None = None) -> Libra:
+    """Reads the model of a command line, or another one with its flags. show(bytes done, bytes in all): progress."""
     flags = {name: getattr(arguments, name) for name in ("base", "encoder", "device", "dtype")}
     if arguments.dicom_display:
         flags["changes"] = {"mm_dicom_display": arguments.dicom_display}
-    return Libra.from_pretrained(arguments.model, progress=progress("loading", "GiB", 2**30), **flags)
+    return Libra.from_pretrained(model or arguments.model, progress=show or progress("loading", "GiB", 2**30), **flags)
 
 
 def run(arguments):

@@ -93,7 +93,8 @@ class Guard:
             return PlainTextResponse("This request comes from another page.", 403)
         if self.token is None:
             return None
-        if scope["path"] == "/" and self._is_token(parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]):
+        query = parse_qs(scope["query_string"].decode("latin-1"))
+        if scope["path"] == "/" and self._is_token(query.get("token", [""])[0]):
             cookie = f"{COOKIE}={self.token}; HttpOnly; SameSite=Strict; Path=/"
             return RedirectResponse("/", 303, {"Set-Cookie": cookie})
         if not self._is_token(self._token_of(headers)):
@@ -135,7 +136,7 @@ class TooLarge(ValueError):
 
 
 async def read_body(request, limit: int, seconds: float) -> bytearray:
-    """The body of a request, in memory. TooLarge before more than `limit` bytes are read, TimeoutError when it is late."""
+    """The body of a request, in memory. TooLarge before more than limit bytes are read; TimeoutError if it is late."""
     size = request.headers.get("content-length", "0")
     body = bytearray()
     if not size.isdecimal() or int(size) > limit:

@@ -1,6 +1,7 @@
 """One thread computes for everybody who uses the page: a queue, the model that is loaded, the conversations."""
 
 import gc
+import json
 import secrets
 import sys
 import threading
@@ -81,6 +82,10 @@ def show_warning(message, *_, **__):
     tell(str(message))
 
 
+def is_dicom(data: bytes) -> bool:
+    return data[128:132] == b"DICM"  # PS3.10, 7.1
+
+
 def one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or "there is not enough memory"
 
@@ -119,6 +124,7 @@ class Worker:
         self.load, self.template = load, template
         self.model: str | None = None
         self.libra: Libra | None = None
+        self.percent = 0  # of the model that is being loaded
         self.waiting: list[Job] = []
         self.current: Job | None = None
         self.changed = threading.Condition()
@@ -200,10 +206,14 @@ class Worker:
     def _show_loading(self, done: int, total: int):
         if self.current and self.current.stopped.is_set():
             raise Stopped
+        percent = 100 * done // max(total, 1)
+        if percent == self.percent:
+            return
+        self.percent = percent
         with self.changed:
             for job in [self.current, *self.waiting]:
                 if job:
-                    job.tell({"loading": 100 * done // max(total, 1)})
+                    job.tell({"loading": percent})
 
     def _answer(self, job: Job, load_seconds: float):
         # 1) continue from the cache, if the conversation still has one
@@ -218,13 +228,15 @@ class Worker:
             self.cached.pop(0).chat = None
 
         # 2) answer
+        study, display = conversation.study, self.libra.pixels.dicom_display
+        images = [image for image in (study.current, study.prior) if image]
+        if display != "standard" and any(map(is_dicom, images)):
+            job.tell({"note": f'this model was trained on DICOM in the display "{display}", unlike the one shown'})
         job.tell({"reading": True})
         on_text = lambda text: job.tell({"text": text})
         answer = conversation.chat.answer(job.question, job.options, on_text, job.stopped.is_set)
         answer.seconds = {"load": load_seconds} | answer.seconds
 
         # 3) keep the conversation for the next question
-        study = conversation.study
-        size = sum(len(image) for image in (study.current, study.prior) if image)
-        name = self.conversations.put(conversation, size)
-        job.tell({"answer": answer.as_json(), "conversation": name, "was_stopped": job.stopped.is_set()})
+        name = self.conversations.put(conversation, sum(map(len, images)))
+        job.tell({"answer": json.dumps(answer.as_json()), "conversation": name, "was_stopped": job.stopped.is_set()})
