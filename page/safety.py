@@ -42,7 +42,7 @@ def content_security_policy(page: str) -> str:
         "default-src": "'none'",
         "script-src": hashes["script"],
         "style-src": hashes["style"],
-        "img-src": "'self' blob:",
+        "img-src": "'self' blob: data:",
         "connect-src": "'self'",
         "base-uri": "'none'",
         "form-action": "'none'",
