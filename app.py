@@ -18,6 +18,7 @@ import secrets
 import socket
 import sys
 import threading
+import traceback
 import warnings
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -309,6 +310,12 @@ async def refusal(request: Request, error: Exception):
     return JSONResponse({"error": sentence}, status)
 
 
+async def failure(request: Request, error: Exception):
+    """A mistake of ours."""
+    traceback.print_exception(error)
+    return JSONResponse({"error": f"the server failed: {type(error).__name__}"}, 500)
+
+
 # ------------------------------------------------------------------------------------------ command line
 
 
@@ -356,12 +363,11 @@ def make_server(arguments) -> tuple[uvicorn.Server, socket.socket, str]:
     worker = Worker(lambda model, show: load(arguments, model, show), arguments.template)
     worker.start(arguments.model[0])
     app = App(arguments.model, worker, defaults)
-    mistakes = dict.fromkeys((ValueError, OSError, MemoryError, ClientDisconnect), refusal)
-    application = Guard(
-        Starlette(routes=app.routes(), exception_handlers=mistakes), host, token, content_security_policy(app.page)
-    )
+    handlers = dict.fromkeys((ValueError, OSError, MemoryError, ClientDisconnect), refusal) | {Exception: failure}
+    application = Starlette(routes=app.routes(), exception_handlers=handlers)
+    application = Guard(application, host, token, content_security_policy(app.page))
     config = uvicorn.Config(
-        application, http=Impatient, ws="none", lifespan="off", log_level="error", access_log=False,
+        application, http=Impatient, ws="none", lifespan="off", log_level="critical", access_log=False,
         server_header=False, limit_concurrency=CONNECTIONS, timeout_graceful_shutdown=1,
     )  # fmt: skip
     return uvicorn.Server(config), listener, address
@@ -381,7 +387,13 @@ def run(arguments):
 def open_browser(address: str):
     import webbrowser
 
-    webbrowser.open(address)
+    try:
+        browser = webbrowser.get()
+    except webbrowser.Error:
+        return
+    # a text browser would take this terminal
+    if type(browser) is not webbrowser.GenericBrowser:
+        browser.open(address)
 
 
 def main(arguments) -> int:

@@ -109,6 +109,7 @@ class Job:
     options: Options
     tell: Callable[[dict], None]
     stopped: threading.Event = field(default_factory=threading.Event)
+    ahead: int | None = None  # jobs before this one, as told
 
 
 class Worker:
@@ -157,7 +158,10 @@ class Worker:
 
     def _tell_places(self):
         for place, job in enumerate(self.waiting):
-            job.tell({"ahead": place + (self.current is not None)})
+            ahead = place + (self.current is not None)
+            if ahead != job.ahead:
+                job.ahead = ahead
+                job.tell({"ahead": ahead})
 
     # ---- the thread
 
