@@ -139,10 +139,11 @@ def until(stream, key: str):
 def test_who_waits_knows_the_place_and_stop_stops_both_who_waits_and_who_reads(gate):
     with Site() as site:
         names = [site.upload(image) for image in PAIR]
-        streams = [site.open_stream(images=names) for _ in range(3)]
-        jobs = [until(stream, "job") for stream in streams]
-        assert until(streams[0], "text") == "The"
-        assert until(streams[1], "ahead") == 1 and until(streams[2], "ahead") == 2
+        streams, jobs = [], []
+        for key, value in [("text", "The"), ("ahead", 1), ("ahead", 2)]:
+            streams.append(site.open_stream(images=names))
+            jobs.append(until(streams[-1], "job"))
+            assert until(streams[-1], key) == value
         # the second gives up, and the third moves up
         site.request("POST", f"/stop/{jobs[1]}", {})
         assert until(streams[1], "stopped")
@@ -158,9 +159,10 @@ def test_who_waits_knows_the_place_and_stop_stops_both_who_waits_and_who_reads(g
 def test_a_closed_tab_frees_the_work(gate):
     with Site() as site:
         names = [site.upload(image) for image in PAIR]
-        reading, waiting = (site.open_stream(images=names) for _ in range(2))
+        reading = site.open_stream(images=names)
         until(reading, "text")
-        until(waiting, "ahead")
+        waiting = site.open_stream(images=names)
+        assert until(waiting, "ahead") == 1
         later = site.open_stream(images=names)
         assert until(later, "ahead") == 2
         waiting.close()
