@@ -213,5 +213,5 @@ def test_every_file_that_readme_and_docs_name_exists():
 
 
 def test_the_commands_of_the_readme_are_in_the_makefile():
-    for target in ("test", "demo"):
+    for target in ("test", "demo", "app"):
         assert f"make {target}" in TEXTS[0] and f"\n{target}:" in (ROOT / "Makefile").read_text()
