@@ -340,8 +340,18 @@ def parse(arguments=None):
     return arguments
 
 
-def make_server(arguments) -> tuple[uvicorn.Server, socket.socket, str]:
-    """(server, the socket that it is to listen on, the address to open). Loads the first model in the background."""
+class Service(NamedTuple):
+    """All that runs: server.run(sockets=[listener]) serves, worker.end() is due afterwards."""
+
+    server: uvicorn.Server
+    listener: socket.socket
+    address: str  # to open
+    worker: Worker
+    app: App
+
+
+def make_service(arguments) -> Service:
+    """Checks the arguments, listens, and begins to load the first model."""
     # 1) what is quick to check
     defaults = options_of(arguments)
     for model in arguments.model:
@@ -370,18 +380,21 @@ def make_server(arguments) -> tuple[uvicorn.Server, socket.socket, str]:
         application, http=Impatient, ws="none", lifespan="off", log_level="critical", access_log=False,
         server_header=False, limit_concurrency=CONNECTIONS, timeout_graceful_shutdown=1,
     )  # fmt: skip
-    return uvicorn.Server(config), listener, address
+    return Service(uvicorn.Server(config), listener, address, worker, app)
 
 
 def run(arguments):
     warnings.simplefilter("always", UserWarning)
     warnings.showwarning = show_warning
     Image.init()
-    server, listener, address = make_server(arguments)
-    print(f"Open {address} (Ctrl-C ends)", flush=True)
+    service = make_service(arguments)
+    print(f"Open {service.address} (Ctrl-C ends)", flush=True)
     if arguments.open:
-        threading.Thread(target=open_browser, args=[address], daemon=True).start()
-    server.run(sockets=[listener])
+        threading.Thread(target=open_browser, args=[service.address], daemon=True).start()
+    try:
+        service.server.run(sockets=[service.listener])
+    finally:
+        service.worker.end()
 
 
 def open_browser(address: str):

@@ -82,6 +82,13 @@ def show_warning(message, *_, **__):
     tell(str(message))
 
 
+def print_event(event: dict):
+    """What is told where nobody has asked."""
+    for text in event.values():
+        if text is not True:
+            print(f"app.py: {text}", file=sys.stderr)
+
+
 def is_dicom(data: bytes) -> bool:
     return data[128:132] == b"DICM"  # PS3.10, 7.1
 
@@ -125,6 +132,7 @@ class Worker:
         self.load, self.template = load, template
         self.model: str | None = None
         self.libra: Libra | None = None
+        self.is_over = False
         self.percent = 0  # of the model that is being loaded
         self.waiting: list[Job] = []
         self.current: Job | None = None
@@ -134,7 +142,8 @@ class Worker:
 
     def start(self, model: str):
         """Begins to work, and loads a model before anybody asks."""
-        threading.Thread(target=self._work, args=[model], daemon=True).start()
+        self.thread = threading.Thread(target=self._work, args=[model], daemon=True)
+        self.thread.start()
 
     # ---- called by everybody
 
@@ -156,6 +165,16 @@ class Worker:
                 job.tell({"stopped": True})
                 self._tell_places()
 
+    def end(self):
+        """Ends all jobs and the thread: Python must not end in the middle of a computation."""
+        with self.changed:
+            self.is_over = True
+            jobs = [*self.waiting, self.current]
+            self.changed.notify()
+        for job in filter(None, jobs):
+            self.stop(job)
+        self.thread.join(timeout=10)
+
     def _tell_places(self):
         for place, job in enumerate(self.waiting):
             ahead = place + (self.current is not None)
@@ -167,11 +186,12 @@ class Worker:
 
     def _work(self, first_model: str):
         self._run(None, first_model)
-        while True:
+        while not self.is_over:
             with self.changed:
-                while not self.waiting:
+                if not self.waiting:
                     self.changed.wait(timeout=60)
                     self.conversations.tidy()
+                    continue
                 self.current = self.waiting.pop(0)
                 self._tell_places()
             self._run(self.current, self.current.conversation.model)
@@ -180,7 +200,7 @@ class Worker:
 
     def _run(self, job: Job | None, model: str):
         """Answers a job, or only loads a model. Whatever happens, the next one has its turn."""
-        tell = job.tell if job else lambda event: print(f"app.py: {event['error']}", file=sys.stderr)
+        tell = job.tell if job else print_event
         try:
             with notes_to(lambda note: tell({"note": note})):
                 begin = time.monotonic()
@@ -208,7 +228,7 @@ class Worker:
         self.model = model
 
     def _show_loading(self, done: int, total: int):
-        if self.current and self.current.stopped.is_set():
+        if self.is_over or (self.current and self.current.stopped.is_set()):
             raise Stopped
         percent = 100 * done // max(total, 1)
         if percent == self.percent:

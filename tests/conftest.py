@@ -211,18 +211,19 @@ class Site:
         arguments = ["--port", "0", "--max-new-tokens", "200", "--device", "cpu", *arguments]
         if "--model" not in arguments:
             arguments += ["--model", str(ROOT / "assets" / "phantom")]
-        self.server, self.listener, self.address = app.make_server(app.parse(arguments))
+        self.service = app.make_service(app.parse(arguments))
         self.model = app.parse(arguments).model[0]
-        self.port = self.listener.getsockname()[1]
-        self.thread = threading.Thread(target=self.server.run, args=[[self.listener]])
+        self.port = self.service.listener.getsockname()[1]
+        self.thread = threading.Thread(target=self.service.server.run, args=[[self.service.listener]])
 
     def __enter__(self):
         self.thread.start()
         return self
 
     def __exit__(self, *_):
-        self.server.should_exit = True
+        self.service.server.should_exit = True
         self.thread.join()
+        self.service.worker.end()
 
     def request(self, method: str, path: str, body=None, **headers) -> tuple[int, dict, bytes]:
         """(status, headers, body). A dict is sent as JSON; the name of a header has _ for -."""

@@ -343,7 +343,7 @@ def test_another_page_cannot_post(site):
 
 def test_a_token_is_asked_for_and_taken_from_address_cookie_and_header():
     with Site("--token", "a-secret-token") as site:
-        assert site.address.endswith("/?token=a-secret-token")
+        assert site.service.address.endswith("/?token=a-secret-token")
         assert [site.request("GET", path)[0] for path in ("/", "/about", "/?token=wrong-token")] == [401] * 3
         status, headers, _ = site.request("GET", "/?token=a-secret-token")
         assert status == 303 and headers["location"] == "/" and "HttpOnly; SameSite=Strict" in headers["set-cookie"]
@@ -357,7 +357,7 @@ def test_beyond_this_machine_it_warns_and_makes_a_token():
     with pytest.warns(UserWarning, match="open to other machines"):
         site = Site("--host", "0.0.0.0")
     with site:
-        assert re.search(r"\?token=[\w-]{16,}$", site.address)
+        assert re.search(r"\?token=[\w-]{16,}$", site.service.address)
         assert site.request("GET", "/about", Host="192.168.1.7:7860")[0] == 401
         assert site.request("GET", "/about", Host="evil.example")[0] == 403
 
@@ -414,33 +414,39 @@ def test_many_uploads_at_once_are_bounded(site, monkeypatch):
 
 
 def test_a_slow_client_is_bounded_and_the_server_answers_others(site, monkeypatch):
+    # with its header
     monkeypatch.setattr(page.safety, "REQUEST_SECONDS", 0.2)
-    monkeypatch.setattr(app, "IMAGE_SECONDS", 0.2)
-    monkeypatch.setattr(app, "ASK_SECONDS", 0.2)
     assert raw(site) == b""
     assert raw(site, b"GET /about HTTP/1.1\r\nHost: local") == b""
+    monkeypatch.undo()
+    # with what follows
+    monkeypatch.setattr(app, "IMAGE_SECONDS", 0.2)
+    monkeypatch.setattr(app, "ASK_SECONDS", 0.2)
     for path in (b"images", b"ask"):
         answer = raw(site, b"POST /%s HTTP/1.1\r\nHost: localhost\r\nContent-Length: 900\r\n\r\n" % path, b"x")
         assert answer.startswith(b"HTTP/1.1 408") and b"took too long" in answer
-    # a second request on the same connection is not waited for
+    # with a second request on the same connection, which is not waited for
     answer = raw(site, b"GET /about HTTP/1.1\r\nHost: localhost\r\n\r\n")
     assert b"connection: close" in answer
     assert site.request("GET", "/about")[0] == 200
 
 
 def test_who_does_not_read_is_hung_up_on(site, monkeypatch):
-    monkeypatch.setattr(page.safety, "STALL_SECONDS", 0.2)
     noise = np.random.default_rng(0).integers(0, 255, (3000, 3000), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(noise).save(file, "PNG", compress_level=0)
     name = site.upload(file.getvalue())
+    monkeypatch.setattr(page.safety, "STALL_SECONDS", 0.2)
     with socket.socket() as connection:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.settimeout(60)
         connection.connect(("127.0.0.1", site.port))
         connection.sendall(b"GET /images/%s HTTP/1.1\r\nHost: localhost\r\n\r\n" % name.encode())
-        while site.server.server_state.connections:
+        deadline = time.monotonic() + 60
+        while site.service.server.server_state.connections and time.monotonic() < deadline:
             time.sleep(0.05)
+    assert not site.service.server.server_state.connections
+    monkeypatch.undo()
     assert site.request("GET", "/about")[0] == 200
 
 
