@@ -265,10 +265,15 @@ def prompt(section: str, report: dict[str, str]) -> str:
     report: {name: text}; those of CONTEXT are repeated. Published examples show Indication and History; the wording of
     the other two is a guess after their pattern.
     """
+    return with_context(PROMPTS[section], report)
+
+
+def with_context(question: str, report: dict[str, str]) -> str:
+    """A question, followed by those sections of CONTEXT that a report has."""
     context = [f"{name.capitalize()}: {one_line(report[name])}" for name in CONTEXT if report.get(name, "").strip()]
     if context:
         context.insert(0, "Following clinical context:")
-    return " ".join([PROMPTS[section], *context])
+    return " ".join([question, *context])
 
 
 def prepare_sections(

@@ -14,7 +14,7 @@ from conftest import FAMILIES, GOLDEN, ROOT, cases, load, read, study_of
 import sample
 from data import Study
 from decoder import Cache, Decoder, decoder_config
-from sample import Beam, Chat, Options, Prefix, Stops, Stream, decode, generate, sample_tokens
+from sample import Beam, Chat, Options, Prefix, Stops, Stream, counterfactuals, decode, generate, sample_tokens
 from tokenizer import Prompt
 
 CASES = pytest.mark.parametrize("family, folder", cases(), ids=lambda value: getattr(value, "name", value))
@@ -281,6 +281,14 @@ def test_a_stop_string_ends_generation_and_is_removed(seven):
     (output,) = decode(seven, prefix, Options(max_new_tokens=24))[0]
     assert output.token_ids == ids[: len(output.token_ids)] and len(output.token_ids) <= 5
     assert prefix.stop not in output.text and output.text
+
+
+def test_counterfactuals_take_the_prior_away_and_exchange_the_images():
+    study = Study("now", "then", "Has it grown?", id="1")
+    without, exchanged = Study("now", None, "Has it grown?", id="1"), Study("then", "now", "Has it grown?", id="1")
+    named = {"as given": study, "without the prior": without, "images exchanged": exchanged}
+    assert counterfactuals(study) == named
+    assert counterfactuals(without) == {"as given": without}
 
 
 # ----------------------------------------------------------------------------------------------------- chat
