@@ -14,7 +14,7 @@ app: .venv/app
 
 test: .venv/installed
 	.venv/bin/ruff check .
-	.venv/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2
 
 # the proofs that take long: many kills of training, of the image cache and of answering
 test-long: .venv/installed
