@@ -408,7 +408,7 @@ def mistakes(tmp_path):
         ((), tmp_path / "nowhere", IMAGES, "nowhere"),
         ((), no_json, IMAGES, "config.json"),
         ((), model("kind", model_type="bert"), IMAGES, "model_type 'bert'"),
-        ((), model("act", hidden_act="relu"), IMAGES, "hidden_act 'relu'"),
+        ((), model("act", hidden_act="relu"), IMAGES, "hidden_act is 'relu'"),
         ((), model("wide", intermediate_size=161), IMAGES, "9 wrongly shaped"),
         ((), model("deep", num_hidden_layers=4), IMAGES, "9 missing"),
         ((), cut, IMAGES, "model-00002-of-00005.safetensors"),
