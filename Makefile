@@ -1,12 +1,16 @@
 PYTHON ?= python3
 PIP = .venv/bin/pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-long test-fuzz test-kernel phantom phantom-pair
+.PHONY: demo app test test-long test-fuzz test-kernel phantom phantom-pair
 
 # a report on a drawn patient beside the previous image, and the same with the two images exchanged
 demo: .venv/ready
 	.venv/bin/python sample.py --model assets/phantom --images assets/current.png assets/prior.png --max-new-tokens 200
 	.venv/bin/python sample.py --model assets/phantom --images assets/prior.png assets/current.png --max-new-tokens 200
+
+# a page in the browser, with the toy model
+app: .venv/app
+	.venv/bin/python app.py --model assets/phantom --max-new-tokens 200 --open
 
 test: .venv/installed
 	.venv/bin/ruff check .
@@ -65,6 +69,10 @@ runs/hospital/data/.ready: .venv/ready
 	$(PIP) -r requirements.txt
 	touch $@
 
-.venv/installed: .venv/ready requirements-test.txt
+.venv/app: .venv/ready requirements-app.txt
+	$(PIP) -r requirements-app.txt
+	touch $@
+
+.venv/installed: .venv/app requirements-test.txt
 	$(PIP) -r requirements-test.txt
 	touch $@

@@ -40,7 +40,8 @@ ignore = lambda *arguments: None  # a callback for whoever does not need one
 def tell(message: str):
     """Print one line on stderr, by the first of torchrun's processes alone."""
     if os.environ.get("RANK", "0") == "0":
-        print(" ".join(message.split()), file=sys.stderr)
+        program = Path(sys.argv[0]).name
+        print(f"{program}: warning: {' '.join(message.split())}", file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -91,13 +92,23 @@ class Records:
         # note where each record starts, and the number of its line; empty lines are no records
         start = number = 0
         while start < len(self.lines):
-            end = self.lines.find(b"\n", start) + 1 or len(self.lines)
             number += 1
+            end = self._line_end(start)
             if self.lines[start : min(end, start + 3)].strip(b"\r\n"):
                 self.starts.append(start)
                 self.numbers.append(number)
             start = end
         self.starts.append(start)
+
+    def _line_end(self, start: int) -> int:
+        for place in range(start, len(self.lines), RECORD_BYTES):
+            end = self.lines.find(b"\n", place, place + RECORD_BYTES)
+            if end >= 0:
+                return end + 1
+            # pages of a mapped file count as memory until they are given back, and this line may have gigabytes
+            if isinstance(self.lines, mmap.mmap):
+                self.lines.madvise(mmap.MADV_DONTNEED)
+        return len(self.lines)
 
     # a worker process opens the file itself instead of receiving its content
     def __reduce__(self):

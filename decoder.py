@@ -70,7 +70,7 @@ class DecoderConfig:
 
     def window(self, layer: int) -> int | None:
         """Number of latest positions that a layer sees; None: all of them."""
-        if self.layer_types:
+        if self.layer_types is not None:
             has_window = self.layer_types[layer] == "sliding_attention"
         else:
             has_window = layer >= self.max_window_layers
@@ -292,11 +292,10 @@ def rope_settings(config: dict, values: dict, where: str) -> dict:
     for key in family.supported.keys() & scaling.keys():
         check_value(scaling[key], family.supported[key], key, where)
 
-    # 2) types and bounds; of the settings outside, one wins over that inside
-    rope_fields = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings", "attention_factor")
-    rope_fields += ("rope_type", "factor", "low_freq_factor", "high_freq_factor", "short_factor", "long_factor")
-    settings = {key: scaling[key] for key in rope_fields if key in scaling}
-    settings = check_fields(settings, DecoderConfig, where)
+    # 2) types and bounds. What a file has inside wins over what it has outside, but for the original length
+    known = {"rope_type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings", "attention_factor"}
+    known |= {"factor", "low_freq_factor", "high_freq_factor", "short_factor", "long_factor"}
+    settings = check_fields({key: scaling[key] for key in known & scaling.keys()}, DecoderConfig, where)
     outside = values["original_max_position_embeddings"]
     inside = settings.get("original_max_position_embeddings")
     settings["original_max_position_embeddings"] = outside or inside or values["max_position_embeddings"]
@@ -320,7 +319,7 @@ def check_sizes(config: DecoderConfig, where: str):
 
     # layers with a window
     kinds = config.layer_types
-    if kinds and len(kinds) != layers:
+    if kinds is not None and len(kinds) != layers:
         raise misfit(kinds, "layer_types", where, f"one for each of {layers} layers")
     if kinds and "sliding_attention" in kinds and config.sliding_window is None:
         raise misfit(kinds, "layer_types", where, "no 'sliding_attention' where use_sliding_window is false")

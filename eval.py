@@ -12,7 +12,6 @@ if __name__ == "__main__":
 import argparse
 import functools
 import sys
-import warnings
 from pathlib import Path
 
 from evaluation import metrics, page, tables
@@ -221,8 +220,6 @@ def parse(arguments=None):
 
 
 def run(arguments):
-    # a warning is one line, as a mistake is
-    warnings.showwarning = lambda message, *_, **__: print(f"eval.py: warning: {message}", file=sys.stderr)
     {"answer": answer, "score": score, "prior": prior}[arguments.command](arguments)
 
 

@@ -311,7 +311,11 @@ class Libra(nn.Module):
         hidden = self.decoder(embeddings[None], positions[None], attend, lengths)  # [1, T, hidden]
         # every layer has stored its keys and values
         cache.advance(T, study)
-        return self.logits(hidden[0, -1])
+        logits = self.logits(hidden[0, -1])
+        # without this check, a report of nonsense would look like a report
+        if not logits.isfinite().all():
+            raise ValueError("the logits are not finite numbers: the weights are damaged, or too large for this dtype")
+        return logits
 
     def decode_step(self, cache: Cache, tokens: list[list[int]]) -> torch.Tensor:
         """Adds the newest token of K continuations of B studies, tokens [B][K]; returns the next logits [B, K, V]."""

@@ -21,7 +21,8 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Annotated, Literal
 
 import torch
@@ -35,6 +36,7 @@ from plumbing.image import load_image
 from tokenizer import IMAGE, IMAGE_TEXT, Prompt, find_template, render
 
 DEFAULT_MODEL = "X-iZhang/libra-v1.0-7b"
+never = lambda: False  # should_stop of whoever does not stop
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,21 @@ class Output:
     text: str
     token_ids: list[int]
     score: float | None = None
+
+
+@dataclass
+class Answer:
+    """What a question gives: the reports, best first, the prompt that they continue, and the seconds of each stage."""
+
+    outputs: list[Output]
+    prompt: Prompt
+    seconds: dict[str, float]
+
+    def as_json(self) -> dict:
+        """What `--json` prints."""
+        outputs = [asdict(output) for output in self.outputs]
+        seconds = {name: round(value, 3) for name, value in self.seconds.items()}
+        return {"prompt": self.prompt.text, "input_ids": self.prompt.ids, "outputs": outputs, "seconds": seconds}
 
 
 @dataclass(frozen=True)
@@ -100,7 +117,7 @@ def generate(
     *,
     template: str | None = None,
     on_text: Callable[[str], None] | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], bool] = never,
     **options,
 ) -> list[Output] | list[list[Output]]:
     """Writes reports. One study gives a list of outputs, best first; a list of studies gives a list of such lists.
@@ -125,6 +142,18 @@ def generate(
     prefix = prefill(libra, studies, template, options)
     outputs = decode(libra, prefix, options, on_text, should_stop)
     return outputs[0] if is_single else outputs
+
+
+def counterfactuals(study: Study) -> dict[str, Study]:
+    """The same question in other circumstances: what a report says differently there, the prior has done.
+
+    {"as given": the study, "without the prior": …, "images exchanged": …}; without a prior only the study as given.
+    """
+    studies = {"as given": study}
+    if study.prior is not None:
+        studies["without the prior"] = replace(study, prior=None)
+        studies["images exchanged"] = replace(study, current=study.prior, prior=study.current)
+    return studies
 
 
 @torch.inference_mode()
@@ -193,7 +222,7 @@ def decode(
     prefix: Prefix,
     options: Options,
     on_text: Callable[[str], None] | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], bool] = never,
 ) -> list[list[Output]]:
     """Continues every study of a prefix. The prefix stays as it is, and can be continued again."""
     stream = Stream(libra, prefix.stop, on_text) if on_text else None
@@ -213,6 +242,25 @@ def decode(
     if stream:
         stream.show(outputs[0][0].text)
     return outputs
+
+
+class Stopped(Exception):
+    """A computation was stopped before it had a result."""
+
+
+@contextmanager
+def stoppable(should_stop: Callable[[], bool]):
+    """Makes long computations, such as a prefill, end with Stopped before the next layer once should_stop() is true."""
+
+    def check(module, inputs):
+        if should_stop():
+            raise Stopped
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(check)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 # ------------------------------------------------------------------------------------------ greedy and sampling
@@ -485,16 +533,41 @@ class Chat:
         self.ids: list[int] = []  # those in the cache
         self.image_embeddings = self.cache = None
 
-    @torch.inference_mode()
     def ask(
         self,
         question: str,
         on_text: Callable[[str], None] | None = None,
-        should_stop: Callable[[], bool] = lambda: False,
+        should_stop: Callable[[], bool] = never,
         **options,
     ) -> Output:
         """Answers the next question; options as for `generate`. A question that fails leaves no trace."""
-        libra, options = self.libra, Options(**options)
+        return self.answer(question, Options(**options), on_text, should_stop).outputs[0]
+
+    def answer(
+        self,
+        question: str,
+        options: Options,
+        on_text: Callable[[str], None] | None = None,
+        should_stop: Callable[[], bool] = never,
+    ) -> Answer:
+        """Answers the next question with all sequences; the conversation continues from the first.
+
+        should_stop() is asked at every layer before the first token: then Stopped is raised. Afterwards it is asked at
+        every token, and what has been generated is the answer.
+        """
+        begin = time.monotonic()
+        with stoppable(should_stop) if should_stop is not never else nullcontext():
+            prefix, turn = self.prefill(question, options)
+        prefilled = time.monotonic()
+        outputs = decode(self.libra, prefix, options, on_text, should_stop)[0]
+        self.turns.append((turn, outputs[0].text))
+        seconds = {"prefill": prefilled - begin, "decode": time.monotonic() - prefilled}
+        return Answer(outputs, prefix.prompts[0], seconds)
+
+    @torch.inference_mode()
+    def prefill(self, question: str, options: Options) -> tuple[Prefix, str]:
+        """Computes the conversation up to the answer to a question. Returns it with the question as it was rendered."""
+        libra = self.libra
 
         # 1) render the whole conversation; the first question has the image
         if not self.turns:
@@ -527,13 +600,7 @@ class Chat:
         embeddings = libra.splice(prompt.ids, self.image_embeddings)  # [T, hidden]
         logits = libra.prefill(self.cache, 0, embeddings[start:])  # [V]
         self.ids = prompt.ids
-
-        # 4) answer
-        stop = stop_string(self.template)
-        prefix = Prefix([self.study], [prompt], self.cache, logits[None], stop)
-        output = decode(libra, prefix, options, on_text, should_stop)[0][0]
-        self.turns.append((question, output.text))
-        return output
+        return Prefix([self.study], [prompt], self.cache, logits[None], stop_string(self.template)), question
 
 
 # ------------------------------------------------------------------------------------------ command line
@@ -569,17 +636,16 @@ def options_of(arguments) -> Options:
     return Options(**{name: getattr(arguments, name) for name in names})
 
 
-def load(arguments) -> Libra:
-    """Reads the model of a command line."""
+def load(arguments, model: str | None = None, show: Callable[[int, int], None] | None = None) -> Libra:
+    """Reads the model of a command line, or another one with its flags. show(bytes done, bytes in all): progress."""
     flags = {name: getattr(arguments, name) for name in ("base", "encoder", "device", "dtype")}
     if arguments.dicom_display:
         flags["changes"] = {"mm_dicom_display": arguments.dicom_display}
-    return Libra.from_pretrained(arguments.model, progress=progress("loading", "GiB", 2**30), **flags)
+    return Libra.from_pretrained(model or arguments.model, progress=show or progress("loading", "GiB", 2**30), **flags)
 
 
 def run(arguments):
     # 1) check everything that is quick to check
-    warnings.showwarning = lambda message, *_, **__: print(f"sample.py: warning: {message}", file=sys.stderr)
     if arguments.verbose:
         logging.basicConfig(format="sample.py: %(message)s")
         logging.getLogger("attention").setLevel(logging.INFO)
@@ -604,28 +670,17 @@ def run(arguments):
         return converse(Chat(libra, study, arguments.template), arguments.query, asdict(options))
 
     # 3) prefill and decode
-    prefix = prefill(libra, [study], arguments.template, options)
-    prefilled = time.monotonic()
     streams = not arguments.json and options.num_return_sequences == 1
-    outputs = decode(libra, prefix, options, write if streams else None)[0]
-    decoded = time.monotonic()
+    answer = Chat(libra, study, arguments.template).answer(study.query, options, write if streams else None)
 
     # 4) print
     if arguments.json:
-        prompt = prefix.prompts[0]
-        times = {"load": loaded - begin, "prefill": prefilled - loaded, "decode": decoded - prefilled}
-        seconds = {name: round(value, 3) for name, value in times.items()}
-        result = {
-            "prompt": prompt.text,
-            "input_ids": prompt.ids,
-            "outputs": [asdict(output) for output in outputs],
-            "seconds": seconds,
-        }
-        print(json.dumps(result))
+        answer.seconds = {"load": loaded - begin} | answer.seconds
+        print(json.dumps(answer.as_json()))
     elif streams:
         print()
     else:
-        for number, output in enumerate(outputs, start=1):
+        for number, output in enumerate(answer.outputs, start=1):
             score = "" if output.score is None else f", score {output.score:.4f}"
             print(f"[{number}{score}] {output.text}")
 

@@ -32,9 +32,9 @@ INDEX_FILES = tuple(f"{name}.index.json" for name in WEIGHT_FILES)  # each lists
 LAYOUT_FILE = re.compile(
     r"(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|mm_\w*projector\w*\.(safetensors|bin)"
     r"|adapter_(config\.json|model\.safetensors|model\.bin)|non_lora_trainables\.bin"
-    r"|((generation_|preprocessor_|processor_|tokenizer_)?config|tokenizer|special_tokens_map|added_tokens)\.json"
-    r"|tokenizer\.model"
+    r"|((generation_|tokenizer_)?config|tokenizer|special_tokens_map|added_tokens)\.json|tokenizer\.model"
 )
+ENCODER_FILE = re.compile(rf"{LAYOUT_FILE.pattern}|(pre)?processor_config\.json")  # the same of an image encoder
 
 
 # ------------------------------------------------------------------------------------------ where a checkpoint is

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import contextmanager
 from itertools import islice
@@ -32,6 +33,9 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, arguments=None, namespace=None):
         self.allow_abbrev = False
+        # argparse would take it for a list without values
+        if "--" in (sys.argv if arguments is None else arguments):
+            self.error("unknown argument --; see --help")
         known, unknown = super().parse_known_args(arguments, namespace)
         # argparse calls this for a subcommand too, which looks among its own flags
         for argument in unknown:
@@ -70,11 +74,18 @@ def add_decoding_flags(add):
 
 def fail(program, message):
     """Prints a mistake as one line on stderr, in place of a progress bar. Returns the exit status, 2."""
-    line = " ".join(str(message).split())
-    # a file's name or a server's answer may hold control characters, which a terminal would obey
-    line = "".join(character if character.isprintable() else "?" for character in line)
-    tqdm.write(f"{program}: {line}", file=sys.stderr)
+    tqdm.write(f"{program}: {printable(message)}", file=sys.stderr)
     return 2
+
+
+def warn(program, message):
+    tqdm.write(f"{program}: warning: {printable(message)}", file=sys.stderr)
+
+
+def printable(message) -> str:
+    """A message as one line. A file's name or a server's answer may hold control characters, which a terminal obeys."""
+    line = " ".join(str(message).split())
+    return "".join(character if character.isprintable() else "?" for character in line)
 
 
 def forget(stream):
@@ -85,7 +96,11 @@ def forget(stream):
 
 
 def guard(program, run, arguments):
-    """Calls run(arguments). Returns the exit status: 0, 2 after a mistake of the user, 130 after Ctrl-C."""
+    """Calls run(arguments). Returns the exit status: 0, 2 after a mistake of the user, 130 after Ctrl-C.
+
+    A warning is one line on stderr, as a mistake is.
+    """
+    warnings.showwarning = lambda message, *_, **__: warn(program, message)
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -98,6 +113,8 @@ def guard(program, run, arguments):
         # the one place with advice on a full disk; `files.resumable` has added the name of the file
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
             error = f"{error.filename}: {error.strerror}: make room and run this again, what is done is kept"
+        elif isinstance(error, MemoryError) and not str(error):
+            error = "the memory is full: give smaller files or settings"
         return fail(program, error)
     except KeyboardInterrupt:
         print(file=sys.stderr)

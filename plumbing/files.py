@@ -77,7 +77,7 @@ def atomic(path, mode: str = "w"):
 
     A link is followed. A pipe or a device is written directly. ValueError if another process writes the same file.
     """
-    path = Path(os.path.realpath(path))
+    path = _resolve(path)
     text = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     if path.exists() and not (path.is_file() or path.is_dir()):
         with resumable(path), open(path, mode, **text) as file:
@@ -100,9 +100,17 @@ def atomic(path, mode: str = "w"):
             raise
 
 
+def _resolve(path) -> Path:
+    """The file behind a link."""
+    path = Path(os.path.realpath(path))
+    if path.is_symlink():
+        raise OSError(f"{path} is a link that leads back to itself: give another path")
+    return path
+
+
 def check_writable(path):
     """OSError if a file cannot be written later: there is no folder for it, it is a folder, or it is not ours."""
-    path = Path(os.path.realpath(path))
+    path = _resolve(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: give a file")
     if not path.parent.is_dir():

@@ -6,6 +6,7 @@ Training from nothing begins with them (`configs/phantom_pretrain.py`), and so d
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tokenizers import ByteLevelBPETokenizer
@@ -15,6 +16,7 @@ from torch import nn
 from decoder import Decoder, decoder_config
 from encoder import Encoder, encoder_config
 from plumbing import checkpoint
+from plumbing.fields import check_value
 from plumbing.files import atomic_folder, write_json
 
 # our parameter names -> those of DINOv2 on disk; encoder.FAMILIES has the way back
@@ -45,6 +47,8 @@ def init_weights(module: nn.Module, seed: int):
 def write_encoder(folder: Path, fields: dict, mean: float = 0.5, std: float = 0.25, seed: int = 0):
     """Write a DINOv2 encoder; `fields` are those of its config.json. mean, std: of the grey values it is to see."""
     fields = {"model_type": "dinov2", "layer_norm_eps": 1e-6} | fields
+    # the names below are DINOv2's
+    check_value(fields["model_type"], Literal["dinov2"], "model_type", f"{folder}/config.json")
     encoder = Encoder(encoder_config(fields, folder, {}))
     init_weights(encoder, seed)
 
@@ -54,7 +58,7 @@ def write_encoder(folder: Path, fields: dict, mean: float = 0.5, std: float = 0.
             name = re.sub(pattern, replacement, name)
         tensors[name] = tensor
 
-    side = fields["image_size"]  # a square image is resized and never cropped
+    side = encoder.config.image_size  # a square image is resized and never cropped
     pixels = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}, "do_center_crop": True}
     pixels |= {"image_mean": [mean] * 3, "image_std": [std] * 3, "resample": 3, "rescale_factor": 1 / 255}
     with atomic_folder(folder) as partial:
@@ -65,16 +69,19 @@ def write_encoder(folder: Path, fields: dict, mean: float = 0.5, std: float = 0.
 
 def write_decoder(folder: Path, fields: dict, texts: Iterable[str], seed: int = 0):
     """Write a Llama with the `fields` of its config.json, and a byte-level BPE of at most vocab_size tokens."""
-    # 1) learn the tokenizer
+    # 1) check the fields, and learn the tokenizer
+    defaults = {"model_type": "llama", "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2}
+    fields = defaults | {"torch_dtype": "float32"} | fields
+    check_value(fields["model_type"], Literal["llama"], "model_type", f"{folder}/config.json")
+    config = decoder_config(fields, folder)
     unk, bos, eos = special = ["<unk>", "<s>", "</s>"]
     tokenizer = ByteLevelBPETokenizer()
     tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[(bos, 1)])
     settings = {"min_frequency": 0, "special_tokens": special, "show_progress": False}
-    tokenizer.train_from_iterator(texts, fields["vocab_size"], **settings)
+    tokenizer.train_from_iterator(texts, config.vocab_size, **settings)
 
     # 2) build the model for it
-    defaults = {"model_type": "llama", "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2}
-    fields = defaults | {"torch_dtype": "float32"} | fields | {"vocab_size": tokenizer.get_vocab_size()}
+    fields |= {"vocab_size": tokenizer.get_vocab_size()}
     decoder = Decoder(decoder_config(fields, folder))
     init_weights(decoder, seed)
     # on disk all names but that of the head begin with "model."

@@ -22,6 +22,8 @@ DICOM_NAME = re.compile(r"\.(dcm|dicom)($|[?#])", re.I)
 FORMATS = ("JPEG", "JPEG2000", "PNG", "TIFF", "BMP", "GIF", "WEBP", "PPM")
 # tags of TIFF (TIFF 6.0, section 8)
 BITS_PER_SAMPLE, PHOTOMETRIC, MAX_SAMPLE, PLANAR = 258, 262, 281, 284
+# decoders silence warnings, which Python does for all threads at once
+_decoding = threading.Lock()
 
 
 def load_image(source, dicom_display: str = "standard", public_only: bool = False) -> Image.Image:
@@ -51,9 +53,10 @@ def load_image(source, dicom_display: str = "standard", public_only: bool = Fals
 
     # 2) decode it
     try:
-        if _is_dicom(source, data):
-            return Image.fromarray(read_dicom(name, data, dicom_display)).convert("RGB")
-        return _decode(name, data)
+        with _decoding:
+            if _is_dicom(source, data):
+                return Image.fromarray(read_dicom(name, data, dicom_display)).convert("RGB")
+            return _decode(name, data)
     except ImportError:
         raise ValueError(f"{name} is a DICOM file, which needs pydicom 3: pip install pydicom") from None
     except UnidentifiedImageError:

@@ -424,11 +424,11 @@ def _tensors_by_part(files: ModelFiles) -> dict[str, dict[str, StoredTensor]]:
     add(checkpoint.list_tensors(files.weights))
     for file in files.overlays:
         stored = checkpoint.file_tensors(file)
-        # a connector's file replaces the whole connector below; an adapter's replaces what it holds, if anything
-        if file.name not in TRAINED_FILES:
+        # a file with a connector replaces the whole connector below; an adapter's file may have none
+        if any("mm_projector." in name for name in stored):
             tensors["connector"].clear()
-            if not any("mm_projector." in name for name in stored):
-                raise ValueError(f"{file} holds no tensor of a connector (mm_projector.…): fetch it again")
+        elif file.name not in TRAINED_FILES:
+            raise ValueError(f"{file} holds no tensor of a connector (mm_projector.…): fetch it again")
         add(stored)
     # published checkpoints may have their connector in a file beside the weights
     beside = None if tensors["connector"] else checkpoint.find_file(files.weights, CONNECTOR_FILES)
@@ -586,7 +586,7 @@ def write_encoder(libra, folder):
     """Writes the image encoder as a stock one."""
     if libra.encoder_files.is_open_clip:
         raise ValueError("an open_clip encoder has a layout of its own: it is named, not copied")
-    with atomic_folder(folder, checkpoint.LAYOUT_FILE) as partial:
+    with atomic_folder(folder, checkpoint.ENCODER_FILE) as partial:
         _copy_files(libra.encoder_files.source.folder, ("config.json", *PREPROCESSOR_FILES), partial)
         checkpoint.write_tensors(partial, _encoder_tensors(libra))
 

@@ -13,20 +13,24 @@ import zlib
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from data import FRAMES, INDEX, ImageFolder, Records, cache_settings, image_names, parse_index
 from plumbing import checkpoint
 from plumbing.cli import parallel, print_table, progress
-from plumbing.fields import Size, check_value
+from plumbing.fields import check_value
 from plumbing.files import atomic, only_writer, read_json, read_json_if_present, resumable
-from plumbing.pixels import PREPROCESSOR_FILES, PixelConfig, open_clip_pixels, read_pixel_config
+from plumbing.layout import libra_config
+from plumbing.pixels import PREPROCESSOR_FILES, Edge, PixelConfig, open_clip_pixels, read_pixel_config
 
 
 def build(records, image_folder, model, pad: str, out, workers: int, dicom_display: str | None = None):
     """Make, extend or resume the cache of the images that record files name. Raises ValueError if it does not fit."""
     # 1) which images, and how the model's encoder will see them
     source = checkpoint.locate(model)
-    recorded = read_json_if_present(source.folder / "config.json").get("mm_dicom_display")
+    place = source.folder / "config.json"
+    recorded = read_json_if_present(place).get("mm_dicom_display")
+    recorded = check_value(recorded, Literal["standard", "jpg"] | None, "mm_dicom_display", place)
     config = replace(pixels_of(source, pad), dicom_display=dicom_display or recorded or "standard")
     images, names = ImageFolder(image_folder, config), names_in(records)
 
@@ -59,17 +63,18 @@ def build(records, image_folder, model, pad: str, out, workers: int, dicom_displ
 def pixels_of(source: checkpoint.Source, pad: str) -> PixelConfig:
     """How an encoder, or the encoder of a checkpoint, is shown images. Needs no weights."""
     folder = source.folder
-    if not any((folder / name).exists() for name in PREPROCESSOR_FILES):
-        config = read_json(folder / "config.json")
+    json = read_json_if_present(folder / "config.json")
+    if "mm_vision_tower" in json:
+        config = libra_config(json, folder)
         # open_clip's settings are at this path, or in the folder of the checkpoint
-        if config.get("mm_vision_tower_config"):
-            file = Path(folder, config["mm_vision_tower_config"])
+        if config.mm_vision_tower_config:
+            file = Path(folder, config.mm_vision_tower_config)
             file = file if file.is_file() else folder / file.name
-            vision = check_value(read_json(file).get("vision_cfg"), dict, "vision_cfg", file)
-            return open_clip_pixels(check_value(vision.get("image_size"), Size, "image_size", file), pad)
-        if not config.get("mm_vision_tower"):
-            raise ValueError(f"{folder} has no preprocessor_config.json and names no encoder: give the encoder")
-        folder = checkpoint.locate(config["mm_vision_tower"], folder).folder
+            settings = check_value(read_json(file).get("vision_cfg"), dict, "vision_cfg", file)
+            return open_clip_pixels(check_value(settings.get("image_size"), Edge, "image_size", file), pad)
+        folder = checkpoint.locate(config.mm_vision_tower, folder).folder
+    elif not any((folder / name).exists() for name in PREPROCESSOR_FILES):
+        raise ValueError(f"{folder} has no preprocessor_config.json and names no encoder: give the encoder")
     return read_pixel_config(folder, pad)
 
 

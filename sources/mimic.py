@@ -170,6 +170,7 @@ def on_disk(root: Path, stem: str) -> str:
     return ""
 
 
+REPORT_BYTES = 2**20  # the longest report that is read; most have one or two thousand
 FRONTAL_CODES = ("antero-posterior", "postero-anterior")
 
 
@@ -240,9 +241,13 @@ class Mimic:
             if not self.exceptions:
                 return {}
         try:
-            data = (self.reports / f"{image.study_path}.txt").read_bytes()
+            with open(self.reports / f"{image.study_path}.txt", "rb") as file:
+                data = file.read(REPORT_BYTES + 1)
         except FileNotFoundError:
             self.skipped["studies without a report"] += 1
+            return {}
+        if len(data) > REPORT_BYTES:
+            self.skipped[f"studies whose report is longer than {REPORT_BYTES:,} bytes"] += 1
             return {}
         # the spans count every line end as one character
         text = decode(data).replace("\r\n", "\n").replace("\r", "\n")
@@ -260,10 +265,15 @@ def prompt(section: str, report: dict[str, str]) -> str:
     report: {name: text}; those of CONTEXT are repeated. Published examples show Indication and History; the wording of
     the other two is a guess after their pattern.
     """
+    return with_context(PROMPTS[section], report)
+
+
+def with_context(question: str, report: dict[str, str]) -> str:
+    """A question, followed by those sections of CONTEXT that a report has."""
     context = [f"{name.capitalize()}: {one_line(report[name])}" for name in CONTEXT if report.get(name, "").strip()]
     if context:
         context.insert(0, "Following clinical context:")
-    return " ".join([PROMPTS[section], *context])
+    return " ".join([question, *context])
 
 
 def prepare_sections(

@@ -24,6 +24,20 @@ def prepare_rrg(out, source: str, configuration: str, split: str, reference: str
     seen, reference = set(), reference or configuration
     with writer(outputs) as write:
         for number, row in enumerate(published_rows(source, configuration, split, columns)):
+            # 1) its texts; there may be no reference
+            answer = None
+            if not isinstance(row["default_prompt"], str):
+                skipped["rows whose default_prompt is no text"] += 1
+                continue
+            if reference not in row:
+                skipped[f"questions without a reference, since the set has no column {reference}: see --reference"] += 1
+            elif isinstance(row[reference], str | None):
+                answer = one_line(row[reference] or "")
+            else:
+                skipped[f"rows whose {reference} is no text"] += 1
+                continue
+
+            # 2) its images; a study without a prior may name its current image again
             try:
                 current = save_image(out, row["main_image"], source)
                 prior = save_image(out, row["prior_image"], source)
@@ -32,12 +46,9 @@ def prepare_rrg(out, source: str, configuration: str, split: str, reference: str
             except (OSError, ValueError, Image.DecompressionBombError):
                 skipped["rows whose image is missing or cannot be read"] += 1
                 continue
-            if reference not in row:
-                skipped[f"questions without a reference, since the set has no column {reference}: see --reference"] += 1
-            # a study without a prior may name its current image again
             images = [current] if prior in ("", current) else [current, prior]
-            answer = one_line(row[reference] or "") if reference in row else None
-            # the ids of MIMIC-CXR, if the set has them; an image's is more exact than its study's
+
+            # 3) the ids of MIMIC-CXR, if the set has them; an image's is more exact than its study's
             ids = {column: str(row[column]) for column in ("dicom_id", "study_id") if row.get(column)}
             id = next(iter(ids.values()), f"{name}_{number}")
             if id in seen:
@@ -57,6 +68,8 @@ def published_rows(source: str, configuration: str, split: str, columns):
         from tqdm import tqdm
     except ImportError:
         raise ValueError("this data set needs another package: pip install datasets") from None
+    # its lines beside ours
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     if Path(source).is_dir():
         # a copy of the hub's repository has a folder for each configuration
         pattern = f"{split}*.parquet"

@@ -6,12 +6,14 @@ GOLDEN_DIR, where it is set, names a fuller set of the same layout than the copy
 import csv
 import functools
 import gzip
+import http.client
 import io
 import itertools
 import json
 import os
 import resource
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -175,6 +177,113 @@ class Hospital:
 @pytest.fixture
 def seven():
     return load("libra-7b")
+
+
+PAIR = [ROOT / "assets" / "current.png", ROOT / "assets" / "prior.png"]
+
+
+def dicom_of(image) -> bytes:
+    """A grey image file as an uncompressed DICOM file of 8 bits."""
+    from pydicom import Dataset, FileMetaDataset, uid
+
+    picture = Image.open(image).convert("L")
+    made = Dataset()
+    made.file_meta = FileMetaDataset()
+    made.file_meta.TransferSyntaxUID = uid.ExplicitVRLittleEndian
+    made.file_meta.MediaStorageSOPClassUID = made.SOPClassUID = uid.DigitalXRayImageStorageForPresentation
+    made.file_meta.MediaStorageSOPInstanceUID = made.SOPInstanceUID = "1.2.3"
+    made.PhotometricInterpretation, made.SamplesPerPixel, made.PixelRepresentation = "MONOCHROME2", 1, 0
+    made.Rows, made.Columns = picture.height, picture.width
+    made.BitsAllocated, made.BitsStored, made.HighBit = 8, 8, 7
+    made.WindowCenter, made.WindowWidth = 128, 256
+    made.PixelData = picture.tobytes()
+    file = io.BytesIO()
+    made.save_as(file, enforce_file_format=True)
+    return file.getvalue()
+
+
+class Site:
+    """app.py in a thread of this process, and an HTTP client that knows nothing of it but its port."""
+
+    def __init__(self, *arguments):
+        import app
+
+        arguments = ["--port", "0", "--max-new-tokens", "200", "--device", "cpu", *arguments]
+        if "--model" not in arguments:
+            arguments += ["--model", str(ROOT / "assets" / "phantom")]
+        self.service = app.make_service(app.parse(arguments))
+        self.model = app.parse(arguments).model[0]
+        self.port = self.service.listener.getsockname()[1]
+        self.thread = threading.Thread(target=self.service.server.run, args=[[self.service.listener]])
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.service.server.should_exit = True
+        self.thread.join()
+        self.service.worker.end()
+
+    def request(self, method: str, path: str, body=None, **headers) -> tuple[int, dict, bytes]:
+        """(status, headers, body). A dict is sent as JSON; the name of a header has _ for -."""
+        if isinstance(body, dict):
+            body = json.dumps(body).encode()
+            headers.setdefault("Content_Type", "application/json")
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        headers = {name.replace("_", "-"): value for name, value in headers.items()}
+        connection.request(method, path, body, headers)
+        response = connection.getresponse()
+        return response.status, dict(response.headers), response.read()
+
+    def upload(self, image) -> str:
+        """The name of an image, a path or bytes."""
+        data = image if isinstance(image, bytes) else Path(image).read_bytes()
+        status, _, body = self.request("POST", "/images", data)
+        assert status == 200, body
+        return json.loads(body)["name"]
+
+    def open_stream(self, **question) -> http.client.HTTPResponse:
+        """The response to a question, whose lines are what the server tells."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+        if "conversation" not in question:
+            question = {"model": self.model} | question
+        connection.request("POST", "/ask", json.dumps(question), {"Content-Type": "application/json"})
+        return connection.getresponse()
+
+    def ask(self, **question) -> list[dict]:
+        """All that the server tells about a question."""
+        return [json.loads(line) for line in self.open_stream(**question)]
+
+    def answer(self, **question) -> dict:
+        """What `--json` prints, and the name of the conversation."""
+        last = self.ask(**question)[-1]
+        return json.loads(last["answer"]) | {"conversation": last["conversation"]}
+
+
+class Gate:
+    """Holds models back: each token of the loaded ones waits until the gate is open."""
+
+    def __init__(self, monkeypatch):
+        import app
+
+        self.is_open = threading.Event()
+        read = app.load
+
+        def load(*arguments):
+            libra = read(*arguments)
+            step = libra.decode_step
+            libra.decode_step = lambda *tokens: self.is_open.wait() and step(*tokens)
+            return libra
+
+        monkeypatch.setattr(app, "load", load)
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    gate = Gate(monkeypatch)
+    yield gate
+    gate.is_open.set()
 
 
 def random_tensor(*shape, dtype=torch.float32, seed=0):

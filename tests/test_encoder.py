@@ -169,8 +169,8 @@ def test_an_unsupported_encoder_is_refused_by_the_name_of_its_field(field, value
 def test_a_clip_that_is_described_twice_has_the_second_description():
     second = dict(hidden_size=48, num_attention_heads=4)
     config = dict(model_type="clip", vision_config=SIZES, vision_config_dict=second)
-    theirs = transformers.CLIPConfig(**config).vision_config
     ours = encoder_config(config, "folder", {})
+    theirs = transformers.CLIPConfig(**config).vision_config  # which changes what it is given
     for name in ("hidden_size", "num_attention_heads", "num_hidden_layers", "image_size", "layer_norm_eps"):
         assert getattr(ours, name) == getattr(theirs, name)
 
@@ -340,6 +340,7 @@ def test_every_form_of_a_size_or_a_mean_gives_the_pixels_of_transformers(kind, s
     theirs = getattr(transformers, f"{kind}ImageProcessorPil")(**settings)
     written = dict(image_mean=theirs.image_mean, image_std=theirs.image_std) | settings
     config = pixel_config(written | {"image_processor_type": f"{kind}ImageProcessor"}, "folder", "none")
+    assert len(config.mean) == len(config.std) == 3
     for shape in SHAPES:
         assert_same_pixels(picture(*shape), config, theirs)
 

@@ -14,7 +14,7 @@ from conftest import FAMILIES, GOLDEN, ROOT, cases, load, read, study_of
 import sample
 from data import Study
 from decoder import Cache, Decoder, decoder_config
-from sample import Beam, Chat, Options, Prefix, Stops, Stream, decode, generate, sample_tokens
+from sample import Beam, Chat, Options, Prefix, Stops, Stream, counterfactuals, decode, generate, sample_tokens
 from tokenizer import Prompt
 
 CASES = pytest.mark.parametrize("family, folder", cases(), ids=lambda value: getattr(value, "name", value))
@@ -283,6 +283,14 @@ def test_a_stop_string_ends_generation_and_is_removed(seven):
     assert prefix.stop not in output.text and output.text
 
 
+def test_counterfactuals_take_the_prior_away_and_exchange_the_images():
+    study = Study("now", "then", "Has it grown?", id="1")
+    without, exchanged = Study("now", None, "Has it grown?", id="1"), Study("then", "now", "Has it grown?", id="1")
+    named = {"as given": study, "without the prior": without, "images exchanged": exchanged}
+    assert counterfactuals(study) == named
+    assert counterfactuals(without) == {"as given": without}
+
+
 # ----------------------------------------------------------------------------------------------------- chat
 
 
@@ -433,7 +441,7 @@ def mistakes(tmp_path):
         (("--chat", "--json"), MODEL, IMAGES, "--chat"),
         (("--device", "tpu"), MODEL, IMAGES, "'tpu'"),
         (("--device", "cpu:x"), MODEL, IMAGES, "'cpu:x'"),
-        (("--query", "--"), MODEL, IMAGES, "--query"),
+        (("--query", "--"), MODEL, IMAGES, "argument --;"),
         (("--model", "~nosuchuser/x"), "", IMAGES, "~nosuchuser"),
     ]
 

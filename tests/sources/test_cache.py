@@ -101,6 +101,23 @@ def test_its_settings_are_those_of_the_loaded_model(family):
     assert cache.pixels_of(checkpoint.locate(GOLDEN / family / "model"), pixels.pad) == pixels
 
 
+def test_an_encoder_with_the_image_processor_of_transformers_5_has_the_same_settings(tmp_path):
+    settings = json.loads((GOLDEN / "libra-7b" / "encoder-dinov2" / "preprocessor_config.json").read_text())
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
+    assert cache.pixels_of(checkpoint.locate(tmp_path), "black") == config()
+
+
+@pytest.mark.parametrize(
+    ("fields", "word"),
+    [(dict(mm_vision_tower=["a"]), "mm_vision_tower"), (dict(mm_vision_tower="a", mm_vision_tower_config=1), "_config"),
+     (dict(mm_vision_tower="a", mm_vision_tower_config="config.json"), "vision_cfg"), ({}, "names no encoder")],
+)  # fmt: skip
+def test_a_checkpoint_that_names_no_encoder_is_refused(tmp_path, fields, word):
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=word):
+        cache.pixels_of(checkpoint.locate(tmp_path), "black")
+
+
 def test_a_second_build_adds_what_is_missing_and_changes_nothing_else(pictures, tmp_path, capsys):
     names = names_in(pictures)
     build(pictures, tmp_path, names[:5])
