@@ -57,7 +57,7 @@ import sample  # noqa: E402
 import train  # noqa: E402
 from plumbing.cli import Parser, progress  # noqa: E402
 
-SECONDS = 20  # a good input takes less than one
+SECONDS = 30  # a good input takes less than one
 MEMORY = 4 * 2**30  # bytes
 PROGRAMS = {
     "sample": lambda arguments: sample.main(sample.parse(arguments)),
@@ -84,13 +84,18 @@ def execute(input: Input, folder: Path) -> Run:
     """Runs a program on an input in a fork of this process. (A child that hangs or dies must not end the fuzzer.)"""
     names = ("out", "err", "trace", "strays")
     streams = {name: tempfile.TemporaryFile(buffering=0) for name in names}  # noqa: SIM115
-    before = resident_bytes()
+    before = sum(memory_of(os.getpid(), "RssAnon", "RssShmem"))
     sys.stdout.flush()
     sys.stderr.flush()
     child = os.fork()
     if not child:
         _run_child(input, folder, streams)
-    _, status, usage = os.wait4(child, 0)
+    # the peak is of the child and of its workers; pages of mapped files do not count, the system takes them back
+    ended, mapped = 0, 0
+    while not ended:
+        ended, status, usage = os.wait4(child, os.WNOHANG)
+        mapped = max([mapped, *memory_of(child, "RssFile")])
+        time.sleep(0 if ended else 0.005)
     # worker processes that may be left
     with suppress(ProcessLookupError):
         os.killpg(child, signal.SIGKILL)
@@ -100,14 +105,16 @@ def execute(input: Input, folder: Path) -> Run:
         # of endless output the beginning will do
         texts.append(stream.read(10**6).decode(errors="replace"))
         stream.close()
-    return Run(os.waitstatus_to_exitcode(status), *texts, 1024 * usage.ru_maxrss - before)
+    return Run(os.waitstatus_to_exitcode(status), *texts, 1024 * usage.ru_maxrss - mapped - before)
 
 
-def resident_bytes() -> int:
-    """Memory that this process takes now; where the system does not say, its peak."""
-    if sys.platform == "linux":
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def memory_of(process: int, *kinds: str) -> list[int]:
+    """Bytes of memory of these kinds (as Linux names them) that a process takes now; empty where that is not known."""
+    try:
+        text = Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return []
+    return [1024 * int(kilobytes) for kind in kinds for kilobytes in re.findall(rf"{kind}:\s+(\d+)", text)]
 
 
 def _run_child(input: Input, folder: Path, streams: dict):

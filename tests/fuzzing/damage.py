@@ -101,7 +101,7 @@ def is_jsonl(path: Path) -> bool:
 
 def damage_whole(draw: random.Random, path: Path) -> Damage:
     """The file becomes something else."""
-    ways = [*CONTENTS, "removed", "a folder", "a pipe", "a link to itself", "6 GB of zeros", "cut", "with a BOM"]
+    ways = [*CONTENTS, "removed", "a folder", "a pipe", "a link to itself", "5 GB of zeros", "cut", "with a BOM"]
     way, data = draw.choice(ways), path.read_bytes()
     path.unlink()
     if way in CONTENTS:
@@ -112,10 +112,10 @@ def damage_whole(draw: random.Random, path: Path) -> Damage:
         os.mkfifo(path)
     elif way == "a link to itself":
         path.symlink_to(path.name)
-    elif way == "6 GB of zeros":
+    elif way == "5 GB of zeros":
         # it takes no place on the disk
         path.touch()
-        os.truncate(path, 6 * 2**30)
+        os.truncate(path, 5 * 2**30)
     elif way == "cut":
         path.write_bytes(data[: draw.randrange(len(data) + 1)])
     elif way == "with a BOM":

@@ -427,13 +427,16 @@ def flags(draw: random.Random, folder: Path) -> Input:
         text = text.replace("..", "x")
     # as many processes as that would stop this machine
     if flag == "--workers" and len(text) > 3:
-        text = "300"
+        text = "64"
     arguments = [*COMMANDS[name], flag]
     if takes_value:
         arguments = draw.choice(([*arguments, text], [*COMMANDS[name], f"{flag}={text}"]))
     ours, resumable = outputs_for(text), (*OUTPUTS, ".*")
     if flag not in WRITES:
         ours = OUTPUTS
+    # a file that is named for a page or an export is written over
+    elif flag in ("--html", "--export") and text in ("notes.txt", "0.png"):
+        ours = (text,)
     return Input(name.split()[0], arguments, lambda: Damage(f"{flag} {text[:80]}"), ours, resumable)
 
 
