@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from attention import attention, shared_prefix_attention
 from plumbing.checkpoint import NameMap
 from plumbing.fields import Positive, Range, Size, check_fields, check_value, misfit, shorten
+from plumbing.int8 import Int8Linear
 
 Heads = Annotated[int, Range(1, 4096)]
 Positions = Annotated[int, Range(2, 2**30)]
@@ -525,8 +526,10 @@ class Decoder(nn.Module):
 
     def head(self, hidden, vocabulary: int):
         """hidden [..., C] -> logits [..., V] of the first `vocabulary` ids."""
-        weight = self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
-        return F.linear(hidden, weight[:vocabulary])
+        head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        if isinstance(head, Int8Linear):
+            return head.first_rows(hidden, vocabulary)
+        return F.linear(hidden, head.weight[:vocabulary])
 
 
 # ------------------------------------------------------------------------------------------ the cache

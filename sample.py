@@ -619,7 +619,7 @@ def parse(arguments=None):
     add("--num-return-sequences", type=int, default=1, metavar="R", help="reports: best beams, or samples")
     add("--chat", action="store_true", help="ask more questions about the same images; an empty line ends")
     add("--json", action="store_true", help="print one JSON object: prompt, ids, outputs, seconds")
-    add("--verbose", action="store_true", help="say on stderr which kernels compute attention")
+    add("--verbose", action="store_true", help="say on stderr which kernels compute attention and int8 layers")
     arguments = parser.parse_args(arguments)
     if len(arguments.images) > 2:
         parser.error(f"--images takes one or two images (current, prior), not {len(arguments.images)}")
@@ -648,7 +648,8 @@ def run(arguments):
     # 1) check everything that is quick to check
     if arguments.verbose:
         logging.basicConfig(format="sample.py: %(message)s")
-        logging.getLogger("attention").setLevel(logging.INFO)
+        for name in ("attention", "plumbing.int8"):
+            logging.getLogger(name).setLevel(logging.INFO)
     options = options_of(arguments)
     display = arguments.dicom_display or "standard"
     images = [load_image(image, display) for image in arguments.images]

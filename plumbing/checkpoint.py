@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 
 from plumbing.fields import Range, check_value, shorten
 from plumbing.files import check_readable, finish_folder, read_json, write_json
+from plumbing.int8 import quantise_into
 
 CONFIG_FILES = ("*.json", "tokenizer.model")  # small files, among them the indices of the weights
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that exists counts
@@ -136,6 +137,7 @@ class StoredTensor(NamedTuple):
 
 # the types of weights, as safetensors and as torch name them
 FLOATS = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16")
+INT8 = ("I8", "int8")
 
 
 def list_tensors(source: Source) -> dict[str, StoredTensor]:
@@ -294,21 +296,25 @@ def check_fit(parameters: dict[str, torch.Tensor], tensors: dict[str, StoredTens
     """
     # dimensions of 1 do not count, since families differ in them
     sizes = lambda shape: [size for size in shape if size != 1]
-    wrong_shapes, wrong_types = [], []
+    wrong_shapes, wrong_types, wrong_bytes = [], [], []
     for name, parameter in parameters.items():
         if name not in tensors:
             continue
         stored, shape = tensors[name], list(parameter.shape)
         if sizes(stored.shape) != sizes(shape):
             wrong_shapes.append(f"{name} {list(stored.shape)} instead of {shape}")
-        # whole numbers are packed weights, or something else
-        if stored.dtype not in FLOATS:
+        # whole numbers are packed weights, or something else, except in a model of ours that has them
+        if parameter.dtype == torch.int8:
+            if stored.dtype not in INT8:
+                wrong_bytes.append(f"{name} {stored.dtype}")
+        elif stored.dtype not in FLOATS:
             wrong_types.append(f"{name} {stored.dtype}")
     problems = {
         "missing": [name for name in parameters if name not in tensors],
         "unexpected": [name for name in tensors if name not in parameters],
         "wrongly shaped": wrong_shapes,
         "not floating-point": wrong_types,
+        "not int8": wrong_bytes,
     }
 
     counts, examples = [], []
@@ -330,16 +336,24 @@ def load_tensors(
 ):
     """Copies tensors into the parameters of the same names, whatever their type and device. Call `check_fit` first.
 
+    A parameter X of type int8 takes the numbers of a floating-point tensor rounded, and X_scale takes their scales.
     progress(bytes done, bytes in all) is called after each tensor. ValueError names a tensor with NaN or infinity.
     """
     total, done = sum(parameter.nbytes for parameter in parameters.values()), 0
-    for name, parameter in parameters.items():
-        stored = tensors[name]
-        parameter.copy_(read_tensor(stored).view_as(parameter))
-        if not _is_finite(parameter):
+    for name, stored in tensors.items():
+        parameter = parameters[name]
+        tensor = read_tensor(stored).view_as(parameter)
+        if parameter.dtype == torch.int8 and tensor.is_floating_point():
+            numbers = parameters[f"{name}_scale"]  # they show NaN and infinity
+            quantise_into(tensor, parameter, numbers)
+            done += numbers.nbytes
+        else:
+            numbers = parameter
+            parameter.copy_(tensor)
+        if not _is_finite(numbers):
             where = f"{stored.file}: {stored.name}"
-            if _is_finite(read_tensor(stored)):
-                raise ValueError(f"{where} exceeds the range of {parameter.dtype}: use --dtype bfloat16 or float32")
+            if _is_finite(tensor):
+                raise ValueError(f"{where} exceeds the range of {numbers.dtype}: use --dtype bfloat16 or float32")
             raise ValueError(f"{where} holds NaN or infinity: fetch it again, or train it again more slowly")
         done += parameter.nbytes
         progress(done, total)
@@ -355,7 +369,7 @@ def check_memory(needed: int, device: torch.device, dtype: torch.dtype):
     """MemoryError if a device has fewer than `needed` bytes free."""
     free = free_memory(device)
     if needed > free:
-        smaller = "--dtype bfloat16 or " if dtype.itemsize > 2 else ""
+        smaller = {4: "--dtype bfloat16 or int8, or ", 2: "--dtype int8 or "}.get(dtype.itemsize, "")
         figures = f"{needed / 2**30:.1f} GiB in {dtype}, and {free / 2**30:.1f} GiB are free on {device}"
         raise MemoryError(f"the weights need {figures}: try {smaller}a smaller model")
 

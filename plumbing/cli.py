@@ -52,7 +52,8 @@ def add_model_flags(add):
     add("--template", metavar="NAME", help="conversation template; default: the checkpoint's own")
     text = "show DICOM as the file says, or as MIMIC-CXR-JPG did; default: as the checkpoint was trained, else standard"
     add("--dicom-display", choices=("standard", "jpg"), help=text)
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="auto: float32 on a CPU")
+    text = "auto: float32 on a CPU; int8: the decoder's weights in 8 bits, the rest as with auto"
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16", "int8"), help=text)
     add("--device", default="auto", help="auto, cpu, cuda or mps")
 
 

@@ -29,6 +29,7 @@ from plumbing import checkpoint
 from plumbing.checkpoint import Source, StoredTensor
 from plumbing.fields import Range, Share, check_fields, check_value, shorten
 from plumbing.files import atomic_folder, check_supported, read_json, read_json_if_present, write_json
+from plumbing.int8 import is_int8, quantise_linears
 from plumbing.pixels import PREPROCESSOR_FILES, PixelConfig, open_clip_pixels, read_pixel_config
 from tac import make_connector
 from tokenizer import IMAGE_END, IMAGE_START, Tokenizer, template_of
@@ -73,6 +74,7 @@ class LibraConfig:
     mm_vision_tower_config: Name | None = None  # the two files of an open_clip encoder
     mm_vision_tower_checkpoint: Name | None = None
     mm_conversation_template: Name | None = None  # ours
+    mm_weights: Literal["int8"] | None = None  # ours: the decoder's linear layers are in 8 bits, plumbing/int8.py
     unfreeze_mm_vision_tower: bool | None = False
     use_maira_feature_norm: bool | None = False
     torch_dtype: Name | None = None
@@ -310,16 +312,19 @@ def find_device(name: str) -> torch.device:
 
 
 def find_dtype(name: str, device: torch.device, config: dict) -> torch.dtype:
-    """auto (float32 on the CPU, else the checkpoint's 16-bit type), stored (the checkpoint's) or a name -> a type."""
+    """auto (float32 on the CPU, else the checkpoint's 16-bit type), stored (the checkpoint's) or a name -> a type.
+
+    int8 is the type of some weights: of the others it is auto's.
+    """
     recorded = str(config.get("torch_dtype") or config.get("dtype") or "float32")
     if name == "stored":
         name = recorded
-    elif name == "auto" and device.type == "cpu":
+    elif name in ("auto", "int8") and device.type == "cpu":
         name = "float32"
-    elif name == "auto":
+    elif name in ("auto", "int8"):
         name = recorded if recorded in ("float16", "bfloat16") else "bfloat16"
     if name not in DTYPES:
-        raise ValueError(f"dtype {name!r} is not one of auto, stored, {', '.join(DTYPES)}")
+        raise ValueError(f"dtype {name!r} is not one of auto, stored, int8, {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
@@ -339,11 +344,14 @@ def read_model(
     """Reads a model without its adapters; returns the arguments of `Libra`.
 
     fresh_connector: do not read the connector, keep torch's random initial values. changes: fields of config.json to
-    set, as a new model or a training run does; the config then names its template, too.
+    set, as a new model or a training run does; the config then names its template, too. dtype int8: weights are rounded
+    as they are read, unless an adapter has to be merged into them first.
     """
     # 1) configs
     device, folder = find_device(device), files.config_source.folder
     config = libra_config(files.config, folder)
+    has_int8 = find_int8(files, dtype)
+    makes_int8 = dtype == "int8" and not has_int8 and not files.adapters
     dtype = find_dtype(dtype, device, files.config)
     decoder_settings = decoder_config(files.config, folder)
     tokenizer = Tokenizer(files.weights.folder, sentencepiece_first=files.config["model_type"] == "libra")
@@ -363,6 +371,9 @@ def read_model(
         modules["encoder"] = Encoder(encoder_settings)
         modules["connector"] = _new_connector(config, encoder_settings, decoder_settings)
         modules["decoder"] = Decoder(decoder_settings)
+    modules.to(dtype)
+    if has_int8:
+        quantise_linears(modules["decoder"])
     tensors["encoder"] = encoder_tensors(modules["encoder"], tower.tensors)
     tensors["decoder"] = checkpoint.rename_tensors(tensors["decoder"], names_of(files.config), modules["decoder"])
     if fresh_connector:
@@ -377,9 +388,11 @@ def read_model(
     checkpoint.check_fit(dict(modules.named_parameters()), stored, complaint)
 
     # 5) memory, then data
-    count = sum(parameter.numel() for parameter in modules.parameters())
-    checkpoint.check_memory(count * dtype.itemsize, device, dtype)
-    modules.to(dtype).to_empty(device=device)
+    if makes_int8:
+        quantise_linears(modules["decoder"])
+    needed = sum(parameter.nbytes for parameter in modules.parameters())
+    checkpoint.check_memory(needed, device, torch.int8 if has_int8 or makes_int8 else dtype)
+    modules.to_empty(device=device)
     checkpoint.load_tensors(dict(modules.named_parameters()), stored, progress)
     if fresh_connector:
         modules["connector"] = _new_connector(config, encoder_settings, decoder_settings).to(device, dtype)
@@ -403,6 +416,16 @@ def read_model(
         eos_token_ids=_eos_token_ids(files.weights.folder, files.config, decoder_settings.vocab_size),
         base=files.weights, weights=files.weights, encoder_files=tower._replace(tensors=tensors["encoder"]),
     )  # fmt: skip
+
+
+def find_int8(files: ModelFiles, dtype: str) -> bool:
+    """Tells whether the weights were saved in 8 bits. ValueError if another type is wanted: the rest is lost."""
+    file = files.weights.folder / "config.json"
+    kind = check_value(read_json(file).get("mm_weights"), Literal["int8"] | None, "mm_weights", file)
+    if kind and dtype not in ("auto", "stored", "int8"):
+        problem = f"{files.weights} holds int8 weights, which do not become {dtype} again"
+        raise ValueError(f"{problem}: use --dtype int8, or the model that it was made from")
+    return kind is not None
 
 
 def _tensors_by_part(files: ModelFiles) -> dict[str, dict[str, StoredTensor]]:
@@ -570,8 +593,16 @@ def write_model(libra, folder, dtype: torch.dtype | None, shard_size: int, with_
     """Writes a whole checkpoint with LoRA merged; see `Libra.save_pretrained`."""
     config = _config_for(libra, folder)
     config["torch_dtype"] = str(dtype or libra.dtype).removeprefix("torch.")
+    if is_int8(libra.decoder):
+        config["mm_weights"] = "int8"
     named = itertools.chain(_decoder_tensors(libra), _connector_tensors(libra), _trained_encoder_tensors(libra))
-    tensors = ((name, tensor.to(dtype or tensor.dtype)) for name, tensor in named)
+
+    def in_type(name: str, tensor):
+        # neither 8-bit weights nor their scales change
+        keeps = dtype is None or tensor.dtype == torch.int8 or name.endswith(".weight_scale")
+        return tensor if keeps else tensor.to(dtype)
+
+    tensors = ((name, in_type(name, tensor)) for name, tensor in named)
 
     with atomic_folder(folder, checkpoint.LAYOUT_FILE) as partial:
         if with_encoder:
@@ -631,6 +662,7 @@ def _config_for(libra, folder) -> dict:
     # config.json with paths relative to a folder
     config = dict(libra.config.json)
     config.pop("base_model_name_or_path", None)
+    config.pop("mm_weights", None)  # a whole checkpoint's own
     tower = _place_for(libra.encoder_files.source, folder)
     files = ("mm_vision_tower_config", "mm_vision_tower_checkpoint")
     if libra.encoder_files.has_place:
@@ -693,7 +725,7 @@ def _decoder_tensors(libra) -> Iterator[tuple[str, torch.Tensor]]:
             makers[fused_name] = lambda parts=parts: torch.cat([make() for make in parts])
 
     for name, make in makers.items():
-        yield name if name == "lm_head.weight" else f"model.{name}", make()
+        yield name if name.startswith("lm_head.") else f"model.{name}", make()
 
 
 def _lora_tensors(libra) -> dict[str, torch.Tensor]:

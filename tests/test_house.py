@@ -19,7 +19,8 @@ import sample
 
 FOLDERS = ("plumbing", "sources", "phantom", "evaluation", "page", "bench")
 FLOORS = [  # a module imports only from the lines above its own
-    {"plumbing.start", "plumbing.fields", "plumbing.distributed", "page.safety", "phantom.radiograph", "kernel"},
+    {"plumbing.start", "plumbing.fields", "plumbing.int8", "plumbing.distributed", "page.safety", "phantom.radiograph",
+     "kernel"},
     {"plumbing.files", "plumbing.dicom", "plumbing.download"},
     {"plumbing.cli", "plumbing.settings", "plumbing.checkpoint", "plumbing.image", "plumbing.pixels", "plumbing.log",
      "plumbing.resume", "plumbing.sentencepiece", "attention", "phantom.history"},

@@ -1,0 +1,113 @@
+"""Linear layers whose weights are whole numbers of 8 bits, with one scale for each output row.
+
+    W[i, j] ≈ weight[i, j] · weight_scale[i]        weight_scale[i] = greatest |W[i, :]| / 127
+
+Symmetric, rounded to nearest, without calibration. An error of half a scale is about 1 % of a usual weight.
+
+On disk `X.weight` is int8 [rows, columns] and `X.weight_scale` float32 [rows]; config.json has `"mm_weights": "int8"`.
+"""
+
+import functools
+import logging
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+logger = logging.getLogger(__name__)  # silent unless a program shows it, as `sample.py --verbose` does
+
+# numbers that are in memory as float32 at once
+BLOCK = 2**22
+
+
+def row_blocks(weight: torch.Tensor) -> list[slice]:
+    """Cuts a matrix into blocks of rows, each of BLOCK numbers at most, or of one row."""
+    height, width = weight.shape
+    step = max(1, BLOCK // width)
+    return [slice(start, start + step) for start in range(0, height, step)]
+
+
+@torch.no_grad()
+def quantise_into(source: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor):
+    """Rounds a matrix [rows, columns] of any float type into int8 `weight` and float32 `scale` [rows], in place.
+
+    NaN or infinity in a row makes its scale one of them.
+    """
+    for rows in row_blocks(source):
+        block = source[rows].to(weight.device, torch.float32)
+        # a row of zeros has a scale, too
+        scale[rows] = (block.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+        weight[rows] = (block / scale[rows, None]).round()
+
+
+def plain_linear(x, weight, scale, bias=None):
+    """The layer in plain PyTorch, for every device and type: blocks of rows become numbers of x's type, one by one."""
+    parts = []
+    for rows in row_blocks(weight):
+        block = weight[rows].float() * scale[rows, None]
+        parts.append(F.linear(x, block.to(x.dtype)))
+    out = torch.cat(parts, -1)
+    return out if bias is None else out + bias
+
+
+def cpu_linear(x, weight, scale, bias=None):
+    """The layer with PyTorch's CPU kernel, which reads the weights as they are; x and its result pass in bfloat16.
+
+    Each row's result is the same bits whatever rows are computed beside it.
+    """
+    rows = x.flatten(0, -2).bfloat16()
+    # the kernel would round the scales to bfloat16: they are applied later
+    ones = torch.ones(len(weight), dtype=torch.bfloat16)
+    out = torch.ops.aten._weight_int8pack_mm(rows, weight, ones).to(scale.dtype) * scale
+    out = out.to(x.dtype).unflatten(0, x.shape[:-1])
+    return out if bias is None else out + bias
+
+
+def has_cpu_kernel() -> bool:
+    """Tells whether the kernel's fast version runs here. Without AVX it is 5 times slower than float32, or worse."""
+    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+
+
+@functools.cache
+def _log_once(message: str):
+    logger.info(message)
+
+
+class Int8Linear(nn.Module):
+    """An nn.Linear in 8 bits, for inference."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        source = linear.weight
+        weight = torch.empty_like(source, dtype=torch.int8)
+        scale = torch.empty(len(source), dtype=torch.float32, device=source.device)
+        # a layer without memory gets its weights later
+        if not source.is_meta:
+            quantise_into(source, weight, scale)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.weight_scale = nn.Parameter(scale, requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, x):
+        """x [..., columns] -> [..., rows] in x's type."""
+        if x.device.type == "cpu" and has_cpu_kernel():
+            _log_once("int8: PyTorch's CPU kernel, activations in bfloat16")
+            return cpu_linear(x, self.weight, self.weight_scale, self.bias)
+        _log_once(f"int8: no kernel for this {x.device.type}: slow, weights become {x.dtype} before each product")
+        return plain_linear(x, self.weight, self.weight_scale, self.bias)
+
+    def first_rows(self, x, count: int):
+        """The first `count` outputs, from the plain version: logits that bfloat16 rounds would often be equal."""
+        return plain_linear(x, self.weight[:count], self.weight_scale[:count])
+
+
+def quantise_linears(module: nn.Module):
+    """Replaces every nn.Linear inside a module, one at a time."""
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Linear:
+                setattr(parent, name, Int8Linear(child))
+
+
+def is_int8(module: nn.Module) -> bool:
+    return any(isinstance(child, Int8Linear) for child in module.modules())
