@@ -16,14 +16,15 @@ from torch import nn
 
 logger = logging.getLogger(__name__)  # silent unless a program shows it, as `sample.py --verbose` does
 
-# numbers that are in memory as float32 at once
-BLOCK = 2**22
+# numbers that are in memory as float32 at once: on a CPU what its cache holds, else enough for a kernel to be worth it
+BLOCKS = {"cpu": 2**18}
+OTHER_BLOCK = 2**24
 
 
 def row_blocks(weight: torch.Tensor) -> list[slice]:
-    """Cuts a matrix into blocks of rows, each of BLOCK numbers at most, or of one row."""
+    """Cuts a matrix into blocks of rows, each of BLOCKS numbers at most, or of one row."""
     height, width = weight.shape
-    step = max(1, BLOCK // width)
+    step = max(1, BLOCKS.get(weight.device.type, OTHER_BLOCK) // width)
     return [slice(start, start + step) for start in range(0, height, step)]
 
 
@@ -63,9 +64,13 @@ def cpu_linear(x, weight, scale, bias=None):
     return out if bias is None else out + bias
 
 
-def has_cpu_kernel() -> bool:
-    """Tells whether the kernel's fast version runs here. Without AVX it is 5 times slower than float32, or worse."""
-    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+def has_cpu_kernel(x) -> bool:
+    """Tells whether the kernel's fast version computes x [..., columns]. Without AVX it is slower than float32.
+
+    It reads beyond the ends of rows whose length is no multiple of 16 (wrong numbers or a crash in PyTorch 2.13).
+    """
+    has_avx = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    return has_avx and x.device.type == "cpu" and x.shape[-1] % 32 == 0
 
 
 @functools.cache
@@ -90,7 +95,7 @@ class Int8Linear(nn.Module):
 
     def forward(self, x):
         """x [..., columns] -> [..., rows] in x's type."""
-        if x.device.type == "cpu" and has_cpu_kernel():
+        if has_cpu_kernel(x):
             _log_once("int8: PyTorch's CPU kernel, activations in bfloat16")
             return cpu_linear(x, self.weight, self.weight_scale, self.bias)
         _log_once(f"int8: no kernel for this {x.device.type}: slow, weights become {x.dtype} before each product")
