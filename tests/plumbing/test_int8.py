@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FAMILIES, GOLDEN, change, load, one_line, relative, study_of
+from conftest import FAMILIES, GOLDEN, change, load, relative, study_of
 from safetensors.torch import load_file, save_file
 
 import model
@@ -137,7 +137,7 @@ def test_training_adapters_and_stock_files_are_refused(saved, capsys, tmp_path):
 
 def test_whole_numbers_without_our_field_are_refused_by_name(saved):
     change(saved / "config.json", mm_weights=None)
-    with pytest.raises(ValueError, match="not floating-point: decoder.layers.0"):
+    with pytest.raises(ValueError, match=r"not floating-point: decoder\.layers\.0"):
         read_int8(saved)
 
 
@@ -146,7 +146,7 @@ def test_a_damaged_weight_or_scale_is_refused_by_name(saved, tmp_path):
     tensors = load_file(file)
     name = "model.layers.0.mlp.up_proj.weight"
     save_file(tensors | {f"{name}_scale": tensors[f"{name}_scale"] * torch.nan}, file)
-    with pytest.raises(ValueError, match="up_proj.weight_scale holds NaN"):
+    with pytest.raises(ValueError, match=r"up_proj\.weight_scale holds NaN"):
         read_int8(saved)
     save_file(tensors | {name: tensors[name].float()}, file)
     with pytest.raises(ValueError, match="1 not int8"):
@@ -156,5 +156,5 @@ def test_a_damaged_weight_or_scale_is_refused_by_name(saved, tmp_path):
     tensors = load_file(file)
     tensors[name][0, 0] = torch.nan
     save_file(tensors, file)
-    with pytest.raises(ValueError, match="up_proj.weight holds NaN"):
+    with pytest.raises(ValueError, match=r"up_proj\.weight holds NaN"):
         read_int8(tmp_path / "float")
