@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import io
+import logging
 import re
 import threading
 import warnings
@@ -15,6 +16,10 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from plumbing.dicom import DISPLAYS, MAX_PIXELS, read_dicom
 from plumbing.download import HTTP, download
 from plumbing.files import check_readable
+
+# what Pillow and pydicom say beside their errors is for whoever sets up logging, not for stderr
+for name in ("PIL", "pydicom"):
+    logging.getLogger(name).addHandler(logging.NullHandler())
 
 FILE_BYTES = 2**30  # the largest file that is read
 DICOM_NAME = re.compile(r"\.(dcm|dicom)($|[?#])", re.I)
