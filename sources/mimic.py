@@ -268,18 +268,19 @@ def prompt(section: str, report: dict[str, str]) -> str:
     return with_context(PROMPTS[section], report)
 
 
-def with_context(question: str, report: dict[str, str]) -> str:
-    """A question, followed by those sections of CONTEXT that a report has."""
-    context = [f"{name.capitalize()}: {one_line(report[name])}" for name in CONTEXT if report.get(name, "").strip()]
+def with_context(question: str, report: dict[str, str], sections=CONTEXT) -> str:
+    """A question, followed by those of some sections that a report has."""
+    context = [f"{name.capitalize()}: {one_line(report[name])}" for name in sections if report.get(name, "").strip()]
     if context:
         context.insert(0, "Following clinical context:")
     return " ".join([question, *context])
 
 
-def prepare_sections(
-    root, out, reports=None, section: str = "both", no_context: bool = False, exceptions: bool = False
-):
-    """Frontal images beside their priors -> records and questions whose answer is a section of the report."""
+def prepare_sections(root, out, reports=None, section="both", context=CONTEXT, no_context=False, exceptions=False):
+    """Frontal images beside their priors -> records and questions whose answer is a section of the report.
+
+    section: "findings", "impression" or "both"; context: the sections that a question repeats; exceptions: as in Mimic.
+    """
     mimic, suffix = Mimic(root, reports, exceptions), "_no_context" if no_context else ""
     names = SECTIONS if section == "both" else (section,)
     outputs = plan(out, [name + suffix for name in names])
@@ -295,6 +296,6 @@ def prepare_sections(
                     mimic.skipped[f"images of a study without {name}"] += 1
                     continue
                 images = [image.path, prior.path] if prior else [image.path]
-                question = PROMPTS[name] if no_context else prompt(name, report)
+                question = PROMPTS[name] if no_context else with_context(PROMPTS[name], report, context)
                 write(f"{name}{suffix}_{split}", image.dicom, images, question=question, answer=answer)
     return outputs, mimic.skipped, {}

@@ -107,6 +107,16 @@ def test_the_prompt_repeats_all_four_sections_in_the_order_of_the_published_figu
     assert prompt("findings", report) == f"{mimic.PROMPTS['findings']} Following clinical context: {context}"
 
 
+def test_a_question_repeats_the_sections_that_are_chosen(odd, tmp_path, capsys):
+    command = "mimic-cxr", "--root", odd, "--section", "findings", "--out"
+    assert run_prepare(*command, tmp_path / "one", "--context", "history,technique") == 0
+    question = read_lines(tmp_path / "one" / "findings_train.jsonl")[0]["conversations"][0]["value"]
+    assert question == f"<image>\n{mimic.PROMPTS['findings']}"
+    with pytest.raises(SystemExit):
+        run_prepare(*command, tmp_path / "two", "--context", "findings")
+    assert "'findings' is none of indication" in capsys.readouterr().err
+
+
 def test_an_image_without_a_view_is_frontal_if_its_code_says_so(tmp_path):
     hospital = Hospital(tmp_path / "hospital")
     hospital.report(10000001, 1, REPORT.format("Clear.", "Normal."))
