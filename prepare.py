@@ -102,6 +102,9 @@ def context_sections(text: str) -> list[str]:
     return [name for name in CONTEXT if name in names]
 
 
+MOST_WORKERS = 512  # processes: more would wait for each other on any machine
+
+
 def parse(arguments=None) -> argparse.Namespace:
     parser = Parser(prog="prepare.py", description="Raw data sets -> record and question files.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
@@ -168,8 +171,8 @@ def parse(arguments=None) -> argparse.Namespace:
     add("--dicom-display", choices=("standard", "jpg"), help=text)
 
     parsed = parser.parse_args(arguments)
-    if getattr(parsed, "workers", 1) < 1:
-        parser.error(f"--workers {parsed.workers} is not at least 1")
+    if not 1 <= getattr(parsed, "workers", 1) <= MOST_WORKERS:
+        parser.error(f"--workers {parsed.workers} is out of range: give 1 to {MOST_WORKERS}")
     return parsed
 
 

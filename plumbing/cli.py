@@ -155,23 +155,30 @@ def progress(label, unit="", scale=1):
 
 
 def parallel(function, items, workers):
-    """Yields function(item) for each item, in order, from worker processes; ChildProcessError if one is killed."""
+    """Yields function(item) for each item of a sequence, in order, from at most `workers` worker processes.
+
+    ChildProcessError if they cannot be started, or one is killed.
+    """
     # a forked worker starts at once; where forking is not safe, each one imports everything anew
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=follow_parent)
-    items = iter(items)
-    # the first task forks the workers; a Ctrl-C before they ignore it would be theirs, too
+    # all are forked at once, also those that would find nothing to do
+    workers = max(1, min(workers, len(items)))
+    others = multiprocessing.active_children()
     try:
+        pool = ProcessPoolExecutor(workers, context, initializer=follow_parent)
+        # the first task forks the workers; a Ctrl-C before they ignore it would be theirs, too
         with interrupts_wait():
             pool.submit(int)
     except OSError as error:
         # those that were started would wait for ever
         for process in multiprocessing.active_children():
-            process.kill()
+            if process not in others:
+                process.kill()
         problem = f"{workers} worker processes cannot be started ({error.strerror})"
         raise ChildProcessError(f"{problem}: run again with fewer --workers") from None
     try:
         # in batches, because the results must not fill the memory
+        items = iter(items)
         while batch := list(islice(items, 32 * workers)):
             yield from pool.map(function, batch)
     except BrokenExecutor:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from data import FINDINGS_PROMPT
 from plumbing.cli import progress
+from plumbing.files import check_readable
 from sources.records import SPLITS, decode, directory, one_line, only_one, plan, read_csv, writer
 
 SECTIONS = ("findings", "impression")  # what a model learns to write
@@ -240,8 +241,10 @@ class Mimic:
             self.skipped[f"studies with a rule of their own ({used})"] += 1
             if not self.exceptions:
                 return {}
+        path = self.reports / f"{image.study_path}.txt"
+        check_readable(path)
         try:
-            with open(self.reports / f"{image.study_path}.txt", "rb") as file:
+            with open(path, "rb") as file:
                 data = file.read(REPORT_BYTES + 1)
         except FileNotFoundError:
             self.skipped["studies without a report"] += 1

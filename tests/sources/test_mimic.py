@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 import random
 import re
 from collections import Counter
@@ -271,6 +272,14 @@ def test_what_is_odd_is_left_out_and_counted(odd, tmp_path, capsys):
         "4  images of a study without findings",
         "3  images of a study without impression",
     }
+
+
+def test_a_report_that_may_never_end_is_refused(odd, tmp_path, capsys):
+    report = odd / "files/p12/p12000003/s7.txt"
+    report.unlink()
+    os.mkfifo(report)
+    assert run_prepare("mimic-cxr", "--root", odd, "--out", tmp_path / "out") == 2
+    assert "s7.txt is a pipe" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_one_section_alone_and_reports_elsewhere(odd, tmp_path):
