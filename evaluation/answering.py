@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from data import ImageFolder, Question, Records, Study, check
 from model import Libra
 from plumbing.cli import progress
 from plumbing.distributed import World
-from plumbing.fields import Count, check_value
+from plumbing.fields import Count, check_fields, check_value, shorten
 from plumbing.files import atomic, check_writable, only_writer, read_json, read_text, resumable
 from plumbing.image import load_image
 from plumbing.layout import find_device
@@ -240,13 +240,31 @@ def write_answers(arguments, questions: QuestionSet, answers: Path, load: Callab
     world.barrier()
 
 
+@dataclass
+class Answer:
+    """The fields of a line of an answer file."""
+
+    question_id: str | int
+    prompt: str
+    text: str
+    model_id: str
+
+
+def parse_answer(line: dict, place) -> dict:
+    """ValueError, which names the place, if a line was not written by this program."""
+    fields = check_fields(dict(line), Answer, place)
+    if fields.keys() != line.keys() or len(fields) != 4:
+        raise ValueError(f"{place} is no answer: it has the fields {shorten(list(line))}")
+    return line
+
+
 def check_answers(answers: Path, questions: QuestionSet):
     """ValueError if a finished answer file is not what this program wrote: torn, cut short or changed."""
     try:
         records = Records(answers)
-        lines = [records[number] for number in range(len(records))]
-        ids = [str(line.get("question_id")) for line in lines if isinstance(line.get("text"), str)]
-        if ids != list(questions.by_id):
+        lines = [parse_answer(records[number], records.place(number)) for number in range(len(records))]
+        ids = [line["question_id"] for line in lines]
+        if list(map(str, ids)) != list(questions.by_id):
             raise ValueError(f"{answers} has {len(ids):,} answers to {len(questions.by_id):,} questions")
     except ValueError as error:
         raise ValueError(f"{error}: it is damaged; delete it and run this again") from None
@@ -267,8 +285,9 @@ def read_work(answers: Path) -> dict[str, dict]:
             except (ValueError, RecursionError):  # empty, or cut short by a kill or a full disk
                 continue
             try:
-                done |= {str(answer["question_id"]): answer | {"text": answer["text"]} for answer in batch}
-            except (KeyError, TypeError):
+                for answer in batch:
+                    done[str(answer["question_id"])] = parse_answer(answer, path)
+            except (ValueError, TypeError, KeyError):
                 raise ValueError(f"{path} holds a line that is no batch of answers: delete the file") from None
     return done
 

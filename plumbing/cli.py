@@ -34,8 +34,9 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, arguments=None, namespace=None):
         self.allow_abbrev = False
         # argparse would take it for a list without values
-        if "--" in (sys.argv if arguments is None else arguments):
-            self.error("unknown argument --; see --help")
+        for argument in sys.argv[1:] if arguments is None else arguments:
+            if argument == "--" or argument.endswith("=--"):
+                self.error(f"unknown argument {argument}; see --help")
         known, unknown = super().parse_known_args(arguments, namespace)
         # argparse calls this for a subcommand too, which looks among its own flags
         for argument in unknown:
