@@ -11,12 +11,13 @@ as a push on the tokens that begin the findings' names. For the next token, what
 where W is the ban of repeated n-grams and, in sampling, temperature, top-k and top-p. Both prompts are rows of one
 cache (`sample.prefill`), and every token is appended to both. α = β = 0 is plain decoding with the ban.
 
-Source: Zhang et al., CCD, arXiv 2509.23379: soft is its symptom-grounded, the rest its expert-informed decoding. Details
-are as published in ccd/ccd_utils.py of https://github.com/X-iZhang/CCD; docs/models.md lists the quirks.
+Source: Zhang et al., CCD, arXiv 2509.23379: soft is its symptom-grounded, the rest its expert-informed decoding. The
+details are as published in ccd/ccd_utils.py of https://github.com/X-iZhang/CCD; docs/models.md lists the quirks.
 """
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -84,7 +85,7 @@ class Contrast:
 def read_scores(path) -> dict[str, float]:
     """Reads a JSON object {label: probability}; ValueError or OSError with one line."""
     try:
-        return check_scores(read_json(path), path)
+        return check_scores(read_json(Path(path)), path)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path} is missing: give a JSON file {{label: probability}}") from None
 

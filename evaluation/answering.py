@@ -93,10 +93,10 @@ def patient_of(name: str) -> str:
 
 
 def read_experts(path, ids: Iterable[str]) -> dict[str, dict[str, float]]:
-    """{id: {label: probability}} of those ids, from JSONL with a question_id in each line.
+    """All of {question id: {label: probability}}, from JSONL with a question_id in each line.
 
     The labels are beside question_id, or together in an object "scores". ValueError where a line is wrong, an id
-    comes twice or has no line.
+    comes twice, or one of `ids` has no line.
     """
     records, scores = Records(path), {}
     for number in range(len(records)):
@@ -110,7 +110,7 @@ def read_experts(path, ids: Iterable[str]) -> dict[str, dict[str, float]]:
     missing = [id for id in ids if id not in scores]
     if missing:
         raise ValueError(f"{path} has no scores for question {missing[0]} ({len(missing):,} such questions in all)")
-    return {id: scores[id] for id in ids}
+    return scores
 
 
 class QuestionSet:
@@ -121,7 +121,7 @@ class QuestionSet:
         self.folder, self.condition = ImageFolder(arguments.image_folder, None), condition
         self.by_id = {str(question.id): question for question in chosen}
         self.others = draw_other_priors(questions, arguments.seed) if condition == "shuffled" else {}
-        # of an expert, by question id
+        # those of an expert, by question id
         self.scores = read_experts(arguments.expert, self.by_id) if arguments.expert else None
         self.contrast = sample.contrast_of(list(self.scores.values()) if self.scores else None, arguments)
         if self.contrast:
