@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -159,6 +160,15 @@ def test_the_image_is_encoded_once_and_the_common_prefix_computed_once(monkeypat
     assert len(encoded) == 1 and positions[0] == len(plain.ids) - 1 + libra.image_positions
     # what is behind the question: the sentence, and the end of the prompt
     assert positions[1] <= len(guided.ids) - len(plain.ids) + 12
+
+
+@pytest.mark.parametrize("switch, positions", [(None, 18), (20, 18), (21, 0), (22, 0), (24, 18)])
+def test_a_guided_prompt_that_is_long_for_longrope_shares_nothing(switch, positions):
+    # 3 ids before the image of 14 positions, 2 alike behind it; then the prompts have 21 and 24 positions
+    config = SimpleNamespace(rope_switch=switch)
+    libra = SimpleNamespace(decoder=SimpleNamespace(config=config), image_positions=14)
+    plain, guided = [5, 6, 7, -200, 8, 9, 9, 9], [5, 6, 7, -200, 8, 1, 2, 3, 4, 5, 6]
+    assert sample.shared_positions(libra, plain, 21, guided, 24) == positions
 
 
 # ------------------------------------------------------------------------------------------ mistakes, command line

@@ -117,6 +117,7 @@ STAND_INS = {  # what the README downloads or leaves to its reader -> what a tes
     "my-lora": str(GOLDEN / "adapters" / "lora"),
     "mm_tac_projector.bin": str(GOLDEN / "adapters" / "projector" / "mm_projector.bin"),
     "current.jpg": str(GOLDEN / "images" / "0.png"),
+    "scores.json": str(ROOT / "tests" / "golden" / "ccd" / "scores.json"),
     "prior.jpg": str(GOLDEN / "images" / "1.png"),
     '"cuda"': '"cpu"',
     "--patients 200": "--patients 12",
