@@ -199,6 +199,7 @@ def prefill(
     """Computes encoder, connector and prompt of each study, once for everything that is decoded from them.
 
     pixels: those of each study, as `Libra.preprocess` makes them, if they are already there.
+    contrast: an expert's scores of each study, for contrastive decoding.
     """
     # 1) render the prompts, and refuse those that are too long before anything is computed
     queries = [study.query for study in studies]
@@ -366,7 +367,7 @@ def greedy_or_sample(libra: Libra, prefix: Prefix, options: Options, stream, sho
         generators = [seeded_generator(options.seed, name, k) for k in range(K)]
         rows.append([Sequence(generator) for generator in generators])
     stops = Stops(libra, prefix.stop)
-    logits = prefix.logits[:, None].repeat(1, K, 1)  # [B, K, V]
+    logits = prefix.logits[:, None].repeat(1, K, 1)  # [B, K, V]; with contrast [2B, K, V]
     prefix.cache.start(K)
     contrast, mix = prefix.contrast, None
     if contrast:
@@ -711,7 +712,7 @@ def parse(arguments=None):
         parser.error(f"--images takes one or two images (current, prior), not {len(arguments.images)}")
     if arguments.chat and arguments.json:
         parser.error("--chat and --json exclude each other")
-    if arguments.chat and arguments.expert:
+    if arguments.chat and arguments.expert is not None:
         parser.error("--chat and --expert exclude each other: an expert guides a single answer")
     return arguments
 
@@ -743,7 +744,7 @@ def run(arguments):
         logging.basicConfig(format="sample.py: %(message)s")
         logging.getLogger("attention").setLevel(logging.INFO)
     options = options_of(arguments)
-    scores = [read_scores(arguments.expert)] if arguments.expert else None
+    scores = [read_scores(arguments.expert)] if arguments.expert is not None else None
     contrast = contrast_of(scores, arguments)
     if contrast:
         options.for_contrast()

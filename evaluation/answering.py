@@ -122,8 +122,8 @@ class QuestionSet:
         self.by_id = {str(question.id): question for question in chosen}
         self.others = draw_other_priors(questions, arguments.seed) if condition == "shuffled" else {}
         # those of an expert, by question id
-        self.scores = read_experts(arguments.expert, self.by_id) if arguments.expert else None
-        self.contrast = sample.contrast_of(list(self.scores.values()) if self.scores else None, arguments)
+        self.scores = read_experts(arguments.expert, self.by_id) if arguments.expert is not None else None
+        self.contrast = sample.contrast_of(self.scores and list(self.scores.values()), arguments)
         if self.contrast:
             sample.options_of(arguments).for_contrast()
 
@@ -343,7 +343,7 @@ def find_settings(arguments, questions: QuestionSet, answers: Path, sidecar: Pat
         "expert": None,
         **asdict(options),
     }
-
+    # a change of the scores is another setting
     if questions.contrast:
         digest = hashlib.sha256(repr(questions.contrast).encode()).hexdigest()
         weights = {name: getattr(questions.contrast, name) for name in ("alpha", "beta", "gamma")}

@@ -63,6 +63,21 @@ def test_the_guide_names_what_is_likelier_than_not(scores, sentence):
     assert contrast.guide(scores) == sentence
 
 
+@pytest.mark.parametrize("pieces, kept", [
+    (["<s>", "▁L", "ung", "▁Op", "acity"], {"▁L": 0.8, "▁Op": 0.8 * 0.95**2}),
+    (["L", "ung", "ĠOp", "acity"], {"L": 0.8, "ĠOp": 0.8 * 0.95**2}),
+    (["▁", "L", "ung", "Ġ", "O"], {"▁": 0.8, "L": 0.8 * 0.95, "Ġ": 0.8 * 0.95**3, "O": 0.8 * 0.95**4}),
+    (["L", "▁x", "L"], {"L": 0.8, "▁x": 0.8 * 0.95}),
+])  # fmt: skip
+def test_tokens_that_begin_a_word_are_scored_by_their_place(pieces, kept):
+    backend = SimpleNamespace(id_to_token=lambda id: pieces[id])
+    ids = [pieces.index(piece) for piece in pieces]
+    bos = 0 if pieces[0] == "<s>" else None
+    tokenizer = SimpleNamespace(encode=lambda text: ids[:], backend=backend, bos_token_id=bos)
+    scores = contrast.token_scores({"Lung_Opacity": 0.8}, tokenizer)
+    assert {pieces[id]: score for id, score in scores.items()} == pytest.approx(kept)
+
+
 @pytest.mark.parametrize("p, gamma, bias", [
     (0.75, 10, math.log(3)), (0.25, 10, -math.log(3)), (0.5, 10, 0),
     (0.99, 10, math.log(10)), (0.01, 2, -math.log(2)),
@@ -235,6 +250,7 @@ def test_the_command_line_gives_the_same(file, capsys):
     ('{"Edema": 83}', "scores.json: Edema is 83"),
     ('{"Edema": null}', "scores.json: Edema is None"),
     ("Edema 0.8", "not JSON"),
+    ('{"Edema": 0.8}\n{"Edema": 0.7}', "not JSON"),
     (None, "is missing: give a JSON file"),
 ])  # fmt: skip
 def test_a_wrong_file_is_refused_in_one_line_before_the_model_is_read(file, content, message, monkeypatch, capsys):
@@ -246,7 +262,7 @@ def test_a_wrong_file_is_refused_in_one_line_before_the_model_is_read(file, cont
     assert message in one_line(capsys)
 
 
-@pytest.mark.parametrize("arguments", [("--num-beams", 2), ("--chat",), ("--beta", 2)])
+@pytest.mark.parametrize("arguments", [("--num-beams", 2), ("--chat",), ("--beta", 2), ("--expert", "")])
 def test_what_does_not_go_with_an_expert_is_refused(file, arguments, monkeypatch, capsys):
     monkeypatch.setattr(sample, "load", None)
     assert run("--expert", file, *arguments) == 2
