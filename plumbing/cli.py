@@ -73,6 +73,15 @@ def add_decoding_flags(add):
     add("--seed", type=int, default=0, help="seed of the random numbers")
 
 
+def add_expert_flags(add, kind):
+    """Contrastive decoding (contrast.py). kind: what the file of scores holds."""
+    add("--expert", metavar="FILE", help=f"let a classifier's scores guide the report; {kind}")
+    # None, so that one that is given without --expert is seen
+    add("--alpha", type=float, metavar="A", help="share of the expert's guided prompt; with --expert 0.5 by default")
+    add("--beta", type=float, metavar="B", help="share of the tokens that it pushes; with --expert 0.5 by default")
+    add("--gamma", type=float, metavar="G", help="the odds that no push exceeds; with --expert 10 by default")
+
+
 def fail(program, message):
     """Prints a mistake as one line on stderr, in place of a progress bar. Returns the exit status, 2."""
     tqdm.write(f"{program}: {printable(message)}", file=sys.stderr)
