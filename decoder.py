@@ -547,7 +547,7 @@ class Cache:
     def __init__(self, config: DecoderConfig, num_studies: int, capacity: int, device, dtype):
         """capacity: positions that the longest prefix can take."""
         self.config = config
-        # the two counters, changed only by advance, rewind and start
+        # the two counters, changed only by advance, rewind, copy and start
         self.lengths = torch.zeros(num_studies, dtype=torch.long, device=device)  # [B], of each prefix
         self.steps = 0  # of every suffix
         shape = (num_studies, config.num_key_value_heads, capacity, config.head_dim)
@@ -575,6 +575,13 @@ class Cache:
     def rewind(self, length: int, study: int):
         """Forgets a study's prefix from position `length` on."""
         self.lengths[study] = length
+
+    def copy(self, source: int, target: int, length: int):
+        """A study's prefix becomes the first positions of another study's."""
+        for keys, values in self.prefix:
+            keys[target, :, :length] = keys[source, :, :length]
+            values[target, :, :length] = values[source, :, :length]
+        self.lengths[target] = length
 
     def start(self, continuations: int):
         """Begins K empty continuations of every study."""

@@ -20,7 +20,7 @@ from evaluation.metrics import FLOOR, METRICS, VARIANTS, Interval, published, te
 from evaluation.pairs import Pair, count_empty, groups_of, read_merge, read_pairs, sizes_of, statistics_of, write_export
 from evaluation.prior import prior_scores
 from evaluation.truth import read_truth, truth_statistics
-from plumbing.cli import Parser, add_decoding_flags, add_model_flags, guard
+from plumbing.cli import Parser, add_decoding_flags, add_expert_flags, add_model_flags, guard
 from plumbing.distributed import init_distributed
 from plumbing.files import check_writable
 
@@ -184,6 +184,7 @@ def parse(arguments=None):
     add("--answers", required=True, metavar="FILE", help="answer file to write (JSONL), in the questions' order")
     shown = "; ".join(f"{name}: {image}" for name, image in CONDITIONS.items())
     add("--prior", default="true", choices=CONDITIONS, help=f"what the model sees as the prior; {shown}")
+    add_expert_flags(add, 'JSONL {"question_id": …, label: probability, …}')
 
     add = score.add_argument
     add("--references", required=True, metavar="FILE", help="question file with the true reports")
@@ -203,6 +204,8 @@ def parse(arguments=None):
     add("--image-folder", metavar="DIR", help="where the questions' image paths begin")
     add("--out", required=True, metavar="DIR", help="folder of the answer files, CONDITION.jsonl each")
     add("--conditions", type=conditions, default=",".join(CONDITIONS), metavar="LIST", help="priors, with commas")
+
+    prior.set_defaults(expert=None, alpha=None, beta=None, gamma=None)
 
     # what two commands share
     for add in (score.add_argument, prior.add_argument):

@@ -11,20 +11,21 @@ import os
 import random
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from PIL import Image
 
 import sample
+from contrast import Contrast, check_scores, guided_query
 from data import ImageFolder, Question, Records, Study, check
 from model import Libra
 from plumbing.cli import progress
 from plumbing.distributed import World
-from plumbing.fields import Count, check_value
+from plumbing.fields import Count, check_fields, check_value, shorten
 from plumbing.files import atomic, check_writable, only_writer, read_json, read_text, resumable
 from plumbing.image import load_image
 from plumbing.layout import find_device
@@ -91,6 +92,27 @@ def patient_of(name: str) -> str:
     return folders[0] if folders else name
 
 
+def read_experts(path, ids: Iterable[str]) -> dict[str, dict[str, float]]:
+    """All of {question id: {label: probability}}, from JSONL with a question_id in each line.
+
+    The labels are beside question_id, or together in an object "scores". ValueError where a line is wrong, an id
+    comes twice, or one of `ids` has no line.
+    """
+    records, scores = Records(path), {}
+    for number in range(len(records)):
+        record, place = records[number], records.place(number)
+        id = str(check_value(record.pop("question_id", None), str | int, "question_id", place))
+        if id in scores:
+            raise ValueError(f"{place}: question {id} has scores in an earlier line: leave one of them out")
+        if list(record) == ["scores"]:
+            record = record["scores"]
+        scores[id] = check_scores(record, place)
+    missing = [id for id in ids if id not in scores]
+    if missing:
+        raise ValueError(f"{path} has no scores for question {missing[0]} ({len(missing):,} such questions in all)")
+    return scores
+
+
 class QuestionSet:
     """The questions to answer, by their ids, and what a model sees of them under one of the CONDITIONS."""
 
@@ -99,6 +121,22 @@ class QuestionSet:
         self.folder, self.condition = ImageFolder(arguments.image_folder, None), condition
         self.by_id = {str(question.id): question for question in chosen}
         self.others = draw_other_priors(questions, arguments.seed) if condition == "shuffled" else {}
+        # those of an expert, by question id
+        self.scores = read_experts(arguments.expert, self.by_id) if arguments.expert is not None else None
+        self.contrast = sample.contrast_of(self.scores and list(self.scores.values()), arguments)
+        if self.contrast:
+            sample.options_of(arguments).for_contrast()
+
+    def contrast_for(self, batch: list[str]) -> Contrast | None:
+        """The contrast of a batch of ids."""
+        if self.contrast is None:
+            return None
+        return replace(self.contrast, scores=[self.scores[id] for id in batch])
+
+    def query(self, id: str) -> str:
+        """The longest question that the model is asked: with an expert, the guided one."""
+        question = self.by_id[id].text
+        return guided_query(question, self.scores[id]) if self.scores else question
 
     def image_names(self, question: Question) -> list[str]:
         """The image files to show, current first. A question without a prior is asked as it is."""
@@ -127,7 +165,7 @@ class QuestionSet:
         lengths, options = {}, sample.options_of(arguments)
         for id, question in self.by_id.items():
             with naming(question):
-                prompt = sample.prompt_of(libra, question.text, arguments.template)
+                prompt = sample.prompt_of(libra, self.query(id), arguments.template)
                 lengths[id] = sample.check_length(libra, prompt, options)
         # the longest prompts come first, so that what does not fit the memory shows at once
         order = sorted(lengths, key=lengths.get, reverse=True)
@@ -173,7 +211,8 @@ def decode_batches(libra: Libra, questions: QuestionSet, batches: list[list[str]
     for batch in batches:
         studies, pixels = questions.prepare(libra, batch)
         try:
-            prefix = sample.prefill(libra, studies, arguments.template, options, pixels=pixels)
+            contrast = questions.contrast_for(batch)
+            prefix = sample.prefill(libra, studies, arguments.template, options, pixels=pixels, contrast=contrast)
             outputs = sample.decode(libra, prefix, options)
         except torch.OutOfMemoryError:
             fit = f"{len(studies)} studies together do not fit on {libra.device}"
@@ -240,13 +279,31 @@ def write_answers(arguments, questions: QuestionSet, answers: Path, load: Callab
     world.barrier()
 
 
+@dataclass
+class Answer:
+    """The fields of a line of an answer file."""
+
+    question_id: str | int
+    prompt: str
+    text: str
+    model_id: str
+
+
+def parse_answer(line: dict, place) -> dict:
+    """ValueError, which names the place, if a line was not written by this program."""
+    fields = check_fields(dict(line), Answer, place)
+    if fields.keys() != line.keys() or len(fields) != 4:
+        raise ValueError(f"{place} is no answer: it has the fields {shorten(list(line))}")
+    return line
+
+
 def check_answers(answers: Path, questions: QuestionSet):
     """ValueError if a finished answer file is not what this program wrote: torn, cut short or changed."""
     try:
         records = Records(answers)
-        lines = [records[number] for number in range(len(records))]
-        ids = [str(line.get("question_id")) for line in lines if isinstance(line.get("text"), str)]
-        if ids != list(questions.by_id):
+        lines = [parse_answer(records[number], records.place(number)) for number in range(len(records))]
+        ids = [line["question_id"] for line in lines]
+        if list(map(str, ids)) != list(questions.by_id):
             raise ValueError(f"{answers} has {len(ids):,} answers to {len(questions.by_id):,} questions")
     except ValueError as error:
         raise ValueError(f"{error}: it is damaged; delete it and run this again") from None
@@ -267,8 +324,9 @@ def read_work(answers: Path) -> dict[str, dict]:
             except (ValueError, RecursionError):  # empty, or cut short by a kill or a full disk
                 continue
             try:
-                done |= {str(answer["question_id"]): answer | {"text": answer["text"]} for answer in batch}
-            except (KeyError, TypeError):
+                for answer in batch:
+                    done[str(answer["question_id"])] = parse_answer(answer, path)
+            except (ValueError, TypeError, KeyError):
                 raise ValueError(f"{path} holds a line that is no batch of answers: delete the file") from None
     return done
 
@@ -301,8 +359,14 @@ def find_settings(arguments, questions: QuestionSet, answers: Path, sidecar: Pat
         "prior": questions.condition,
         "image_folder": str(questions.folder.root),
         "batch_size": size,
+        "expert": None,
         **asdict(options),
     }
+    # a change of the scores is another setting
+    if questions.contrast:
+        digest = hashlib.sha256(repr(questions.contrast).encode()).hexdigest()
+        weights = {name: getattr(questions.contrast, name) for name in ("alpha", "beta", "gamma")}
+        settings["expert"] = f"{arguments.expert} ({digest[:16]}, {weights})"
 
     # 3) both must be the same
     changed = [f"{name} {begun.get(name)}, not {value}" for name, value in settings.items() if begun.get(name) != value]

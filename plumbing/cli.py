@@ -34,8 +34,9 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, arguments=None, namespace=None):
         self.allow_abbrev = False
         # argparse would take it for a list without values
-        if "--" in (sys.argv if arguments is None else arguments):
-            self.error("unknown argument --; see --help")
+        for argument in sys.argv[1:] if arguments is None else arguments:
+            if argument == "--" or argument.endswith("=--"):
+                self.error(f"unknown argument {argument}; see --help")
         known, unknown = super().parse_known_args(arguments, namespace)
         # argparse calls this for a subcommand too, which looks among its own flags
         for argument in unknown:
@@ -70,6 +71,15 @@ def add_decoding_flags(add):
     add("--length-penalty", type=float, default=1.0, metavar="L", help="a beam's score is log-probability / length^L")
     add("--no-repeat-ngram", type=auto_or_int, default="auto", metavar="N", help="ban repeats of N; auto: 3 with beams")
     add("--seed", type=int, default=0, help="seed of the random numbers")
+
+
+def add_expert_flags(add, kind):
+    """Contrastive decoding (contrast.py). kind: what the file of scores holds."""
+    add("--expert", metavar="FILE", help=f"let a classifier's scores guide the report; {kind}")
+    # None, so that one that is given without --expert is seen
+    add("--alpha", type=float, metavar="A", help="share of the expert's guided prompt; with --expert 0.5 by default")
+    add("--beta", type=float, metavar="B", help="share of the tokens that it pushes; with --expert 0.5 by default")
+    add("--gamma", type=float, metavar="G", help="the odds that no push exceeds; with --expert 10 by default")
 
 
 def fail(program, message):

@@ -90,7 +90,15 @@ def published_rows(source: str, configuration: str, split: str, columns):
     require(columns, rows.column_names or next(iter(rows)), source)
     for column in ("main_image", "prior_image"):
         rows = rows.cast_column(column, datasets.Image(decode=False))
-    return tqdm(rows, f"{configuration} {split}", unit=" studies", disable=None)
+    return readable(tqdm(rows, f"{configuration} {split}", unit=" studies", disable=None), source)
+
+
+def readable(rows, source: str):
+    """The same rows. ValueError if they cannot be read: pyarrow, `datasets` and the hub raise errors of their own."""
+    try:
+        yield from rows
+    except Exception as error:
+        raise ValueError(f"{source} cannot be read ({error}): check it, or fetch it again") from None
 
 
 def save_image(out: Path, image: dict | None, source: str) -> str:
