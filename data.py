@@ -368,6 +368,8 @@ class ImageCache:
         frames = self.folder / FRAMES
         if not index.exists():
             raise FileNotFoundError(f"{self.folder} holds no finished image cache: make one with prepare.py cache")
+        check_readable(index)
+        check_readable(frames)
         # where each frame is in frames.bin: {image name: (start, end, CRC-32)}
         self.places = {}
         end = 0

@@ -122,7 +122,7 @@ def prior(arguments):
     chosen = choose(questions, arguments, only_with_prior=True)
     files = {condition: out / f"{condition}.jsonl" for condition in arguments.conditions}
     if arguments.csv:
-        check_writable(arguments.csv)
+        tables.read_rows(arguments.csv, tables.PRIOR_COLUMNS)
     # a pair without texts knows its id and its images
     studies = [Pair(str(question.id), "", "", images=tuple(question.images)) for question in chosen]
     truths = read_truth(arguments.truth, studies) if arguments.truth else None
