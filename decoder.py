@@ -8,7 +8,6 @@ that is: `WholeRows` (training, no cache), `Prefill` (fill the cache with a prom
 """
 
 import math
-import warnings
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Literal, NamedTuple
@@ -20,7 +19,17 @@ from torch.utils.checkpoint import checkpoint
 
 from attention import attention, shared_prefix_attention
 from plumbing.checkpoint import NameMap
-from plumbing.fields import Positive, Range, Size, check_fields, check_value, misfit, shorten
+from plumbing.fields import (
+    Positive,
+    Range,
+    Size,
+    check_fields,
+    check_present,
+    check_value,
+    misfit,
+    shorten,
+    warn_of_training,
+)
 
 Heads = Annotated[int, Range(1, 4096)]
 Positions = Annotated[int, Range(2, 2**30)]
@@ -249,12 +258,8 @@ def decoder_config(config: dict, source) -> DecoderConfig:
     values = check_fields(values, DecoderConfig, where)
 
     # 2) refuse what we would compute differently
-    for name, hint in family.supported.items():
-        if name in config:
-            check_value(config[name], hint, name, where)
-    for name in DROPOUTS:
-        if config.get(name):
-            warnings.warn(f"{where}: {name} {shorten(config[name])} is not applied in training", stacklevel=2)
+    check_present(config, family.supported, where)
+    warn_of_training(config, DROPOUTS, where)
 
     # 3) fields that may be absent or null
     heads, hidden_size = values["num_attention_heads"], values["hidden_size"]

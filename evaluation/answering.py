@@ -280,7 +280,7 @@ def write_answers(arguments, questions: QuestionSet, answers: Path, load: Callab
 
 
 @dataclass
-class Answer:
+class AnswerLine:
     """The fields of a line of an answer file."""
 
     question_id: str | int
@@ -291,7 +291,7 @@ class Answer:
 
 def parse_answer(line: dict, place) -> dict:
     """ValueError, which names the place, if a line was not written by this program."""
-    fields = check_fields(dict(line), Answer, place)
+    fields = check_fields(dict(line), AnswerLine, place)
     if fields.keys() != line.keys() or len(fields) != 4:
         raise ValueError(f"{place} is no answer: it has the fields {shorten(list(line))}")
     return line

@@ -16,6 +16,8 @@ from itertools import islice
 
 from tqdm import tqdm
 
+from plumbing.fields import printable
+
 
 class Parser(argparse.ArgumentParser):
     """A mistake is one line on stderr and exit status 2; an unknown flag names the nearest known one."""
@@ -90,12 +92,6 @@ def fail(program, message):
 
 def warn(program, message):
     tqdm.write(f"{program}: warning: {printable(message)}", file=sys.stderr)
-
-
-def printable(message) -> str:
-    """A message as one line. A file's name or a server's answer may hold control characters, which a terminal obeys."""
-    line = " ".join(str(message).split())
-    return "".join(character if character.isprintable() else "?" for character in line)
 
 
 def forget(stream):

@@ -27,7 +27,7 @@ from encoder import Encoder, EncoderConfig, encoder_config, encoder_tensors
 from lora import LoRAConfig, lora_modules, lora_parameters, matches
 from plumbing import checkpoint
 from plumbing.checkpoint import Source, StoredTensor
-from plumbing.fields import Range, Share, check_fields, check_value, shorten
+from plumbing.fields import Range, Share, check_fields, check_present, check_value, shorten
 from plumbing.files import atomic_folder, check_supported, read_json, read_json_if_present, write_json
 from plumbing.pixels import PREPROCESSOR_FILES, PixelConfig, open_clip_pixels, read_pixel_config
 from tac import make_connector
@@ -96,8 +96,7 @@ def libra_config(json: dict, source) -> LibraConfig:
     where = f"{source}/config.json"
     if "mm_vision_tower" not in json:
         raise ValueError(f"{where}: no mm_vision_tower: this is a language model, not a Libra checkpoint")
-    for name in UNUSED.keys() & json.keys():
-        check_value(json[name], UNUSED[name], name, where)
+    check_present(json, UNUSED, where)
 
     # some published files have the number as text
     settings, layer = dict(json), json.get("mm_vision_select_layer")

@@ -262,13 +262,13 @@ PROMPTS = {"findings": FINDINGS_PROMPT, "impression": FINDINGS_PROMPT.replace("f
 CONTEXT = ("indication", "history", "comparison", "technique")
 
 
-def prompt(section: str, report: dict[str, str]) -> str:
+def prompt(section: str, report: dict[str, str], sections=CONTEXT) -> str:
     """The published question for a section, "findings" or "impression", with the clinical context of a study.
 
-    report: {name: text}; those of CONTEXT are repeated. Published examples show Indication and History; the wording of
-    the other two is a guess after their pattern.
+    report: {name: text}; sections: the names that are repeated. Published examples show Indication and History; the
+    wording of the other two is a guess after their pattern.
     """
-    return with_context(PROMPTS[section], report)
+    return with_context(PROMPTS[section], report, sections)
 
 
 def with_context(question: str, report: dict[str, str], sections=CONTEXT) -> str:
@@ -299,6 +299,6 @@ def prepare_sections(root, out, reports=None, section="both", context=CONTEXT, n
                     mimic.skipped[f"images of a study without {name}"] += 1
                     continue
                 images = [image.path, prior.path] if prior else [image.path]
-                question = PROMPTS[name] if no_context else with_context(PROMPTS[name], report, context)
+                question = prompt(name, report, () if no_context else context)
                 write(f"{name}{suffix}_{split}", image.dicom, images, question=question, answer=answer)
     return outputs, mimic.skipped, {}
