@@ -165,24 +165,12 @@ def parallel(function, items, workers):
 
     ChildProcessError if they cannot be started, or one is killed.
     """
-    # a forked worker starts at once; where forking is not safe, each one imports everything anew
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    # all are forked at once, also those that would find nothing to do
-    workers = max(1, min(workers, len(items)))
-    others = multiprocessing.active_children()
+    pool = None
     try:
-        pool = ProcessPoolExecutor(workers, context, initializer=follow_parent)
-        # the first task forks the workers; a Ctrl-C before they ignore it would be theirs, too
+        # a Ctrl-C before the workers ignore it would be theirs, too
         with interrupts_wait():
-            pool.submit(int)
-    except OSError as error:
-        # those that were started would wait for ever
-        for process in multiprocessing.active_children():
-            if process not in others:
-                process.kill()
-        problem = f"{workers} worker processes cannot be started ({error.strerror})"
-        raise ChildProcessError(f"{problem}: run again with fewer --workers") from None
-    try:
+            # all are forked at once, also those that would find nothing to do
+            pool = start_workers(max(1, min(workers, len(items))))
         # in batches, because the results must not fill the memory
         items = iter(items)
         while batch := list(islice(items, 32 * workers)):
@@ -190,7 +178,28 @@ def parallel(function, items, workers):
     except BrokenExecutor:
         raise ChildProcessError("a worker process was killed (no memory?): run again with fewer --workers") from None
     finally:
-        pool.shutdown(cancel_futures=True)
+        # a pool that has not ended when Python does may print a traceback
+        if pool is not None:
+            with interrupts_wait():
+                pool.shutdown(cancel_futures=True)
+
+
+def start_workers(count):
+    # a forked worker starts at once; where forking is not safe, each one imports everything anew
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    others = multiprocessing.active_children()
+    try:
+        pool = ProcessPoolExecutor(count, context, initializer=follow_parent)
+        # the first task forks the workers
+        pool.submit(int)
+    except OSError as error:
+        # those that were started would wait for ever
+        for process in multiprocessing.active_children():
+            if process not in others:
+                process.kill()
+        problem = f"{count} worker processes cannot be started ({error.strerror})"
+        raise ChildProcessError(f"{problem}: run again with fewer --workers") from None
+    return pool
 
 
 def follow_parent():

@@ -99,6 +99,16 @@ def test_more_workers_than_files_may_be_open_end_in_one_line(limit):
     assert run.returncode == 2 and run.stderr.count("\n") == 1 and "--workers" in run.stderr, run.stderr
 
 
+def test_an_interrupt_while_workers_start_ends_them_before_the_program():
+    command = "import os, signal, sys, threading; from plumbing import cli\n"
+    command += "run = lambda _: list(cli.parallel(abs, [1], 2))\n"
+    # the block in which the workers start holds it back, too
+    command += "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT]); os.kill(os.getpid(), signal.SIGINT)\n"
+    command += "sys.exit(cli.guard('tool.py', run, None) + threading.active_count() - 1)"
+    run = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (run.returncode, run.stderr) == (130, "\n")
+
+
 # -------------------------------------------------------------------------------- streams
 
 
