@@ -592,9 +592,14 @@ def write_encoder(libra, folder):
 
 
 def write_language_model(libra, folder):
-    """Writes the decoder and the tokenizer as a stock language model."""
+    """Writes the decoder and the tokenizer as a stock language model, which other engines find by its fields."""
     config = {name: value for name, value in libra.config.json.items() if not OURS.fullmatch(name)}
-    config["model_type"] = family_of(config)
+    # `auto_map` names Python files that are not copied; `dtype` is another name of torch_dtype
+    for name in ("auto_map", "dtype"):
+        config.pop(name, None)
+    family = family_of(config)
+    config |= dict(model_type=family, architectures=[f"{family.capitalize()}ForCausalLM"])
+    config["torch_dtype"] = str(libra.dtype).removeprefix("torch.")
     with atomic_folder(folder, checkpoint.LAYOUT_FILE) as partial:
         write_json(partial / "config.json", config)
         _copy_files(libra.weights.folder, TOKENIZER_FILES, partial)
