@@ -96,6 +96,11 @@ def set_field(path: Path, **fields):
     sidecar(path).write_text(json.dumps(settings | fields))
 
 
+def changed_questions() -> list[dict]:
+    *others, last = make_questions()
+    return [*others, last | {"text": "Another question?"}]
+
+
 @pytest.mark.parametrize(("change", "chosen", "problem"), [
     (lambda parts: None, (0, 2), "part 2/3 is missing"),
     (lambda parts: None, (0, 1, 2, 1), "are both part 2/3"),
@@ -108,9 +113,10 @@ def set_field(path: Path, **fields):
     (lambda parts: set_field(parts[1], part_ids=7), (0, 1, 2), "part_ids is 7"),
     (lambda parts: parts[1].write_text(parts[1].read_text()[:-9]), (0, 1, 2), "part2"),
     (lambda parts: write_lines(parts[1].with_name("q.jsonl"), make_questions()[:-1]), (0, 1, 2), "20 questions"),
+    (lambda parts: write_lines(parts[1].with_name("q.jsonl"), changed_questions()), (0, 1, 2), "20 questions"),
     (lambda parts: parts[1].with_name("out").write_text("{}"), (0, 1, 2), "holds other answers"),
     (lambda parts: parts[1].with_name(".out.0").write_text(""), (0, 1, 2), "a run that has not ended"),
-], ids=range(13))  # fmt: skip
+], ids=range(14))  # fmt: skip
 def test_parts_that_make_no_whole_are_refused(questions, parts, tmp_path, capsys, change, chosen, problem):
     change(parts)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
