@@ -30,7 +30,7 @@ FLOORS = [  # a module imports only from the lines above its own
     {"model", "sources.mimic", "sources.rrg", "sources.cache"},
     {"sample", "sources.vqa"},
     {"train", "prepare", "evaluation.answering", "page.work"},
-    {"evaluation.prior"},
+    {"evaluation.prior", "evaluation.merging"},
     {"evaluation.tables"},
     {"eval", "app"},
     {"bench.sides", "bench.kernel_proofs"},
