@@ -55,7 +55,7 @@ define STAGES
 endef
 
 VQA = .venv/bin/python prepare.py diff-vqa --root runs/hospital --questions runs/hospital/mimic_pair_questions.csv
-FINDINGS = .venv/bin/python prepare.py mimic-cxr --root runs/hospital --section findings
+FINDINGS = .venv/bin/python prepare.py mimic-cxr --root runs/hospital --section findings --context indication,history
 runs/hospital/data/.ready: .venv/ready
 	.venv/bin/python prepare.py phantom --out runs/hospital --patients 10000 --size 96
 	$(FINDINGS) --out runs/hospital/data

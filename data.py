@@ -26,6 +26,7 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import ConcatDataset, DataLoader
 
+from plumbing.cli import warn
 from plumbing.distributed import World
 from plumbing.fields import Range, check_value, shorten
 from plumbing.files import check_readable
@@ -40,8 +41,7 @@ ignore = lambda *arguments: None  # a callback for whoever does not need one
 def tell(message: str):
     """Print one line on stderr, by the first of torchrun's processes alone."""
     if os.environ.get("RANK", "0") == "0":
-        program = Path(sys.argv[0]).name
-        print(f"{program}: warning: {' '.join(message.split())}", file=sys.stderr)
+        warn(Path(sys.argv[0]).name, message)
 
 
 @dataclass(frozen=True)
@@ -368,6 +368,8 @@ class ImageCache:
         frames = self.folder / FRAMES
         if not index.exists():
             raise FileNotFoundError(f"{self.folder} holds no finished image cache: make one with prepare.py cache")
+        check_readable(index)
+        check_readable(frames)
         # where each frame is in frames.bin: {image name: (start, end, CRC-32)}
         self.places = {}
         end = 0

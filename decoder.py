@@ -8,7 +8,6 @@ that is: `WholeRows` (training, no cache), `Prefill` (fill the cache with a prom
 """
 
 import math
-import warnings
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Annotated, Literal, NamedTuple
@@ -20,7 +19,17 @@ from torch.utils.checkpoint import checkpoint
 
 from attention import attention, shared_prefix_attention
 from plumbing.checkpoint import NameMap
-from plumbing.fields import Positive, Range, Size, check_fields, check_value, misfit, shorten
+from plumbing.fields import (
+    Positive,
+    Range,
+    Size,
+    check_fields,
+    check_present,
+    check_value,
+    misfit,
+    shorten,
+    warn_of_training,
+)
 from plumbing.int8 import Int8Linear
 
 Heads = Annotated[int, Range(1, 4096)]
@@ -250,12 +259,8 @@ def decoder_config(config: dict, source) -> DecoderConfig:
     values = check_fields(values, DecoderConfig, where)
 
     # 2) refuse what we would compute differently
-    for name, hint in family.supported.items():
-        if name in config:
-            check_value(config[name], hint, name, where)
-    for name in DROPOUTS:
-        if config.get(name):
-            warnings.warn(f"{where}: {name} {shorten(config[name])} is not applied in training", stacklevel=2)
+    check_present(config, family.supported, where)
+    warn_of_training(config, DROPOUTS, where)
 
     # 3) fields that may be absent or null
     heads, hidden_size = values["num_attention_heads"], values["hidden_size"]
@@ -550,7 +555,7 @@ class Cache:
     def __init__(self, config: DecoderConfig, num_studies: int, capacity: int, device, dtype):
         """capacity: positions that the longest prefix can take."""
         self.config = config
-        # the two counters, changed only by advance, rewind and start
+        # the two counters, changed only by advance, rewind, copy and start
         self.lengths = torch.zeros(num_studies, dtype=torch.long, device=device)  # [B], of each prefix
         self.steps = 0  # of every suffix
         shape = (num_studies, config.num_key_value_heads, capacity, config.head_dim)
@@ -578,6 +583,13 @@ class Cache:
     def rewind(self, length: int, study: int):
         """Forgets a study's prefix from position `length` on."""
         self.lengths[study] = length
+
+    def copy(self, source: int, target: int, length: int):
+        """A study's prefix becomes the first positions of another study's."""
+        for keys, values in self.prefix:
+            keys[target, :, :length] = keys[source, :, :length]
+            values[target, :, :length] = values[source, :, :length]
+        self.lengths[target] = length
 
     def start(self, continuations: int):
         """Begins K empty continuations of every study."""

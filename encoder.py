@@ -8,7 +8,6 @@ The encoder returns the output of every block, or of one block. There is no fina
 """
 
 import re
-import warnings
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
@@ -18,7 +17,7 @@ from torch import nn
 
 from attention import attention
 from plumbing.checkpoint import NameMap, StoredTensor, rename_tensors
-from plumbing.fields import Range, Size, check_fields, check_value, misfit, shorten
+from plumbing.fields import Range, Size, check_fields, check_present, check_value, misfit, shorten, warn_of_training
 
 
 @dataclass(frozen=True)
@@ -180,12 +179,8 @@ def encoder_config(config: dict, source, stored: dict[str, StoredTensor], final_
     values = {name: config.get(name, default) for name, default in family.defaults.items()} | sizes
     mlp_ratio = values.get("mlp_ratio")
     values = check_fields(values | {"model_type": model_type}, EncoderConfig, where)
-    for name, hint in family.supported.items():
-        if name in config:
-            check_value(config[name], hint, name, where)
-    for name in DROPOUTS:
-        if config.get(name):
-            warnings.warn(f"{where}: {name} {shorten(config[name])} is not applied in training", stacklevel=2)
+    check_present(config, family.supported, where)
+    warn_of_training(config, DROPOUTS, where)
     if "mlp_ratio" in family.defaults:
         mlp_ratio = check_value(mlp_ratio, Annotated[float, Range(0.01, 100)], "mlp_ratio", where)
         width = int(values["hidden_size"] * mlp_ratio)

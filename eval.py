@@ -1,6 +1,7 @@
 """Answer a question file, score the answers, and find out what a model does with the prior image.
 
     python eval.py answer --model ID_OR_DIR --questions questions.jsonl --image-folder images --answers answers.jsonl
+    python eval.py merge --questions questions.jsonl --answers answers.jsonl part1.jsonl part2.jsonl
     python eval.py score --references questions.jsonl --predictions answers.jsonl --html page.html
     python eval.py prior --model ID_OR_DIR --questions questions.jsonl --image-folder images --out priors
 """
@@ -14,13 +15,13 @@ import functools
 import sys
 from pathlib import Path
 
-from evaluation import metrics, page, tables
+from evaluation import answering, merging, metrics, page, tables
 from evaluation.answering import CONDITIONS, QuestionSet, choose, load_model, read_questions, write_answers
 from evaluation.metrics import FLOOR, METRICS, VARIANTS, Interval, published, temporal_f1_score
 from evaluation.pairs import Pair, count_empty, groups_of, read_merge, read_pairs, sizes_of, statistics_of, write_export
 from evaluation.prior import prior_scores
 from evaluation.truth import read_truth, truth_statistics
-from plumbing.cli import Parser, add_decoding_flags, add_model_flags, guard
+from plumbing.cli import Parser, add_decoding_flags, add_expert_flags, add_model_flags, guard
 from plumbing.distributed import init_distributed
 from plumbing.files import check_writable
 
@@ -45,6 +46,10 @@ def answer(arguments):
         write_answers(arguments, asked, Path(arguments.answers), lambda: load_model(arguments, world), world)
 
 
+def merge(arguments):
+    merging.merge(arguments.questions, Path(arguments.answers), list(map(Path, arguments.parts)))
+
+
 def score(arguments):
     if arguments.image_folder and not arguments.html:
         raise ValueError("--image-folder is for the page: give --html as well")
@@ -52,7 +57,8 @@ def score(arguments):
         return compare(arguments)
 
     # 1) pairs, and the scores of them that RadEval and the phantom hospital's truth give
-    pairs = read_pairs(arguments.references, arguments.predictions)
+    ids = answering.read_ids(arguments.ids) if arguments.ids is not None else None
+    pairs = read_pairs(arguments.references, arguments.predictions, ids)
     if arguments.export:
         write_export(arguments.export, pairs)
     columns, values = read_merge(arguments.merge, len(pairs))
@@ -105,7 +111,8 @@ def compare(arguments):
     for name in ("model_name", "csv", "html", "export", "truth", "merge"):
         if getattr(arguments, name):
             raise ValueError(f"--{name.replace('_', '-')} goes with --predictions, not with --compare")
-    a, b = (read_pairs(arguments.references, path) for path in arguments.compare)
+    ids = answering.read_ids(arguments.ids) if arguments.ids is not None else None
+    a, b = (read_pairs(arguments.references, path, ids) for path in arguments.compare)
     groups = groups_of(a)
     rows_a, rows_b = (statistics_of(pairs, arguments.bertscore) for pairs in (a, b))
     scores = metrics.differences(rows_a, rows_b, groups, arguments.seed)
@@ -122,7 +129,7 @@ def prior(arguments):
     chosen = choose(questions, arguments, only_with_prior=True)
     files = {condition: out / f"{condition}.jsonl" for condition in arguments.conditions}
     if arguments.csv:
-        check_writable(arguments.csv)
+        tables.read_rows(arguments.csv, tables.PRIOR_COLUMNS)
     # a pair without texts knows its id and its images
     studies = [Pair(str(question.id), "", "", images=tuple(question.images)) for question in chosen]
     truths = read_truth(arguments.truth, studies) if arguments.truth else None
@@ -161,6 +168,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def part(text: str) -> answering.Part:
+    try:
+        return answering.Part.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(error) from None
+
+
 def conditions(text: str) -> list[str]:
     # the others are compared with the true prior, which comes first
     names = list(dict.fromkeys(["true", *text.split(",")]))
@@ -175,6 +189,7 @@ def parse(arguments=None):
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     defaults = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter}
     answer = commands.add_parser("answer", help="answer a question file; a killed run resumes", **defaults)
+    merge = commands.add_parser("merge", help="merge the answer files of all parts into that of the whole", **defaults)
     score = commands.add_parser("score", help="score an answer file, or compare two, with 95 %% bootstrap intervals")
     prior = commands.add_parser("prior", help="compare answers under several priors", **defaults)
 
@@ -184,12 +199,21 @@ def parse(arguments=None):
     add("--answers", required=True, metavar="FILE", help="answer file to write (JSONL), in the questions' order")
     shown = "; ".join(f"{name}: {image}" for name, image in CONDITIONS.items())
     add("--prior", default="true", choices=CONDITIONS, help=f"what the model sees as the prior; {shown}")
+    add_expert_flags(add, 'JSONL {"question_id": …, label: probability, …}')
+    add("--part", type=part, metavar="K/N", help="answer the K-th of N parts only; merge makes one file of them")
+    add("--num-return-sequences", type=int, default=1, metavar="R", help="best beams, or samples, as texts beside text")
+
+    add = merge.add_argument
+    add("--questions", required=True, metavar="FILE", help="the question file that was answered")
+    add("--answers", required=True, metavar="FILE", help="answer file to write, as one run writes it")
+    add("parts", nargs="+", metavar="PART", help="the answer file of each part, in any order")
 
     add = score.add_argument
     add("--references", required=True, metavar="FILE", help="question file with the true reports")
     either = score.add_mutually_exclusive_group(required=True)
     either.add_argument("--predictions", metavar="FILE", help="answer file (JSONL): question_id and text")
     either.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two answer files: differences B - A, paired")
+    add("--ids", metavar="IDS", help="score these question ids only: a file, or a list with commas")
     add("--model-name", metavar="NAME", help="name in table, CSV and page; without it the answers' model_id")
     add("--bertscore", action="store_true", help="BERTScore too (needs bert-score and its model)")
     add("--seed", type=int, default=0, metavar="S", help="seed of the bootstrap (default: 0)")
@@ -203,6 +227,8 @@ def parse(arguments=None):
     add("--image-folder", metavar="DIR", help="where the questions' image paths begin")
     add("--out", required=True, metavar="DIR", help="folder of the answer files, CONDITION.jsonl each")
     add("--conditions", type=conditions, default=",".join(CONDITIONS), metavar="LIST", help="priors, with commas")
+
+    prior.set_defaults(expert=None, alpha=None, beta=None, gamma=None)
 
     # what two commands share
     for add in (score.add_argument, prior.add_argument):
@@ -220,7 +246,7 @@ def parse(arguments=None):
 
 
 def run(arguments):
-    {"answer": answer, "score": score, "prior": prior}[arguments.command](arguments)
+    {"answer": answer, "merge": merge, "score": score, "prior": prior}[arguments.command](arguments)
 
 
 def main(arguments) -> int:

@@ -25,7 +25,7 @@ from data import check as check_records
 from plumbing.cli import Parser, guard, print_table, progress
 from plumbing.files import atomic, only_writer_in
 from sources.cache import build
-from sources.mimic import SECTIONS, prepare_sections
+from sources.mimic import CONTEXT, SECTIONS, prepare_sections
 from sources.records import kind_of, summary
 from sources.rrg import prepare_rrg
 from sources.vqa import prepare_cxr_vqa, prepare_diff_vqa
@@ -93,6 +93,18 @@ COMMANDS = {
 }
 
 
+def context_sections(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        if name not in CONTEXT:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(CONTEXT)}")
+    # in the order of the published figure
+    return [name for name in CONTEXT if name in names]
+
+
+MOST_WORKERS = 512  # processes: more would wait for each other on any machine
+
+
 def parse(arguments=None) -> argparse.Namespace:
     parser = Parser(prog="prepare.py", description="Raw data sets -> record and question files.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
@@ -120,6 +132,8 @@ def parse(arguments=None) -> argparse.Namespace:
     add = command("mimic-cxr", "reports and metadata -> findings and impressions beside current and prior image", out)
     add("--reports", metavar="DIR", help="folder with files/pNN/pNNNNNNNN/sNNNNNNNN.txt; ROOT if not given")
     add("--section", default="both", choices=(*SECTIONS, "both"), help="what the model shall write from the images")
+    text = "sections of the report that a question repeats as clinical context, with commas"
+    add("--context", type=context_sections, default=",".join(CONTEXT), metavar="LIST", help=text)
     text = "no clinical context in questions; makes SECTION_no_context_SPLIT.jsonl"
     add("--no-context", action="store_true", help=text)
     text = "use the studies with a rule of their own, too; the published table of sections lacks them"
@@ -157,8 +171,8 @@ def parse(arguments=None) -> argparse.Namespace:
     add("--dicom-display", choices=("standard", "jpg"), help=text)
 
     parsed = parser.parse_args(arguments)
-    if getattr(parsed, "workers", 1) < 1:
-        parser.error(f"--workers {parsed.workers} is not at least 1")
+    if not 1 <= getattr(parsed, "workers", 1) <= MOST_WORKERS:
+        parser.error(f"--workers {parsed.workers} is out of range: give 1 to {MOST_WORKERS}")
     return parsed
 
 

@@ -27,10 +27,11 @@ from typing import Annotated, Literal
 
 import torch
 
+from contrast import IMAGE_ID, NGRAM, Contrast, guided_query, read_scores
 from data import FINDINGS_PROMPT, Study
 from decoder import Cache
 from model import Libra
-from plumbing.cli import Parser, add_decoding_flags, add_model_flags, fail, guard, progress
+from plumbing.cli import Parser, add_decoding_flags, add_expert_flags, add_model_flags, fail, guard, progress
 from plumbing.fields import CountOrZero, Range, Size, check_fields
 from plumbing.image import load_image
 from tokenizer import IMAGE, IMAGE_TEXT, Prompt, find_template, render
@@ -99,16 +100,28 @@ class Options:
             return self.no_repeat_ngram
         return 3 if self.num_beams > 1 else 0
 
+    def for_contrast(self) -> "Options":
+        """The options with contrastive decoding's own default. ValueError for beams, which it does not have."""
+        if self.num_beams > 1:
+            raise ValueError("an expert guides greedy decoding and sampling, not beams: leave out num_beams or expert")
+        if self.no_repeat_ngram != "auto":
+            return self
+        return replace(self, no_repeat_ngram=NGRAM)
+
 
 @dataclass
 class Prefix:
-    """Prefilled studies: their prompts, the cache that holds them, and the logits [B, V] of each first token."""
+    """Prefilled studies: their prompts, the cache that holds them, and the logits [B, V] of each first token.
+
+    With contrast, cache and logits have B more rows: the guided prompts.
+    """
 
     studies: list[Study]
     prompts: list[Prompt]
     cache: Cache
     logits: torch.Tensor
     stop: str  # generation also ends at this string
+    contrast: Contrast | None = None
 
 
 def generate(
@@ -118,6 +131,10 @@ def generate(
     template: str | None = None,
     on_text: Callable[[str], None] | None = None,
     should_stop: Callable[[], bool] = never,
+    expert: dict[str, float] | list[dict[str, float]] | None = None,
+    alpha: float | None = None,
+    beta: float | None = None,
+    gamma: float | None = None,
     **options,
 ) -> list[Output] | list[list[Output]]:
     """Writes reports. One study gives a list of outputs, best first; a list of studies gives a list of such lists.
@@ -132,16 +149,30 @@ def generate(
     template: name of a conversation template, instead of the checkpoint's. on_text(text) gets new text of a single
     study's first sequence while it is generated; with beams, at the end. should_stop() is asked at every token; if it
     returns True, what has been generated is returned. ValueError where options, images or a prompt's length are wrong.
+
+    expert={"Cardiomegaly": 0.83, …}, for a list of studies a list of these: contrastive decoding (contrast.py), with
+    alpha=0.5, beta=0.5 and gamma=10; no_repeat_ngram="auto" is 3 then, and beams are refused.
     """
     options = Options(**options)
     is_single = isinstance(studies, Study)
     if on_text and not is_single:
         raise ValueError("on_text follows one study: give a study, not a list")
     if is_single:
-        studies = [studies]
-    prefix = prefill(libra, studies, template, options)
+        studies, expert = [studies], None if expert is None else [expert]
+    contrast = make_contrast(expert, alpha=alpha, beta=beta, gamma=gamma)
+    prefix = prefill(libra, studies, template, options, contrast=contrast)
     outputs = decode(libra, prefix, options, on_text, should_stop)
     return outputs[0] if is_single else outputs
+
+
+def make_contrast(scores: list[dict] | None, **weights: float | None) -> Contrast | None:
+    """Experts' scores of each study, and weights; None keeps a default. ValueError for weights without scores."""
+    weights = {name: value for name, value in weights.items() if value is not None}
+    if scores is not None:
+        return Contrast(scores, **weights)
+    if weights:
+        raise ValueError(f"{' and '.join(weights)} given without expert: they weigh an expert's scores")
+    return None
 
 
 def counterfactuals(study: Study) -> dict[str, Study]:
@@ -163,31 +194,81 @@ def prefill(
     template: str | None = None,
     options: Options = Options(),
     pixels: list[torch.Tensor] | None = None,
+    contrast: Contrast | None = None,
 ) -> Prefix:
     """Computes encoder, connector and prompt of each study, once for everything that is decoded from them.
 
     pixels: those of each study, as `Libra.preprocess` makes them, if they are already there.
+    contrast: an expert's scores of each study, for contrastive decoding.
     """
     # 1) render the prompts, and refuse those that are too long before anything is computed
-    prompts = [prompt_of(libra, study.query, template) for study in studies]
+    queries = [study.query for study in studies]
+    if contrast:
+        options = options.for_contrast()
+        if len(contrast.scores) != len(studies):
+            raise ValueError(f"expert has scores for {len(contrast.scores)} studies, not for {len(studies)}")
+        queries += map(guided_query, queries[:], contrast.scores)
+    prompts = [prompt_of(libra, query, template) for query in queries]
     lengths = [check_length(libra, prompt, options) for prompt in prompts]
 
     # 2) one study after the other: images -> image embeddings -> keys and values
-    capacity = max(lengths, default=0)
-    cache = Cache(libra.decoder.config, len(studies), capacity, libra.device, libra.dtype)
-    logits = torch.empty(len(studies), libra.vocabulary, device=libra.device)
-    for b, (study, prompt) in enumerate(zip(studies, prompts, strict=True)):
+    B, capacity = len(studies), max(lengths, default=0)
+    cache = Cache(libra.decoder.config, len(prompts), capacity, libra.device, libra.dtype)
+    logits = torch.empty(len(prompts), libra.vocabulary, device=libra.device)
+    for b, study in enumerate(studies):
         its_pixels = pixels[b] if pixels else libra.preprocess(study.images(libra.pixels.dicom_display))
         image_embeddings = libra.embed_images(its_pixels)  # [N, hidden]
-        embeddings = libra.splice(prompt.ids, image_embeddings)  # [T, hidden]
+        embeddings = libra.splice(prompts[b].ids, image_embeddings)  # [T, hidden]
         logits[b] = libra.prefill(cache, b, embeddings)
-    return Prefix(studies, prompts, cache, logits, stop_string(template or libra.template))
+        # 3) the guided prompt takes over what it shares with the plain one: system prompt, images and question
+        if contrast:
+            row = B + b
+            start = shared_positions(libra, prompts[b].ids, lengths[b], prompts[row].ids, lengths[row])
+            cache.copy(b, row, start)
+            embeddings = libra.splice(prompts[row].ids, image_embeddings)
+            logits[row] = libra.prefill(cache, row, embeddings[start:])
+    return Prefix(studies, prompts[:B], cache, logits, stop_string(template or libra.template), contrast)
+
+
+def shared_positions(libra: Libra, old_ids: list[int], old_length: int, ids: list[int], length: int) -> int:
+    """How many positions of a cached prompt a new one can keep: those where the ids agree, but never all.
+
+    The last id is computed in any case: its logits are needed. Lengths are in positions, ids hold the image as one id.
+    """
+    same = 0
+    limit = min(len(old_ids), len(ids) - 1)
+    while same < limit and old_ids[same] == ids[same]:
+        same += 1
+    # a row that becomes long for longrope needs other frequencies from its beginning
+    switch = libra.decoder.config.rope_switch
+    if switch and old_length <= switch < length:
+        return 0
+    if IMAGE in ids[:same]:
+        return same + libra.image_positions - 1  # one id, N positions
+    return same
 
 
 def prompt_of(libra: Libra, query: str, template: str | None = None) -> Prompt:
     """Renders a question about a study's images, open for the answer."""
     template = find_template(template or libra.template)
     return render([(f"{IMAGE_TEXT}\n{query}", None)], template, libra.tokenizer, libra.image_text)
+
+
+def ask(
+    libra: Libra,
+    study: Study,
+    options: Options,
+    template: str | None = None,
+    contrast: Contrast | None = None,
+    on_text: Callable[[str], None] | None = None,
+) -> Answer:
+    """Answers a single question."""
+    begin = time.monotonic()
+    prefix = prefill(libra, [study], template, options, contrast=contrast)
+    prefilled = time.monotonic()
+    outputs = decode(libra, prefix, options, on_text)[0]
+    seconds = {"prefill": prefilled - begin, "decode": time.monotonic() - prefilled}
+    return Answer(outputs, prefix.prompts[0], seconds)
 
 
 def stop_string(template: str) -> str:
@@ -225,6 +306,8 @@ def decode(
     should_stop: Callable[[], bool] = never,
 ) -> list[list[Output]]:
     """Continues every study of a prefix. The prefix stays as it is, and can be continued again."""
+    if prefix.contrast:
+        options = options.for_contrast()
     stream = Stream(libra, prefix.stop, on_text) if on_text else None
     if options.num_beams > 1:
         sequences = beam_search(libra, prefix, options, should_stop)
@@ -284,20 +367,27 @@ def greedy_or_sample(libra: Libra, prefix: Prefix, options: Options, stream, sho
         generators = [seeded_generator(options.seed, name, k) for k in range(K)]
         rows.append([Sequence(generator) for generator in generators])
     stops = Stops(libra, prefix.stop)
-    logits = prefix.logits[:, None].repeat(1, K, 1)  # [B, K, V]
+    logits = prefix.logits[:, None].repeat(1, K, 1)  # [B, K, V]; with contrast [2B, K, V]
     prefix.cache.start(K)
+    contrast, mix = prefix.contrast, None
+    if contrast:
+        biases = contrast.biases(libra.tokenizer, libra.vocabulary, libra.device)[:, None]  # [B, 1, V]
 
     for step in range(options.max_new_tokens):
         # 1) choose the next token of every sequence
+        if contrast:
+            logits = contrast.soft(logits)  # [B, K, V]
+            mix = functools.partial(contrast.mix, logits + biases)
         ban_repeats(logits, prefix, rows, options.ngram)
         if options.temperature == 0:
+            logits = mix(logits) if mix else logits
             tokens = logits.argmax(-1).tolist()  # [B][K]
         else:
             draws = []
             for row in rows:
                 draws += [torch.rand((), generator=sequence.random).item() for sequence in row]
             draws = torch.tensor(draws, device=logits.device).view(-1, K)
-            tokens = sample_tokens(logits, draws, options).tolist()
+            tokens = sample_tokens(logits, draws, options, mix).tolist()
 
         # 2) append it. Finished sequences stay in the batch; their tokens are not used
         for row, new_tokens in zip(rows, tokens, strict=True):
@@ -312,7 +402,8 @@ def greedy_or_sample(libra: Libra, prefix: Prefix, options: Options, stream, sho
         all_done = all(sequence.is_done for row in rows for sequence in row)
         if all_done or step + 1 == options.max_new_tokens or should_stop():
             break
-        logits = libra.decode_step(prefix.cache, tokens)
+        # the plain and the guided prompt have the same continuation
+        logits = libra.decode_step(prefix.cache, tokens + tokens if contrast else tokens)
 
     return [[(sequence.ids, None) for sequence in row] for row in rows]
 
@@ -324,10 +415,11 @@ def seeded_generator(seed: int, study, sequence: int) -> torch.Generator:
     return torch.Generator().manual_seed(number)
 
 
-def sample_tokens(logits, draws, options: Options):
+def sample_tokens(logits, draws, options: Options, mix: Callable | None = None):
     """logits [..., V] and one uniform number in [0, 1) per row [...] -> ids [...].
 
-    Keeps the top_k likeliest tokens, then the fewest of those that reach top_p together.
+    Keeps the top_k likeliest tokens, then the fewest of those that reach top_p together. mix(logits of the top_k, their
+    ids) gives the logits to draw from (`Contrast.mix`), if it is given.
     """
     # top-k, likeliest first
     V = logits.shape[-1]
@@ -337,6 +429,8 @@ def sample_tokens(logits, draws, options: Options):
 
     # top-p: drop a token if those before it already reach top_p
     before = probabilities.cumsum(-1) - probabilities
+    if mix:
+        probabilities = mix(values, ids).softmax(-1)
     probabilities = probabilities.masked_fill(before >= options.top_p, 0)
 
     # the first token at which the cumulative probability exceeds the draw
@@ -462,10 +556,12 @@ def ban_repeats(scores, prefix: Prefix, rows: list[list], n: int):
     """
     if not n:
         return
+    # an id that can be banned only in contrastive decoding, as published
+    image = IMAGE_ID if prefix.contrast else IMAGE
     for b, row in enumerate(rows):
         for k, sequence in enumerate(row):
             # with n = 3 and ids … 7 8 4 … 7 8, the token 4 is banned
-            ids = prefix.prompts[b].ids + sequence.ids
+            ids = [image if id == IMAGE else id for id in prefix.prompts[b].ids] + sequence.ids
             tail = ids[len(ids) - n + 1 :]
             banned = set()
             for i in range(len(ids) - n + 1):
@@ -580,18 +676,8 @@ class Chat:
             self.image_embeddings = libra.embed_images(libra.preprocess(images))  # [N, hidden]
             self.cache = Cache(libra.decoder.config, 1, length, libra.device, libra.dtype)
 
-        # 2) keep the cache as far as the ids agree. The last id is computed in any case: its logits are needed
-        same = 0
-        limit = min(len(self.ids), len(prompt.ids) - 1)
-        while same < limit and self.ids[same] == prompt.ids[same]:
-            same += 1
-        start = same
-        if IMAGE in prompt.ids[:same]:
-            start += len(self.image_embeddings) - 1  # one id, N positions
-        # a row that becomes long for longrope needs other frequencies from its beginning
-        switch = libra.decoder.config.rope_switch
-        if switch and self.cache.lengths[0] <= switch < length:
-            start = 0
+        # 2) keep the cache as far as the ids agree
+        start = shared_positions(libra, self.ids, int(self.cache.lengths[0]), prompt.ids, length)
         self.cache.reserve(length)
         self.cache.rewind(start, study=0)
 
@@ -616,6 +702,7 @@ def parse(arguments=None):
     add_model_flags(add)
     add("--query", metavar="TEXT", help="the question, instead of the published prompt for findings")
     add_decoding_flags(add)
+    add_expert_flags(add, "JSON {label: probability}")
     add("--num-return-sequences", type=int, default=1, metavar="R", help="reports: best beams, or samples")
     add("--chat", action="store_true", help="ask more questions about the same images; an empty line ends")
     add("--json", action="store_true", help="print one JSON object: prompt, ids, outputs, seconds")
@@ -625,6 +712,8 @@ def parse(arguments=None):
         parser.error(f"--images takes one or two images (current, prior), not {len(arguments.images)}")
     if arguments.chat and arguments.json:
         parser.error("--chat and --json exclude each other")
+    if arguments.chat and arguments.expert is not None:
+        parser.error("--chat and --expert exclude each other: an expert guides a single answer")
     return arguments
 
 
@@ -634,6 +723,11 @@ def options_of(arguments) -> Options:
         find_template(arguments.template)
     names = [field.name for field in fields(Options) if hasattr(arguments, field.name)]
     return Options(**{name: getattr(arguments, name) for name in names})
+
+
+def contrast_of(scores: list[dict] | None, arguments) -> Contrast | None:
+    """The contrast of a command line and of scores that it names."""
+    return make_contrast(scores, alpha=arguments.alpha, beta=arguments.beta, gamma=arguments.gamma)
 
 
 def load(arguments, model: str | None = None, show: Callable[[int, int], None] | None = None) -> Libra:
@@ -651,6 +745,10 @@ def run(arguments):
         for name in ("attention", "plumbing.int8"):
             logging.getLogger(name).setLevel(logging.INFO)
     options = options_of(arguments)
+    scores = [read_scores(arguments.expert)] if arguments.expert is not None else None
+    contrast = contrast_of(scores, arguments)
+    if contrast:
+        options.for_contrast()
     display = arguments.dicom_display or "standard"
     images = [load_image(image, display) for image in arguments.images]
 
@@ -672,7 +770,7 @@ def run(arguments):
 
     # 3) prefill and decode
     streams = not arguments.json and options.num_return_sequences == 1
-    answer = Chat(libra, study, arguments.template).answer(study.query, options, write if streams else None)
+    answer = ask(libra, study, options, arguments.template, contrast, write if streams else None)
 
     # 4) print
     if arguments.json:

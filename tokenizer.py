@@ -14,7 +14,7 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken
 
-from plumbing.fields import check_fields, check_value
+from plumbing.fields import check_fields, check_value, shorten
 from plumbing.files import check_readable, read_json_if_present
 from plumbing.sentencepiece import BYTE, convert_sentencepiece
 
@@ -110,6 +110,9 @@ class Tokenizer:
             No change  ->  <s>     ▁No     ▁change
                            (0, 0)  (0, 2)  (2, 9)
         """
+        # half a character, such as a byte of a command line that is no UTF-8
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(f"{shorten(text)} is not valid Unicode: write it in UTF-8")
         if self.legacy or not text:
             encoding = self.backend.encode(text)
             return encoding.ids, encoding.offsets

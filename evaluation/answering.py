@@ -1,8 +1,8 @@
 """A model answers a question file; what it sees as the prior image is each question's own or another.
 
 Batches are formed from all the questions before looking at what is answered, and a batch is answered as a whole. So a
-run that was interrupted and is started again, or a run of several processes, decodes the same batches and writes the
-same bytes.
+run that was interrupted and is started again, a run of several processes, and runs of one part each decode the same
+batches and write the same bytes.
 """
 
 import hashlib
@@ -11,20 +11,22 @@ import os
 import random
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image
 
 import sample
+from contrast import Contrast, check_scores, guided_query
 from data import ImageFolder, Question, Records, Study, check
 from model import Libra
 from plumbing.cli import progress
 from plumbing.distributed import World
-from plumbing.fields import Count, check_value
+from plumbing.fields import Count, check_fields, check_value, shorten
 from plumbing.files import atomic, check_writable, only_writer, read_json, read_text, resumable
 from plumbing.image import load_image
 from plumbing.layout import find_device
@@ -54,17 +56,48 @@ def choose(questions: list[Question], arguments, only_with_prior: bool = False) 
     if not questions:
         raise ValueError(f"{arguments.questions} has no {kind}")
 
-    # --ids is a file with an id on each line, or a list with commas
     if arguments.ids is not None:
-        text = arguments.ids.replace(",", "\n")
-        if Path(arguments.ids).is_file():
-            text = read_text(arguments.ids)
-        wanted = {line.strip() for line in text.splitlines()} - {""}
+        wanted = read_ids(arguments.ids)
         unknown = wanted - {str(question.id) for question in questions}
         if unknown:
             raise ValueError(f"{arguments.questions} has no {kind} {min(unknown)} ({len(unknown):,} such --ids in all)")
         questions = [question for question in questions if str(question.id) in wanted]
     return questions[: arguments.limit]
+
+
+def read_ids(ids: str) -> set[str]:
+    """What --ids names: a file with an id on each line, or a list with commas. ValueError if there are none."""
+    text = ids.replace(",", "\n")
+    if Path(ids).is_file():
+        text = read_text(ids)
+    wanted = {line.strip() for line in text.splitlines()} - {""}
+    if not wanted:
+        raise ValueError(f"--ids {ids!r} names no id: give a file with an id on each line, or a list with commas")
+    return wanted
+
+
+class Part(NamedTuple):
+    """Batches number, number + count, … of a question file, from 1: every part has long and short prompts."""
+
+    number: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Part":
+        """K/N, as in 2/4; else ValueError."""
+        numbers = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
+        part = cls(*map(int, numbers.groups())) if numbers else cls(0, 0)
+        if not 1 <= part.number <= part.count:
+            raise ValueError(f"{text} is no part K/N, such as 2/4, with K from 1 to N")
+        return part
+
+    def __str__(self):
+        return f"{self.number}/{self.count}"
+
+
+def part_of(arguments) -> Part | None:
+    """None: all of the questions, as eval.py prior answers them."""
+    return getattr(arguments, "part", None)
 
 
 def draw_other_priors(questions: list[Question], seed: int) -> dict[str, str]:
@@ -91,14 +124,52 @@ def patient_of(name: str) -> str:
     return folders[0] if folders else name
 
 
+def read_experts(path, ids: Iterable[str]) -> dict[str, dict[str, float]]:
+    """All of {question id: {label: probability}}, from JSONL with a question_id in each line.
+
+    The labels are beside question_id, or together in an object "scores". ValueError where a line is wrong, an id
+    comes twice, or one of `ids` has no line.
+    """
+    records, scores = Records(path), {}
+    for number in range(len(records)):
+        record, place = records[number], records.place(number)
+        id = str(check_value(record.pop("question_id", None), str | int, "question_id", place))
+        if id in scores:
+            raise ValueError(f"{place}: question {id} has scores in an earlier line: leave one of them out")
+        if list(record) == ["scores"]:
+            record = record["scores"]
+        scores[id] = check_scores(record, place)
+    missing = [id for id in ids if id not in scores]
+    if missing:
+        raise ValueError(f"{path} has no scores for question {missing[0]} ({len(missing):,} such questions in all)")
+    return scores
+
+
 class QuestionSet:
     """The questions to answer, by their ids, and what a model sees of them under one of the CONDITIONS."""
 
     def __init__(self, arguments, questions: list[Question], chosen: list[Question], condition: str):
-        """questions: all of the file, chosen: those to answer."""
-        self.folder, self.condition = ImageFolder(arguments.image_folder, None), condition
+        """questions: all of the file, chosen: those to answer. No image can be found without an image_folder."""
+        self.folder = None if arguments.image_folder is None else ImageFolder(arguments.image_folder, None)
+        self.condition = condition
         self.by_id = {str(question.id): question for question in chosen}
         self.others = draw_other_priors(questions, arguments.seed) if condition == "shuffled" else {}
+        # those of an expert, by question id
+        self.scores = read_experts(arguments.expert, self.by_id) if arguments.expert is not None else None
+        self.contrast = sample.contrast_of(self.scores and list(self.scores.values()), arguments)
+        if self.contrast:
+            sample.options_of(arguments).for_contrast()
+
+    def contrast_for(self, batch: list[str]) -> Contrast | None:
+        """The contrast of a batch of ids."""
+        if self.contrast is None:
+            return None
+        return replace(self.contrast, scores=[self.scores[id] for id in batch])
+
+    def query(self, id: str) -> str:
+        """The longest question that the model is asked: with an expert, the guided one."""
+        question = self.by_id[id].text
+        return guided_query(question, self.scores[id]) if self.scores else question
 
     def image_names(self, question: Question) -> list[str]:
         """The image files to show, current first. A question without a prior is asked as it is."""
@@ -115,6 +186,11 @@ class QuestionSet:
             "blank": [current],
         }[self.condition]
 
+    def digest(self) -> str:
+        """Their number, and a hash of ids, texts, and the images that are shown."""
+        seen = [(question, self.image_names(question)) for question in self.by_id.values()]
+        return f"{len(seen)} questions ({hashlib.sha256(repr(seen).encode()).hexdigest()[:16]})"
+
     def find_images(self):
         """ValueError if an image to show is missing."""
         for question in self.by_id.values():
@@ -127,7 +203,7 @@ class QuestionSet:
         lengths, options = {}, sample.options_of(arguments)
         for id, question in self.by_id.items():
             with naming(question):
-                prompt = sample.prompt_of(libra, question.text, arguments.template)
+                prompt = sample.prompt_of(libra, self.query(id), arguments.template)
                 lengths[id] = sample.check_length(libra, prompt, options)
         # the longest prompts come first, so that what does not fit the memory shows at once
         order = sorted(lengths, key=lengths.get, reverse=True)
@@ -158,7 +234,10 @@ def naming(question: Question):
 
 
 def default_batch_size(beams: int) -> int:
-    """Up to 16 studies, fewer where each has many beams; no look at the free memory, so that no batch is by chance."""
+    """Up to 16 studies, fewer where each has many beams or samples.
+
+    No look at the free memory, so that no batch is by chance.
+    """
     return min(16, max(1, 64 // beams))
 
 
@@ -173,16 +252,20 @@ def decode_batches(libra: Libra, questions: QuestionSet, batches: list[list[str]
     for batch in batches:
         studies, pixels = questions.prepare(libra, batch)
         try:
-            prefix = sample.prefill(libra, studies, arguments.template, options, pixels=pixels)
+            contrast = questions.contrast_for(batch)
+            prefix = sample.prefill(libra, studies, arguments.template, options, pixels=pixels, contrast=contrast)
             outputs = sample.decode(libra, prefix, options)
         except torch.OutOfMemoryError:
             fit = f"{len(studies)} studies together do not fit on {libra.device}"
             raise MemoryError(f"{fit}: give a smaller --batch-size") from None
-        # the best sequence of each study; ids as the file has them, numbers or text
+        # the best sequence of each study, or the first sample; ids as the file has them, numbers or text
         answers = []
         for study, sequences in zip(studies, outputs, strict=True):
             answer = {"question_id": questions.by_id[study.id].id, "prompt": study.query}
-            answers.append(answer | {"text": sequences[0].text, "model_id": arguments.model})
+            answer |= {"text": sequences[0].text, "model_id": arguments.model}
+            if options.num_return_sequences > 1:
+                answer["texts"] = [output.text for output in sequences]
+            answers.append(answer)
         yield answers
 
 
@@ -190,18 +273,27 @@ def write_answers(arguments, questions: QuestionSet, answers: Path, load: Callab
     """Write an answer file, or what an earlier run has left to do. load() returns the model.
 
     Each rank appends its finished batches to a work file .NAME.RANK beside the answers; at the end rank 0 merges them.
-    NAME.settings.json records how the answers are made, and a run with other settings is refused.
+    NAME.settings.json records how the answers are made, and a run with other settings is refused. That of a part has
+    the part's ids as well, which only a model's tokenizer tells.
     """
     check_writable(answers)
-    is_complete, sidecar = answers.exists(), answers.with_name(f"{answers.name}.settings.json")
+    is_complete, sidecar, part = answers.exists(), sidecar_of(answers), part_of(arguments)
     settings = find_settings(arguments, questions, answers, sidecar)
+    ids = list(questions.by_id)
     if is_complete:
-        check_answers(answers, questions)
+        if part:
+            ids = part_ids(sidecar)
+        check_answers(answers, ids)
     else:
         # 1) form the batches; missing images show before the model is loaded, which takes longer
         questions.find_images()
         libra = load()
         batches = questions.batches(libra, arguments, settings["batch_size"])
+        if part:
+            batches = batches[part.number - 1 :: part.count]
+            taken = {id for batch in batches for id in batch}
+            ids = [id for id in questions.by_id if id in taken]
+            settings["part_ids"] = ids
         work = answers.with_name(f".{answers.name}.{world.rank}")
         with resumable(answers), open(work, "a", encoding="utf-8") as file, only_writer(file, answers):
             # 2) take this rank's share of what is not done; no rank may write before all have looked
@@ -229,27 +321,59 @@ def write_answers(arguments, questions: QuestionSet, answers: Path, load: Callab
             if world.rank == 0:
                 done = read_work(answers)
                 with atomic(answers) as merged:
-                    merged.writelines(json.dumps(done[id]) + "\n" for id in questions.by_id)
+                    merged.writelines(json.dumps(done[id]) + "\n" for id in ids)
 
     if world.rank == 0:
         for path in work_files(answers):
             path.unlink()
         note = ", all there before" if is_complete else ""
-        print(f"{answers}: {len(questions.by_id):,} answers{note}", file=sys.stderr)
+        print(f"{answers}: {len(ids):,} answers{note}", file=sys.stderr)
     # a rank that crashed on exit would make torchrun stop the others
     world.barrier()
 
 
-def check_answers(answers: Path, questions: QuestionSet):
-    """ValueError if a finished answer file is not what this program wrote: torn, cut short or changed."""
+@dataclass
+class AnswerLine:
+    """The fields of a line of an answer file."""
+
+    question_id: str | int
+    prompt: str
+    text: str
+    model_id: str
+    texts: tuple[str, ...] | None = None  # of --num-return-sequences
+
+
+def parse_answer(line: dict, place) -> dict:
+    """ValueError, which names the place, if a line was not written by this program."""
+    fields = check_fields(dict(line), AnswerLine, place)
+    if fields.keys() != line.keys() or line.keys() | {"texts"} != AnswerLine.__annotations__.keys():
+        raise ValueError(f"{place} is no answer: it has the fields {shorten(list(line))}")
+    return line
+
+
+def sidecar_of(answers: Path) -> Path:
+    return answers.with_name(f"{answers.name}.settings.json")
+
+
+def part_ids(sidecar: Path) -> list[str]:
+    """The ids of a part, in the questions' order."""
+    return check_value(read_json(sidecar).get("part_ids"), list[str], "part_ids", sidecar)
+
+
+def check_answers(answers: Path, expected: list[str]) -> list[dict]:
+    """The lines of a finished answer file. ValueError if it is not what was written: torn, cut short or changed."""
+    # a part of few questions may have none
+    if not expected and answers.stat().st_size == 0:
+        return []
     try:
         records = Records(answers)
-        lines = [records[number] for number in range(len(records))]
-        ids = [str(line.get("question_id")) for line in lines if isinstance(line.get("text"), str)]
-        if ids != list(questions.by_id):
-            raise ValueError(f"{answers} has {len(ids):,} answers to {len(questions.by_id):,} questions")
+        lines = [parse_answer(records[number], records.place(number)) for number in range(len(records))]
+        ids = [str(line["question_id"]) for line in lines]
+        if ids != expected:
+            raise ValueError(f"{answers} has {len(ids):,} answers to {len(expected):,} questions")
     except ValueError as error:
         raise ValueError(f"{error}: it is damaged; delete it and run this again") from None
+    return lines
 
 
 def work_files(answers: Path) -> list[Path]:
@@ -267,8 +391,9 @@ def read_work(answers: Path) -> dict[str, dict]:
             except (ValueError, RecursionError):  # empty, or cut short by a kill or a full disk
                 continue
             try:
-                done |= {str(answer["question_id"]): answer | {"text": answer["text"]} for answer in batch}
-            except (KeyError, TypeError):
+                for answer in batch:
+                    done[str(answer["question_id"])] = parse_answer(answer, path)
+            except (ValueError, TypeError, KeyError):
                 raise ValueError(f"{path} holds a line that is no batch of answers: delete the file") from None
     return done
 
@@ -283,12 +408,9 @@ def find_settings(arguments, questions: QuestionSet, answers: Path, sidecar: Pat
         begun = read_json(sidecar)
 
     # 2) what this run asks for; a batch size need not be given again
-    options = sample.options_of(arguments)
+    options, part = sample.options_of(arguments), part_of(arguments)
     size = check_value(begun.get("batch_size"), Count | None, "batch_size", sidecar)
-    size = arguments.batch_size or size or default_batch_size(options.num_beams)
-    # ids, texts, and the images that are shown
-    seen = [(question, questions.image_names(question)) for question in questions.by_id.values()]
-    digest = hashlib.sha256(repr(seen).encode()).hexdigest()
+    size = arguments.batch_size or size or default_batch_size(max(options.num_beams, options.num_return_sequences))
     settings = {
         "model": arguments.model,
         "base": arguments.base,
@@ -297,12 +419,19 @@ def find_settings(arguments, questions: QuestionSet, answers: Path, sidecar: Pat
         "device": find_device(arguments.device).type,
         "template": arguments.template,
         "dicom_display": arguments.dicom_display,
-        "questions": f"{len(seen)} questions ({digest[:16]})",
+        "questions": questions.digest(),
         "prior": questions.condition,
         "image_folder": str(questions.folder.root),
         "batch_size": size,
+        "expert": None,
+        "part": str(part) if part else None,
         **asdict(options),
     }
+    # a change of the scores is another setting
+    if questions.contrast:
+        digest = hashlib.sha256(repr(questions.contrast).encode()).hexdigest()
+        weights = {name: getattr(questions.contrast, name) for name in ("alpha", "beta", "gamma")}
+        settings["expert"] = f"{arguments.expert} ({digest[:16]}, {weights})"
 
     # 3) both must be the same
     changed = [f"{name} {begun.get(name)}, not {value}" for name, value in settings.items() if begun.get(name) != value]

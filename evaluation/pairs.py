@@ -41,9 +41,12 @@ def read_pairs(references, predictions, chosen: Collection[str] | None = None) -
     """
     questions, answers = read_lines(references, leaves_out=True), read_lines(predictions)
     if chosen is not None:
+        unknown = set(chosen) - questions.keys()
+        if unknown:
+            raise ValueError(f"{references} has no question {min(unknown)} ({len(unknown):,} such ids in all)")
         # an answer to a question that is not chosen is no mistake
         ignored = questions.keys() - set(chosen)
-        questions = {id: questions[id] for id in chosen}
+        questions = {id: question for id, question in questions.items() if id not in ignored}
         answers = {id: answer for id, answer in answers.items() if id not in ignored}
     # an odd question is not asked
     unasked = [id for id in questions if id not in answers and is_odd(questions[id])]

@@ -50,12 +50,16 @@ def print_prior_notes(conditions: list[str]):
     print(f"worse: {', '.join(sorted(WORSE))}\nbetter: {', '.join(sorted(BETTER))}")
 
 
+ENDS = ("value", "low", "high")
+PRIOR_COLUMNS = ("Model Name", "score", "prior", *ENDS, *(f"difference {end}" for end in ENDS))
+
+
 def write_prior_csv(path, name: str, scores: dict[str, dict[str, Cell]]):
-    """Write one row for each score and condition."""
-    ends = ["value", "low", "high"]
+    """Write one row for each score and condition, in place of an older file with these columns."""
+    read_rows(path, PRIOR_COLUMNS)
     with atomic(path) as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["Model Name", "score", "prior", *ends, *(f"difference {end}" for end in ends)])
+        writer.writerow(PRIOR_COLUMNS)
         for key, cells in scores.items():
             for condition, cell in cells.items():
                 # the fields of a difference that is not there stay empty

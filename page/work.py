@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 from data import Study
 from model import Libra
+from plumbing.cli import warn
 from sample import Chat, Options, Stopped
 
 CONVERSATIONS = dict(count=200, size=2**30, seconds=3600)  # kept for follow-up questions
@@ -78,7 +79,7 @@ def notes_to(tell: Callable[[str], None]):
 
 
 def show_warning(message, *_, **__):
-    tell = getattr(_thread, "tell", lambda note: print(f"app.py: warning: {note}", file=sys.stderr))
+    tell = getattr(_thread, "tell", lambda note: warn("app.py", note))
     tell(str(message))
 
 

@@ -16,6 +16,8 @@ from itertools import islice
 
 from tqdm import tqdm
 
+from plumbing.fields import printable
+
 
 class Parser(argparse.ArgumentParser):
     """A mistake is one line on stderr and exit status 2; an unknown flag names the nearest known one."""
@@ -34,8 +36,9 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, arguments=None, namespace=None):
         self.allow_abbrev = False
         # argparse would take it for a list without values
-        if "--" in (sys.argv if arguments is None else arguments):
-            self.error("unknown argument --; see --help")
+        for argument in sys.argv[1:] if arguments is None else arguments:
+            if argument == "--" or argument.endswith("=--"):
+                self.error(f"unknown argument {argument}; see --help")
         known, unknown = super().parse_known_args(arguments, namespace)
         # argparse calls this for a subcommand too, which looks among its own flags
         for argument in unknown:
@@ -73,6 +76,15 @@ def add_decoding_flags(add):
     add("--seed", type=int, default=0, help="seed of the random numbers")
 
 
+def add_expert_flags(add, kind):
+    """Contrastive decoding (contrast.py). kind: what the file of scores holds."""
+    add("--expert", metavar="FILE", help=f"let a classifier's scores guide the report; {kind}")
+    # None, so that one that is given without --expert is seen
+    add("--alpha", type=float, metavar="A", help="share of the expert's guided prompt; with --expert 0.5 by default")
+    add("--beta", type=float, metavar="B", help="share of the tokens that it pushes; with --expert 0.5 by default")
+    add("--gamma", type=float, metavar="G", help="the odds that no push exceeds; with --expert 10 by default")
+
+
 def fail(program, message):
     """Prints a mistake as one line on stderr, in place of a progress bar. Returns the exit status, 2."""
     tqdm.write(f"{program}: {printable(message)}", file=sys.stderr)
@@ -81,12 +93,6 @@ def fail(program, message):
 
 def warn(program, message):
     tqdm.write(f"{program}: warning: {printable(message)}", file=sys.stderr)
-
-
-def printable(message) -> str:
-    """A message as one line. A file's name or a server's answer may hold control characters, which a terminal obeys."""
-    line = " ".join(str(message).split())
-    return "".join(character if character.isprintable() else "?" for character in line)
 
 
 def forget(stream):
@@ -156,29 +162,45 @@ def progress(label, unit="", scale=1):
 
 
 def parallel(function, items, workers):
-    """Yields function(item) for each item, in order, from worker processes; ChildProcessError if one is killed."""
-    # a forked worker starts at once; where forking is not safe, each one imports everything anew
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=follow_parent)
-    items = iter(items)
-    # the first task forks the workers; a Ctrl-C before they ignore it would be theirs, too
+    """Yields function(item) for each item of a sequence, in order, from at most `workers` worker processes.
+
+    ChildProcessError if they cannot be started, or one is killed.
+    """
+    pool = None
     try:
+        # a Ctrl-C before the workers ignore it would be theirs, too
         with interrupts_wait():
-            pool.submit(int)
-    except OSError as error:
-        # those that were started would wait for ever
-        for process in multiprocessing.active_children():
-            process.kill()
-        problem = f"{workers} worker processes cannot be started ({error.strerror})"
-        raise ChildProcessError(f"{problem}: run again with fewer --workers") from None
-    try:
+            # all are forked at once, also those that would find nothing to do
+            pool = start_workers(max(1, min(workers, len(items))))
         # in batches, because the results must not fill the memory
+        items = iter(items)
         while batch := list(islice(items, 32 * workers)):
             yield from pool.map(function, batch)
     except BrokenExecutor:
         raise ChildProcessError("a worker process was killed (no memory?): run again with fewer --workers") from None
     finally:
-        pool.shutdown(cancel_futures=True)
+        # a pool that has not ended when Python does may print a traceback
+        if pool is not None:
+            with interrupts_wait():
+                pool.shutdown(cancel_futures=True)
+
+
+def start_workers(count):
+    # a forked worker starts at once; where forking is not safe, each one imports everything anew
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    others = multiprocessing.active_children()
+    try:
+        pool = ProcessPoolExecutor(count, context, initializer=follow_parent)
+        # the first task forks the workers
+        pool.submit(int)
+    except OSError as error:
+        # those that were started would wait for ever
+        for process in multiprocessing.active_children():
+            if process not in others:
+                process.kill()
+        problem = f"{count} worker processes cannot be started ({error.strerror})"
+        raise ChildProcessError(f"{problem}: run again with fewer --workers") from None
+    return pool
 
 
 def follow_parent():

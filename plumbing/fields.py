@@ -12,6 +12,7 @@ The annotation is the whole rule: a field's type, its bounds, and the message wh
 
 import math
 import types
+import warnings
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -42,6 +43,20 @@ def check_fields(json: dict, cls: type, where) -> dict:
     return {name: check_value(json[name], hints[name], name, where) for name in names}
 
 
+def check_present(json: dict, hints: dict, where):
+    """Checks those fields of a JSON object that it has against annotations by name; errors as `check_fields`."""
+    for name, hint in hints.items():
+        if name in json:
+            check_value(json[name], hint, name, where)
+
+
+def warn_of_training(json: dict, names, where):
+    """Warns about fields with a value which only change training, and which training does not apply here."""
+    for name in names:
+        if json.get(name):
+            warnings.warn(f"{where}: {name} {shorten(json[name])} is not applied in training", stacklevel=3)
+
+
 def check_value(value, hint, name: str, where):
     """Returns a value in the type that an annotation names; see `check_fields`."""
     fitted = _fit(value, hint)
@@ -53,6 +68,17 @@ def check_value(value, hint, name: str, where):
 def misfit(value, name: str, where, expected: str) -> ValueError:
     """The error for a field's value that is not what is expected; `raise` it."""
     return ValueError(f"{where}: {name} is {shorten(value)}, expected {expected}")
+
+
+def printable(text, limit: int | None = None) -> str:
+    """A text as one line, of at most `limit` characters.
+
+    What comes from outside, such as a file's name or a server's answer, may hold control characters, which a terminal
+    would obey.
+    """
+    line = " ".join(str(text).split())
+    line = "".join(character if character.isprintable() else "?" for character in line)
+    return line if limit is None or len(line) <= limit else f"{line[: limit - 1]}…"
 
 
 def shorten(value) -> str:

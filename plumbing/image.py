@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import io
+import logging
 import re
 import threading
 import warnings
@@ -14,7 +15,12 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from plumbing.dicom import DISPLAYS, MAX_PIXELS, read_dicom
 from plumbing.download import HTTP, download
+from plumbing.fields import printable
 from plumbing.files import check_readable
+
+# what Pillow and pydicom say beside their errors is for whoever sets up logging, not for stderr
+for name in ("PIL", "pydicom"):
+    logging.getLogger(name).addHandler(logging.NullHandler())
 
 FILE_BYTES = 2**30  # the largest file that is read
 DICOM_NAME = re.compile(r"\.(dcm|dicom)($|[?#])", re.I)
@@ -42,13 +48,13 @@ def load_image(source, dicom_display: str = "standard", public_only: bool = Fals
     if isinstance(source, bytes | Image.Image):
         name = "the image"
     elif isinstance(source, str) and HTTP.match(source):
-        name = _one_line(source)
+        name = printable(source, 500)
         try:
             data = download(source, public_only)
         except Exception as error:  # urllib, http.client and ssl raise errors of their own
-            raise OSError(f"no image from {name} ({_one_line(error)}): check the address") from None
+            raise OSError(f"no image from {name} ({printable(error, 500)}): check the address") from None
     else:
-        name = _one_line(source)
+        name = printable(source, 500)
         data = _read(source, name)
 
     # 2) decode it
@@ -62,15 +68,8 @@ def load_image(source, dicom_display: str = "standard", public_only: bool = Fals
     except UnidentifiedImageError:
         raise ValueError(f"{name} is {_describe(data)}: give a JPEG, PNG, TIFF or DICOM") from None
     except Exception as error:  # each decoder raises errors of its own
-        reason = _one_line(error)
+        reason = printable(error, 500)
         raise ValueError(f"{name} is a damaged or unsupported image ({reason}): fetch it again or convert it") from None
-
-
-def _one_line(text) -> str:
-    """A text in one line of at most 500 printable characters, without what a terminal would obey."""
-    line = " ".join(str(text).split())
-    line = "".join(character if character.isprintable() else "?" for character in line)
-    return line if len(line) <= 500 else f"{line[:499]}…"
 
 
 def _read(path, name: str) -> bytes:

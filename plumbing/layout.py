@@ -27,7 +27,7 @@ from encoder import Encoder, EncoderConfig, encoder_config, encoder_tensors
 from lora import LoRAConfig, lora_modules, lora_parameters, matches
 from plumbing import checkpoint
 from plumbing.checkpoint import Source, StoredTensor
-from plumbing.fields import Range, Share, check_fields, check_value, shorten
+from plumbing.fields import Range, Share, check_fields, check_present, check_value, shorten
 from plumbing.files import atomic_folder, check_supported, read_json, read_json_if_present, write_json
 from plumbing.int8 import is_int8, quantise_linears
 from plumbing.pixels import PREPROCESSOR_FILES, PixelConfig, open_clip_pixels, read_pixel_config
@@ -98,8 +98,7 @@ def libra_config(json: dict, source) -> LibraConfig:
     where = f"{source}/config.json"
     if "mm_vision_tower" not in json:
         raise ValueError(f"{where}: no mm_vision_tower: this is a language model, not a Libra checkpoint")
-    for name in UNUSED.keys() & json.keys():
-        check_value(json[name], UNUSED[name], name, where)
+    check_present(json, UNUSED, where)
 
     # some published files have the number as text
     settings, layer = dict(json), json.get("mm_vision_select_layer")
@@ -623,9 +622,14 @@ def write_encoder(libra, folder):
 
 
 def write_language_model(libra, folder):
-    """Writes the decoder and the tokenizer as a stock language model."""
+    """Writes the decoder and the tokenizer as a stock language model, which other engines find by its fields."""
     config = {name: value for name, value in libra.config.json.items() if not OURS.fullmatch(name)}
-    config["model_type"] = family_of(config)
+    # `auto_map` names Python files that are not copied; `dtype` is another name of torch_dtype
+    for name in ("auto_map", "dtype"):
+        config.pop(name, None)
+    family = family_of(config)
+    config |= dict(model_type=family, architectures=[f"{family.capitalize()}ForCausalLM"])
+    config["torch_dtype"] = str(libra.dtype).removeprefix("torch.")
     with atomic_folder(folder, checkpoint.LAYOUT_FILE) as partial:
         write_json(partial / "config.json", config)
         _copy_files(libra.weights.folder, TOKENIZER_FILES, partial)

@@ -15,11 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from data import FRAMES, INDEX, ImageFolder, Records, cache_settings, image_names, parse_index
+from data import FRAMES, INDEX, ImageFolder, Records, cache_settings, image_names, parse_index, tell
 from plumbing import checkpoint
 from plumbing.cli import parallel, print_table, progress
 from plumbing.fields import check_value
-from plumbing.files import atomic, only_writer, read_json, read_json_if_present, resumable
+from plumbing.files import atomic, check_readable, only_writer, read_json, read_json_if_present, resumable
 from plumbing.layout import libra_config
 from plumbing.pixels import PREPROCESSOR_FILES, Edge, PixelConfig, open_clip_pixels, read_pixel_config
 
@@ -37,6 +37,8 @@ def build(records, image_folder, model, pad: str, out, workers: int, dicom_displ
     # 2) append what the cache lacks, as the only process that writes it
     out = Path(out)
     index, growing = out / INDEX, out / f".{INDEX}.growing"
+    for path in (index, growing, out / FRAMES):
+        check_readable(path)
     out.mkdir(parents=True, exist_ok=True)
     with resumable(out), open(out / FRAMES, "ab") as frames, only_writer(frames, out):
         finished = resume(frames, growing, config)
@@ -79,14 +81,20 @@ def pixels_of(source: checkpoint.Source, pad: str) -> PixelConfig:
 
 
 def names_in(files) -> set[str]:
-    """The images that record files name. Raises ValueError with the place of a wrong record."""
+    """The images that record files name. Odd records are left out and counted; ValueError if a file has no others."""
     names = set()
     for records in map(Records, files):
-        for number, record in enumerate(records):
+        odd = []
+        for number in range(len(records)):
             try:
-                names.update(image_names(record))
+                names.update(image_names(records[number]))
             except ValueError as error:
-                raise ValueError(f"{records.place(number)}: {error}") from None
+                place = f"{records.place(number)} "
+                odd.append(place + str(error).removeprefix(place))
+        if odd and len(odd) == len(records):
+            raise ValueError(odd[0])
+        if odd:
+            tell(f"{records.path}: {len(odd):,} of {len(records):,} records are left out; the first: {odd[0]}")
     return names
 
 

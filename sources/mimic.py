@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from data import FINDINGS_PROMPT
 from plumbing.cli import progress
+from plumbing.files import check_readable
 from sources.records import SPLITS, decode, directory, one_line, only_one, plan, read_csv, writer
 
 SECTIONS = ("findings", "impression")  # what a model learns to write
@@ -240,8 +241,10 @@ class Mimic:
             self.skipped[f"studies with a rule of their own ({used})"] += 1
             if not self.exceptions:
                 return {}
+        path = self.reports / f"{image.study_path}.txt"
+        check_readable(path)
         try:
-            with open(self.reports / f"{image.study_path}.txt", "rb") as file:
+            with open(path, "rb") as file:
                 data = file.read(REPORT_BYTES + 1)
         except FileNotFoundError:
             self.skipped["studies without a report"] += 1
@@ -259,27 +262,28 @@ PROMPTS = {"findings": FINDINGS_PROMPT, "impression": FINDINGS_PROMPT.replace("f
 CONTEXT = ("indication", "history", "comparison", "technique")
 
 
-def prompt(section: str, report: dict[str, str]) -> str:
+def prompt(section: str, report: dict[str, str], sections=CONTEXT) -> str:
     """The published question for a section, "findings" or "impression", with the clinical context of a study.
 
-    report: {name: text}; those of CONTEXT are repeated. Published examples show Indication and History; the wording of
-    the other two is a guess after their pattern.
+    report: {name: text}; sections: the names that are repeated. Published examples show Indication and History; the
+    wording of the other two is a guess after their pattern.
     """
-    return with_context(PROMPTS[section], report)
+    return with_context(PROMPTS[section], report, sections)
 
 
-def with_context(question: str, report: dict[str, str]) -> str:
-    """A question, followed by those sections of CONTEXT that a report has."""
-    context = [f"{name.capitalize()}: {one_line(report[name])}" for name in CONTEXT if report.get(name, "").strip()]
+def with_context(question: str, report: dict[str, str], sections=CONTEXT) -> str:
+    """A question, followed by those of some sections that a report has."""
+    context = [f"{name.capitalize()}: {one_line(report[name])}" for name in sections if report.get(name, "").strip()]
     if context:
         context.insert(0, "Following clinical context:")
     return " ".join([question, *context])
 
 
-def prepare_sections(
-    root, out, reports=None, section: str = "both", no_context: bool = False, exceptions: bool = False
-):
-    """Frontal images beside their priors -> records and questions whose answer is a section of the report."""
+def prepare_sections(root, out, reports=None, section="both", context=CONTEXT, no_context=False, exceptions=False):
+    """Frontal images beside their priors -> records and questions whose answer is a section of the report.
+
+    section: "findings", "impression" or "both"; context: the sections that a question repeats; exceptions: as in Mimic.
+    """
     mimic, suffix = Mimic(root, reports, exceptions), "_no_context" if no_context else ""
     names = SECTIONS if section == "both" else (section,)
     outputs = plan(out, [name + suffix for name in names])
@@ -295,6 +299,6 @@ def prepare_sections(
                     mimic.skipped[f"images of a study without {name}"] += 1
                     continue
                 images = [image.path, prior.path] if prior else [image.path]
-                question = PROMPTS[name] if no_context else prompt(name, report)
+                question = prompt(name, report, () if no_context else context)
                 write(f"{name}{suffix}_{split}", image.dicom, images, question=question, answer=answer)
     return outputs, mimic.skipped, {}

@@ -49,13 +49,20 @@ def prepare_rrg(out, source: str, configuration: str, split: str, reference: str
             images = [current] if prior in ("", current) else [current, prior]
 
             # 3) the ids of MIMIC-CXR, if the set has them; an image's is more exact than its study's
-            ids = {column: str(row[column]) for column in ("dicom_id", "study_id") if row.get(column)}
+            ids = {column: id_of(row[column]) for column in ("dicom_id", "study_id") if id_of(row.get(column))}
             id = next(iter(ids.values()), f"{name}_{number}")
             if id in seen:
                 id = f"{id}_{number}"
             seen.add(id)
             write(name, id, images, question=row["default_prompt"], answer=answer, **ids)
     return outputs, skipped, {}
+
+
+def id_of(value) -> str:
+    """An id as text; "" if it is none. pandas writes 50414267.0 where other rows have no id."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value) if isinstance(value, str | int) else ""
 
 
 def published_rows(source: str, configuration: str, split: str, columns):
@@ -83,12 +90,21 @@ def published_rows(source: str, configuration: str, split: str, columns):
     require(columns, rows.column_names or next(iter(rows)), source)
     for column in ("main_image", "prior_image"):
         rows = rows.cast_column(column, datasets.Image(decode=False))
-    return tqdm(rows, f"{configuration} {split}", unit=" studies", disable=None)
+    return readable(tqdm(rows, f"{configuration} {split}", unit=" studies", disable=None), source)
+
+
+def readable(rows, source: str):
+    """The same rows. ValueError if they cannot be read: pyarrow, `datasets` and the hub raise errors of their own."""
+    try:
+        yield from rows
+    except Exception as error:
+        raise ValueError(f"{source} cannot be read ({error}): check it, or fetch it again") from None
 
 
 def save_image(out: Path, image: dict | None, source: str) -> str:
     """{"bytes", "path"} -> images/HASH.SUFFIX under `out`; "" without an image. Raises OSError if it cannot be read."""
-    if image is None:
+    # a row without an image may hold an empty one
+    if image is None or not (image["bytes"] or image["path"]):
         return ""
     # a row may name a file of the set's own folder instead of holding it
     data = image["bytes"] or Path(ImageFolder(source, None).find(image["path"])).read_bytes()

@@ -5,7 +5,7 @@ from collections import Counter
 from functools import cache
 from pathlib import Path
 
-from data import Records
+from data import Records, value_of
 from sources.mimic import Image, Mimic, on_disk
 from sources.records import SPLITS, directory, one_line, only_one, plan, read_csv, require, writer
 
@@ -68,10 +68,11 @@ def choose_images(mimic: Mimic, questions: Path) -> dict[str, Image]:
     tables = [questions.with_name(f"mimic_all.csv{suffix}") for suffix in ("", ".gz")]
     for table in filter(Path.exists, tables):
         for study, dicom in read_csv(table, ("study_id", "dicom_id"), mimic.skipped):
-            if dicom in mimic.images:
-                chosen.setdefault(plain(study), mimic.images[dicom])
+            image = mimic.images.get(dicom)
+            if image and image.study == plain(study):
+                chosen.setdefault(image.study, image)
             else:
-                mimic.skipped["studies whose image in mimic_all.csv is not in the metadata"] += 1
+                mimic.skipped["studies whose image in mimic_all.csv is not theirs in the metadata"] += 1
         return chosen
 
     mimic.skipped["no mimic_all.csv beside the questions: a study is shown by its first frontal image"] += 1
@@ -101,18 +102,26 @@ def prepare_cxr_vqa(root, out, questions):
             rows, name = Records(file), f"cxr_vqa_{split}"
             for number, row in enumerate(rows):
                 require(CXR_VQA, row, rows.place(number))
-                answers = row["answer"] if isinstance(row["answer"], list) else [row["answer"]]
-                answer = one_line(", ".join(map(str, answers)))
+                try:
+                    question, image, *types = (value_of(row, name, str) for name in ("question", "image_path", *kinds))
+                    answers = value_of(row, "answer", str | list[str])
+                except ValueError as error:
+                    reason, _ = str(error).split(": ", 1)
+                    skipped[f"questions whose {reason}"] += 1
+                    continue
+                question = one_line(question)
+                answer = one_line(answers if isinstance(answers, str) else ", ".join(answers))
                 # p10/p10000032/s50414267/DICOM_ID, perhaps inside other folders and with any suffix
-                stem = re.search(r"p\d\d/p\d+/s\d+/[\w-]+(?=\.\w+$|$)", str(row["image_path"]))
+                stem = re.search(r"p\d\d/p\d+/s\d+/[\w-]+(?=\.\w+$|$)", image)
                 path = on_disk(root, f"files/{stem[0]}") if stem else ""
                 if not answer:
                     skipped["questions with an empty answer"] += 1
+                elif not question:
+                    skipped["questions with an empty text"] += 1
                 elif not path:
                     skipped["questions whose image is missing on disk"] += 1
                 else:
-                    for kind, counts in kinds.items():
-                        counts[str(row[kind])] += 1
-                    question = one_line(str(row["question"]))
+                    for counts, type in zip(kinds.values(), types, strict=True):
+                        counts[type] += 1
                     write(name, f"{name}_{number}", [path], question=question, answer=answer)
     return outputs, skipped, kinds

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from lora import LoRAConfig, LoRALinear, lora_parameters
 from model import Libra
 from plumbing import checkpoint
-from plumbing.layout import ADAPTER_NEUTRAL, ADAPTER_REFUSED, ADAPTER_VALUES, CONNECTOR_FILES
-from sample import generate, prefill
+from plumbing.layout import ADAPTER_NEUTRAL, ADAPTER_REFUSED, ADAPTER_VALUES, CONNECTOR_FILES, write_language_model
+from sample import generate, prefill, prompt_of
 
 ADAPTERS, SEVEN, ENCODER = GOLDEN / "adapters", GOLDEN / "libra-7b" / "model", GOLDEN / "libra-7b" / "encoder-dinov2"
 EXPECTED = load_file(ADAPTERS / "expected.safetensors")
@@ -95,6 +95,34 @@ def test_an_adapter_in_16_bits_runs_unmerged():
 
 
 # ------------------------------------------------------------------------------------------- what we write
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_saved_decoder_generates_in_transformers_what_ours_does(tmp_path, family):
+    """The oracle: greedy `generate` of the class that config.json names, given our embeddings of image and prompt."""
+    libra, study = load(family), study_of(json.loads((GOLDEN / family / "case0" / "expected.json").read_text()))
+    write_language_model(libra, tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [type(theirs).__name__]
+    prompt, pixels = prompt_of(libra, study.query), libra.preprocess(study.images())
+    with torch.inference_mode():
+        embeddings = libra.splice(prompt.ids, libra.embed_images(pixels))  # [T, hidden]
+        # since version 5 `transformers` scales a Gemma's embeddings where it looks them up, not behind that
+        if libra.decoder.config.scaled_embeddings:
+            embeddings = embeddings * libra.decoder.config.hidden_size**0.5
+        ids = theirs.eval().generate(inputs_embeds=embeddings[None], do_sample=False, max_new_tokens=24)[0].tolist()
+    assert ids == generate(libra, study, max_new_tokens=24)[0].token_ids
+
+
+def test_the_config_of_a_saved_decoder_describes_what_was_saved(tmp_path):
+    """Not the type of the weights that were read, and no Python files that are not there."""
+    shutil.copytree(GOLDEN / "libra-7b", tmp_path / "libra")
+    change(tmp_path / "libra" / "model" / "config.json", dtype="float32", auto_map={"AutoModel": "modeling.Model"})
+    libra = Libra.from_pretrained(tmp_path / "libra" / "model", device="cpu", dtype="bfloat16")
+    libra.save_parts(tmp_path / "parts")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "parts" / "decoder")
+    assert theirs.dtype == torch.bfloat16
+    assert "auto_map" not in json.loads((tmp_path / "parts" / "decoder" / "config.json").read_text())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

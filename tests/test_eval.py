@@ -68,6 +68,25 @@ def test_scores_are_split_by_prior(score, capsys):
     assert "all (5)" in table and "90.00 [" in table and "never mentions change" in table
 
 
+def test_ids_score_some_of_the_references(score, questions, answers, capsys):
+    """Worked out by hand: of studies 0, 1 and 3 one is wrong in one word of two."""
+    result = scored(capsys, *score, "--ids", "1,3,0")
+    assert result["studies"] == {"all": 3, "with prior": 2, "without prior": 1}
+    assert result["scores"]["ROUGE-L"]["all"]["value"] == pytest.approx(100 * (1 + 0.5 + 1) / 3)
+    # answers to these questions alone are enough
+    write_lines(answers, [line for line in read_lines(answers) if line["question_id"] in (0, 1, 3)])
+    assert scored(capsys, *score, "--ids", "1,3,0") == result
+    compare = ["score", "--references", questions, "--compare", answers, answers, "--ids", "0,1"]
+    assert scored(capsys, *compare)["studies"]["all"] == 2
+
+
+@pytest.mark.parametrize(("ids", "problem"), [("1,77", "has no question 77"), (",", "names no id"), ("4", "missing")])
+def test_ids_that_cannot_be_scored_are_named(score, answers, capsys, ids, problem):
+    write_lines(answers, read_lines(answers)[1:])
+    assert run(*score, "--ids", ids) == 2
+    assert problem in one_line(capsys)
+
+
 def test_questions_without_images_are_not_split(tmp_path):
     questions = [{"question_id": 1, "findings": "a"}, {"question_id": "2", "impression": "b"}]
     answers = [{"question_id": "1", "text": "a"}, {"question_id": 2, "text": "b"}]

@@ -105,6 +105,7 @@ def test_damaged_tables_are_refused_and_no_file_appears(tmp_path, capsys, name, 
     ("check NONE", "NONE"),
     ("phantom --out OUT --patients 0", "patients 0"),
     ("phantom --out OUT --workers 0", "--workers 0"),
+    ("phantom --out OUT --workers 3000", "--workers 3000"),
     ("cache --worker 3", "--records"),
     ("chekc FILE", "chekc"),
 ])  # fmt: skip

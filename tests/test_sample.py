@@ -424,6 +424,7 @@ def mistakes(tmp_path):
         (("--template", "libra_v2"), MODEL, IMAGES, "'libra_v1'"),
         (("--query", "effusion " * 3000), MODEL, IMAGES, "2048"),
         (("--query", "<image>"), MODEL, IMAGES, "<image>"),
+        (("--query", "caf\udce9"), MODEL, IMAGES, "is not valid Unicode"),
         # options: out of range, of a wrong type, that exclude each other, unknown
         (("--num-beams", "400"), MODEL, IMAGES, "num_beams 400"),
         (("--top-p", "nan"), MODEL, IMAGES, "top_p is nan"),

@@ -82,6 +82,65 @@ def test_answers_are_what_generate_gives_each_study(questions, tmp_path, setting
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "a.jsonl.settings.json", "q.jsonl"]
 
 
+def make_scores() -> list[dict]:
+    """An expert's scores of every question; every other line has its labels in an object."""
+    draw = random.Random(1)
+    scores = [{"Edema": draw.random(), "Fracture": draw.random(), "Frontal": 0.9} for _ in make_questions()]
+    ids = [line["question_id"] for line in make_questions()]
+    return [{"question_id": id} | ({"scores": own} if number % 2 else own)
+            for number, (id, own) in enumerate(zip(ids, scores, strict=True))]  # fmt: skip
+
+
+def test_an_expert_guides_each_question_by_its_own_scores(questions, tmp_path):
+    lines = make_scores()
+    file = write_lines(tmp_path / "scores.jsonl", lines[::-1])
+    flags = ("--alpha", 0.4, "--gamma", 5, "--max-new-tokens", 8, "--batch-size", 6)
+    assert answer(questions, tmp_path / "a.jsonl", "--expert", file, *flags) == 0
+    for question, line, answered in zip(make_questions(), lines, read_lines(tmp_path / "a.jsonl"), strict=True):
+        scores = line.get("scores") or {label: score for label, score in line.items() if label != "question_id"}
+        settings = dict(alpha=0.4, gamma=5, max_new_tokens=8)
+        assert answered["text"] == generate(load("libra-7b"), study(question), expert=scores, **settings)[0].text
+        assert answered["prompt"] == question["text"]
+
+
+def test_answers_under_other_scores_are_other_answers(questions, tmp_path, capsys):
+    lines, out = make_scores(), tmp_path / "a"
+    file = write_lines(tmp_path / "scores.jsonl", lines)
+    assert answer(questions, out, "--expert", file, "--max-new-tokens", 2) == 0
+    assert answer(questions, out, "--expert", file, "--max-new-tokens", 2) == 0
+    write_lines(file, [lines[0] | {"Edema": 0.123}, *lines[1:]])
+    for flags in (["--expert", file], ["--expert", file, "--beta", 0.1], []):
+        capsys.readouterr()
+        assert answer(questions, out, "--max-new-tokens", 2, *flags) == 2
+        assert "was made with expert " in one_line(capsys)
+
+
+@pytest.mark.parametrize(("change", "flags", "culprit"), [
+    (lambda lines: lines.pop(3), (), "has no scores for question 3 (1 such questions in all)"),
+    (lambda lines: lines.append(lines[0]), (), "line 21: question q0 has scores in an earlier line"),
+    (lambda lines: lines[2].update(Edema=7), (), "scores.jsonl line 3: Edema is 7"),
+    (lambda lines: lines[3].update(scores=0.5), (), "line 4: the expert's scores is 0.5"),
+    (lambda lines: lines[2].pop("question_id"), (), "line 3: question_id is None"),
+    (lambda lines: lines.clear(), (), "scores.jsonl is empty"),
+    (lambda lines: None, ("--num-beams", 2), "not beams"),
+    (lambda lines: None, ("--alpha", 2), "alpha is 2"),
+])  # fmt: skip
+def test_wrong_scores_are_refused_before_the_model_is_read(questions, tmp_path, capsys, change, flags, culprit):
+    lines = make_scores()
+    change(lines)
+    file = write_lines(tmp_path / "scores.jsonl", lines)
+    assert answer(questions, tmp_path / "a", "--model", "/nowhere", "--expert", file, *flags) == 2
+    assert culprit in one_line(capsys) and not (tmp_path / "a").exists()
+
+
+def test_a_guided_prompt_that_is_too_long_names_its_question(questions, tmp_path, capsys):
+    lines = make_scores()
+    lines[2]["word " * 3000] = 0.9
+    file = write_lines(tmp_path / "scores.jsonl", lines)
+    assert answer(questions, tmp_path / "a", "--expert", file) == 2
+    assert "question q2: the prompt needs" in one_line(capsys)
+
+
 def test_a_training_record_asks_its_first_question(tmp_path):
     turn = lambda question, answer: [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
     two_turns = turn("<image>\nHeart?", "Stable.") + turn("Lungs?", "Clear.")

@@ -169,8 +169,8 @@ def damage_lines(draw: random.Random, path: Path) -> Damage:
     number = draw.randrange(len(lines))
     ways = ["field"] * 6 + ["replaced", "inserted", "twice", "missing", "torn", "split", "no line break", "bytes"]
     way = draw.choice(ways)
-    # another byte may make another text
-    fits = way in ("field", "bytes")
+    # another byte may make another text, and a last line is whole without its break
+    fits = way in ("field", "bytes", "no line break")
     if way == "field" and is_jsonl(path) and lines[number].strip():
         text, place, fits = _damage_value(draw, json.loads(lines[number]))
         lines[number] = text.encode(errors="surrogatepass")

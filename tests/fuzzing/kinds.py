@@ -467,9 +467,9 @@ def add_strange_files(folder: Path):
 
 
 def outputs_for(text: str) -> tuple[str, ...]:
-    """What a program may write if it is told to write to `text`: a folder that is there already must stay."""
+    """What a program may write if it is told to write to `text`: what is there already must stay."""
     name = re.sub(r"([*?[])", r"[\1]", os.path.normpath(text))
-    if text in ("strange", "loop", "libra-7b", "libra-7b/model"):
+    if text in ("notes.txt", "strange", "loop", "0.png", "libra-7b", "libra-7b/model"):
         return (*OUTPUTS, f"{name}/*")
     # an empty text is the folder itself
     top = name.split("/")[0]

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import GOLDEN, ROOT
@@ -78,13 +79,34 @@ def test_a_wrong_number_of_the_ngram_ban_is_named(capsys):
     assert parser.parse_args(["--no-repeat-ngram", "3"]).no_repeat_ngram == 3
 
 
-def test_more_workers_than_files_may_be_open_end_in_one_line():
-    command = "import sys; from plumbing import cli; run = lambda _: list(cli.parallel(abs, range(9), 300)); "
+def test_there_are_no_more_workers_than_items(monkeypatch):
+    counts = []
+    pool = lambda workers, *_, **__: counts.append(workers) or ThreadPoolExecutor(1)
+    monkeypatch.setattr(cli, "ProcessPoolExecutor", pool)
+    assert list(cli.parallel(abs, range(4), workers=10**9)) == [0, 1, 2, 3]
+    assert list(cli.parallel(abs, [], workers=3)) == []
+    assert counts == [4, 1]
+
+
+# none for the pool itself, one for it, some workers
+@pytest.mark.parametrize("limit", [6, 9, 64])
+def test_more_workers_than_files_may_be_open_end_in_one_line(limit):
+    command = "import sys; from plumbing import cli; run = lambda _: list(cli.parallel(abs, range(300), 300)); "
     command += "sys.exit(cli.guard('tool.py', run, None))"
-    few = lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+    few = lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     options = dict(cwd=ROOT, preexec_fn=few, capture_output=True, text=True, timeout=60)
     run = subprocess.run([sys.executable, "-c", command], **options)
     assert run.returncode == 2 and run.stderr.count("\n") == 1 and "--workers" in run.stderr, run.stderr
+
+
+def test_an_interrupt_while_workers_start_ends_them_before_the_program():
+    command = "import os, signal, sys, threading; from plumbing import cli\n"
+    command += "run = lambda _: list(cli.parallel(abs, [1], 2))\n"
+    # the block in which the workers start holds it back, too
+    command += "signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT]); os.kill(os.getpid(), signal.SIGINT)\n"
+    command += "sys.exit(cli.guard('tool.py', run, None) + threading.active_count() - 1)"
+    run = subprocess.run([sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (run.returncode, run.stderr) == (130, "\n")
 
 
 # -------------------------------------------------------------------------------- streams

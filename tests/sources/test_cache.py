@@ -262,6 +262,23 @@ def test_a_file_that_is_cut_or_missing_is_refused(made, name):
         ImageCache(made, config())
 
 
+def test_an_odd_record_costs_no_other_image(pictures, tmp_path, capsys):
+    records = tmp_path / "records.jsonl"
+    records.write_text('{"image": "g0.png"}\n{"image": 3}\nx\n{"image": ["g1.png", "g2.png"]}\n')
+    assert build(pictures, tmp_path / "out", [], "--records", records) == 0
+    printed = capsys.readouterr()
+    assert table(printed.out)["images"] == "3"
+    assert "2 of 4 records are left out; the first" in printed.err and "records.jsonl line 2 image" in printed.err
+
+
+@pytest.mark.parametrize("name", ["index.jsonl", ".index.jsonl.growing", "frames.bin"])
+def test_a_pipe_in_the_cache_is_refused_not_waited_for(pictures, tmp_path, capsys, name):
+    (tmp_path / "out").mkdir()
+    os.mkfifo(tmp_path / "out" / name)
+    assert build(pictures, tmp_path / "out", ["g0.png"]) == 2
+    assert f"{name} is a pipe" in capsys.readouterr().err
+
+
 def test_two_builds_do_not_write_one_cache(pictures, made, capsys):
     with open(made / "frames.bin", "ab") as file, only_writer(file, made):
         assert build(pictures, made, ["g2.png"]) == 2
@@ -279,7 +296,7 @@ def test_a_mistake_is_one_line_and_leaves_the_cache_as_it_was(made, monkeypatch,
     folder, before = made.parent, content(made)
     (folder / "empty").mkdir()
     (folder / "empty" / "config.json").write_text("{}")
-    (folder / "wrong.json").write_text('[{"image": "g0.png"}, {"image": 3}]')
+    (folder / "wrong.json").write_text('[{"image": 3}, {"image": {}}]')
     monkeypatch.chdir(folder)
     capsys.readouterr()
     assert build(folder, made, ["g0.png"], flag, value) == 2

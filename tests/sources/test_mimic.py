@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 import random
 import re
 from collections import Counter
@@ -105,6 +106,16 @@ def test_the_prompt_repeats_all_four_sections_in_the_order_of_the_published_figu
     report = {"technique": "PA view.", "comparison": "None.", "history": "Asthma.", "indication": "Cough."}
     context = "Indication: Cough. History: Asthma. Comparison: None. Technique: PA view."
     assert prompt("findings", report) == f"{mimic.PROMPTS['findings']} Following clinical context: {context}"
+
+
+def test_a_question_repeats_the_sections_that_are_chosen(odd, tmp_path, capsys):
+    command = "mimic-cxr", "--root", odd, "--section", "findings", "--out"
+    assert run_prepare(*command, tmp_path / "one", "--context", "history,technique") == 0
+    question = read_lines(tmp_path / "one" / "findings_train.jsonl")[0]["conversations"][0]["value"]
+    assert question == f"<image>\n{mimic.PROMPTS['findings']}"
+    with pytest.raises(SystemExit):
+        run_prepare(*command, tmp_path / "two", "--context", "findings")
+    assert "'findings' is none of indication" in capsys.readouterr().err
 
 
 def test_an_image_without_a_view_is_frontal_if_its_code_says_so(tmp_path):
@@ -261,6 +272,14 @@ def test_what_is_odd_is_left_out_and_counted(odd, tmp_path, capsys):
         "4  images of a study without findings",
         "3  images of a study without impression",
     }
+
+
+def test_a_report_that_may_never_end_is_refused(odd, tmp_path, capsys):
+    report = odd / "files/p12/p12000003/s7.txt"
+    report.unlink()
+    os.mkfifo(report)
+    assert run_prepare("mimic-cxr", "--root", odd, "--out", tmp_path / "out") == 2
+    assert "s7.txt is a pipe" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_one_section_alone_and_reports_elsewhere(odd, tmp_path):

@@ -50,12 +50,22 @@ def write_set(folder, **columns):
 
 def test_the_reference_is_the_column_of_the_configuration_and_mimics_ids_are_kept(published, tmp_path):
     columns = dict(main_image=[picture(1)] * 3, prior_image=[None] * 3, default_prompt=["What?"] * 3)
-    columns |= dict(findings_section=["A heart.", "Lungs.", ""], dicom_id=["a", "b", None], study_id=[1, 1, 1])
+    columns |= dict(findings_section=["A heart.", "Lungs.", ""], dicom_id=["a", "b", None], study_id=[1.0, 1.0, 1.0])
     assert run_prepare("rrg", "--source", write_set(tmp_path / "ids", **columns), "--out", tmp_path / "out") == 0
     lines = read_lines(tmp_path / "out" / "findings_section_test_questions.jsonl")
     assert [line["reference"] for line in lines] == ["A heart.", "Lungs.", ""]
     assert [line["question_id"] for line in lines] == ["a", "b", "1"]
     assert [line["study_id"] for line in lines] == ["1", "1", "1"] and lines[0]["dicom_id"] == "a"
+
+
+def test_what_is_no_image_and_no_id_is_left_out(published, tmp_path, capsys):
+    empty = {"bytes": None, "path": None}
+    columns = dict(main_image=[empty, picture(1)], prior_image=[picture(2), empty], default_prompt=["What?"] * 2)
+    folder = write_set(tmp_path / "empty", **columns, dicom_id=[[1], [1]])
+    assert run_prepare("rrg", "--source", folder, "--out", tmp_path / "out") == 0
+    assert "1  rows whose image is missing or cannot be read" in capsys.readouterr().out
+    (line,) = read_lines(tmp_path / "out" / "findings_section_test_questions.jsonl")
+    assert line["question_id"] == "findings_section_test_1" and len(line["image"]) == 1
 
 
 def test_a_row_cannot_name_a_file_outside_of_its_set(published, tmp_path, capsys):

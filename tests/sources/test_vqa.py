@@ -75,6 +75,12 @@ def test_the_data_sets_own_choice_of_images_counts(root, pairs, tmp_path, capsys
     assert "no mimic_all.csv" not in capsys.readouterr().out
 
 
+def test_an_image_of_another_study_is_not_taken(root, pairs, tmp_path, capsys):
+    (tmp_path / "mimic_all.csv").write_text("study_id,dicom_id\n1,a\n2,b\n")
+    assert run_prepare("diff-vqa", "--root", root, "--questions", pairs, "--out", tmp_path / "out") == 2
+    assert "1 studies whose image in mimic_all.csv is not theirs" in capsys.readouterr().err
+
+
 def test_the_first_frontal_image_counts_even_if_another_is_on_disk(tmp_path):
     """Its view may be what a question is about."""
     hospital = Hospital(tmp_path / "hospital")
@@ -121,6 +127,24 @@ def test_questions_about_one_image_have_no_prior(root, tmp_path, capsys):
     assert "1  questions with an empty answer" in out
     assert "1  missing file *test.json" in out
     assert "semantic_type: choose 2" in out
+
+
+@pytest.mark.parametrize("field, value, reason", [
+    ("answer", None, "answer has the wrong type"),
+    ("answer", ["left", None], "answer has the wrong type"),
+    ("answer", {"side": "left"}, "answer has the wrong type"),
+    ("question", None, "question has the wrong type"),
+    ("question", " ", "an empty text"),
+    ("image_path", 5, "image_path has the wrong type"),
+    ("semantic_type", [], "semantic_type has the wrong type"),
+])  # fmt: skip
+def test_no_answer_is_made_of_what_is_no_text(root, tmp_path, capsys, field, value, reason):
+    rows = [row(TWO, "so?", ["yes"]), row(TWO, "what?", ["no"]) | {field: value}]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    assert run_prepare("cxr-vqa", "--root", root, "--questions", tmp_path, "--out", tmp_path) == 0
+    (record,) = read_lines(tmp_path / "cxr_vqa_train.jsonl")
+    assert record["conversations"][1]["value"] == "yes"
+    assert reason in capsys.readouterr().out
 
 
 def test_all_files_are_found_before_one_is_written(root, tmp_path, capsys):
