@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from kernel import kernel_available
+from plumbing.int8_kernel import MOST_ROWS, int8_linear
+
 logger = logging.getLogger(__name__)  # silent unless a program shows it, as `sample.py --verbose` does
 
 # numbers that are in memory as float32 at once: on a CPU what its cache holds, else enough for a kernel to be worth it
@@ -73,6 +76,12 @@ def has_cpu_kernel(x) -> bool:
     return has_avx and x.device.type == "cpu" and x.shape[-1] % 32 == 0
 
 
+def gpu_linear(x, weight, scale, bias=None):
+    """The layer with the Triton kernel, for few rows."""
+    out = int8_linear(x.flatten(0, -2), weight, scale).unflatten(0, x.shape[:-1])
+    return out if bias is None else out + bias
+
+
 @functools.cache
 def _log_once(message: str):
     logger.info(message)
@@ -95,11 +104,18 @@ class Int8Linear(nn.Module):
 
     def forward(self, x):
         """x [..., columns] -> [..., rows] in x's type."""
+        weights = self.weight, self.weight_scale, self.bias
         if has_cpu_kernel(x):
             _log_once("int8: PyTorch's CPU kernel, activations in bfloat16")
-            return cpu_linear(x, self.weight, self.weight_scale, self.bias)
-        _log_once(f"int8: no kernel for this {x.device.type}: slow, weights become {x.dtype} before each product")
-        return plain_linear(x, self.weight, self.weight_scale, self.bias)
+            return cpu_linear(x, *weights)
+        if not kernel_available(x.device):
+            _log_once(f"int8: no kernel for this {x.device.type}: slow, weights become {x.dtype} before each product")
+            return plain_linear(x, *weights)
+        if x.numel() > MOST_ROWS * x.shape[-1]:
+            _log_once(f"int8: weights become {x.dtype} before products of more than {MOST_ROWS} rows")
+            return plain_linear(x, *weights)
+        _log_once(f"int8: Triton kernel for up to {MOST_ROWS} rows")
+        return gpu_linear(x, *weights)
 
     def first_rows(self, x, count: int):
         """The first `count` outputs, from the plain version: logits that bfloat16 rounds would often be equal."""

@@ -96,6 +96,19 @@ def test_without_the_kernel_the_plain_version_runs_and_says_so(monkeypatch, capl
     assert [message.split(":")[1] for message in caplog.messages] == [" no kernel for this cpu"]
 
 
+def test_on_a_gpu_few_rows_go_to_the_kernel_and_more_are_expanded(monkeypatch, caplog):
+    calls = []
+    monkeypatch.setattr(int8, "has_cpu_kernel", lambda x: False)
+    monkeypatch.setattr(int8, "kernel_available", lambda device: True)
+    monkeypatch.setattr(int8, "int8_linear", lambda x, weight, scale: calls.append(len(x)) or x.new_zeros(len(x), 5))
+    int8._log_once.cache_clear()
+    layer = quantised(torch.randn(5, 32))
+    with caplog.at_level(logging.INFO, "plumbing.int8"):
+        shapes = [layer(torch.randn(*size, 32)).shape for size in ((2, 1), (4, 64), (1, 257))]
+    assert shapes == [(2, 1, 5), (4, 64, 5), (1, 257, 5)] and calls == [2, 256]
+    assert ["Triton" in message for message in caplog.messages] == [True, False]
+
+
 def test_an_adapter_is_merged_before_weights_are_rounded(tmp_path):
     libra = read_int8(GOLDEN / "adapters" / "lora", base=SEVEN)
     Libra.from_pretrained(GOLDEN / "adapters" / "lora", base=SEVEN, device="cpu").save_pretrained(tmp_path / "merged")
