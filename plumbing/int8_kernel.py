@@ -14,9 +14,9 @@ import torch
 import kernel
 from kernel import constexpr, jit, tl, triton
 
-# An A100 does 312e12 / 2 multiplications and reads 2e12 bytes a second: up to 78 rows, reading decides. Expanding the
-# weights costs 5 bytes for each instead of 1 (read 1, write 2, read 2), so that the kernel is worth it for some more
-# rows, as those of 16 studies with 10 beams. These are computed limits: no GPU has measured them.
+# An A100 does 312e12 / 2 multiplications and reads 2e12 bytes a second: up to 78 rows, reading decides. To expand a
+# weight costs at least 5 bytes instead of 1 (read 1, write 2, read 2), so that the kernel is worth it for some more
+# rows, such as those of 16 studies with 10 beams. These limits are computed: no GPU has measured them.
 MOST_ROWS = 256
 
 
