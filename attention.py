@@ -26,6 +26,7 @@ decoding step, in which the beams or samples of a study are continuations that s
 
 import functools
 import logging
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -156,14 +157,47 @@ def _log_once(line: str):
 # ------------------------------------------------------------------------------------------ decoding
 
 
-def shared_prefix_attention(q, prefix_k, prefix_v, lengths, suffix_k, suffix_v, window=None):
+class StepMasks(NamedTuple):
+    """What a decoding step adds to its scores: 0 where a position is seen, -inf where it is hidden."""
+
+    prefix: torch.Tensor  # [B * H_kv, 1, P]
+    suffix: torch.Tensor  # [1, 1, S]
+
+
+def step_masks(lengths, newest, sizes: tuple[int, int, int], window: int | None, dtype: torch.dtype) -> StepMasks:
+    """The masks of one decoding step, the same for all layers with this window.
+
+    lengths  integers [B]: how many positions of the prefix belong to study b
+    newest   an integer tensor []: the place of the newest position in every suffix, 0 in the first step
+    sizes    H_kv, P and S of `shared_prefix_attention`
+    """
+    H_kv, P, S = sizes
+    prefix_places = torch.arange(P, device=lengths.device)
+    suffix_places = torch.arange(S, device=lengths.device)
+    prefix_seen = prefix_places < lengths[:, None]  # [B, P]
+    suffix_seen = suffix_places <= newest  # [S]
+    # With a prefix of 5, the second position of a suffix (newest = 1) and a window of 3, the newest position is
+    # 5 + 1 = 6: it sees 4, 5 and 6, so that 6 - 3 = 3 is the last hidden one
+    if window is not None:
+        last_hidden = newest - window
+        prefix_seen &= prefix_places > lengths[:, None] + last_hidden
+        suffix_seen &= suffix_places > last_hidden
+
+    def added(seen):
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, float("-inf"))
+
+    prefix = added(prefix_seen)[:, None, None]  # [B, 1, 1, P]
+    prefix = prefix.expand(-1, H_kv, 1, P).flatten(0, 1)  # [B * H_kv, 1, P]
+    return StepMasks(prefix, added(suffix_seen)[None, None])
+
+
+def shared_prefix_attention(q, prefix_k, prefix_v, suffix_k, suffix_v, masks: StepMasks):
     """One decoding step of K continuations (beams, samples) of each of B studies.
 
     q                   [B, H, K, D]: the newest position of each continuation
     prefix_k, prefix_v  [B, H_kv, P, D]: one copy per study, padded on the right
-    lengths             integers [B]: how many of the P prefix positions belong to study b
-    suffix_k, suffix_v  [B, K, H_kv, S, D]: what each continuation has added, its newest position included
-    window              only the last `window` positions are seen, the newest included
+    suffix_k, suffix_v  [B, H_kv, K, S, D]: what each continuation has added, its newest position included, padded
+    masks               hide the padding, and what is before the window
 
     Returns [B, H, K, D]. Each continuation sees its study's prefix and its own suffix under one softmax.
 
@@ -175,47 +209,29 @@ def shared_prefix_attention(q, prefix_k, prefix_v, lengths, suffix_k, suffix_v, 
     H_kv, P = prefix_k.shape[1:3]
     S = suffix_k.shape[3]
     R = H // H_kv  # query heads that share a key head
-    q = q * D**-0.5
-    q = q.view(B, H_kv, R, K, D)
+    scale = D**-0.5
+    # the heads that share a key head side by side, for each continuation: then neither product below moves its rows
+    q = q.unflatten(1, (H_kv, R)).transpose(2, 3)  # [B, H_kv, K, R, D]
 
     # 1) scores of the prefix: all heads and continuations that share its keys are the rows of one matrix, so that one
-    #    product reads every key once
-    rows = q.flatten(2, 3)  # [B, H_kv, R * K, D]
-    prefix_scores = rows @ prefix_k.mT  # [B, H_kv, R * K, P]
-    prefix_scores = prefix_scores.view(B, H_kv, R, K, P)
+    #    product reads every key once. It scales and masks, too
+    rows = q.reshape(B * H_kv, K * R, D)
+    prefix_scores = torch.baddbmm(masks.prefix, rows, prefix_k.flatten(0, 1).mT, alpha=scale)  # [B * H_kv, K * R, P]
 
     # 2) scores of the suffixes: one product for each continuation, whose rows are only the heads
-    rows = q.movedim(3, 1)  # [B, K, H_kv, R, D]
-    suffix_scores = rows @ suffix_k.mT  # [B, K, H_kv, R, S]
-    suffix_scores = suffix_scores.movedim(1, 3)  # [B, H_kv, R, K, S]
+    rows = rows.view(B * H_kv * K, R, D)
+    suffix_scores = torch.baddbmm(masks.suffix, rows, suffix_k.flatten(0, 2).mT, alpha=scale)  # [B * H_kv * K, R, S]
 
-    # 3) hide the padding of the prefix and what is before the window. With a prefix of 5, a suffix of 2 and a window
-    #    of 3, the newest position is 5 + 2 - 1 = 6: it sees 4, 5 and 6, so that 6 - 3 = 3 is the last hidden one
-    places = torch.arange(P, device=q.device)
-    ends = lengths[:, None]  # [B, 1]
-    hidden = places >= ends  # [B, P]
-    if window is not None:
-        newest = ends + S - 1
-        hidden |= places <= newest - window
-        outside = max(S - window, 0)
-        suffix_scores[..., :outside] = float("-inf")
-    hidden = hidden[:, None, None, None]  # [B, 1, 1, 1, P]
-    prefix_scores = prefix_scores.masked_fill(hidden, float("-inf"))
+    # 3) one softmax over both (PyTorch sums it in float32 and rounds once)
+    suffix_scores = suffix_scores.view(B * H_kv, K * R, S)
+    weights = torch.cat((prefix_scores, suffix_scores), -1).softmax(-1)  # [B * H_kv, K * R, P + S]
 
-    # 4) one softmax over both (PyTorch sums it in float32 and rounds once)
-    scores = torch.cat((prefix_scores, suffix_scores), -1)  # [B, H_kv, R, K, P + S]
-    weights = scores.softmax(-1)
-    prefix_weights, suffix_weights = weights.split((P, S), -1)
-
-    # 5) sums of the values, with the same rows as above. Hidden positions have weight 0, but 0 · NaN is NaN: the cache
+    # 4) sums of the values, with the same rows as above. Hidden positions have weight 0, but 0 · NaN is NaN: the cache
     #    must not hold uninitialised memory
-    rows = prefix_weights.flatten(2, 3)  # [B, H_kv, R * K, P]
-    prefix_out = rows @ prefix_v  # [B, H_kv, R * K, D]
-    rows = suffix_weights.movedim(3, 1)  # [B, K, H_kv, R, S]
-    suffix_out = rows @ suffix_v  # [B, K, H_kv, R, D]
+    out = torch.bmm(weights[..., :P], prefix_v.flatten(0, 1))  # [B * H_kv, K * R, D]
+    suffix_weights = weights.view(B * H_kv * K, R, P + S)[..., P:]
+    out = torch.baddbmm(out.view(B * H_kv * K, R, D), suffix_weights, suffix_v.flatten(0, 2))
 
-    # 6) back to one dimension of heads: [B, H_kv, R, K, D] -> [B, H, K, D]
-    prefix_out = prefix_out.view(B, H_kv, R, K, D)
-    suffix_out = suffix_out.movedim(1, 3)
-    out = prefix_out + suffix_out
+    # 5) back to one dimension of heads: [B * H_kv * K, R, D] -> [B, H, K, D]
+    out = out.view(B, H_kv, K, R, D).transpose(2, 3)
     return out.flatten(1, 2)

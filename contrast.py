@@ -64,8 +64,9 @@ class Contrast:
         return biases.to(device)
 
     def soft(self, logits) -> torch.Tensor:
-        """logits [2B, …, V], first of the plain, then of the guided prompts -> log-probabilities [B, …, V], mixed."""
-        plain, guided = logits.log_softmax(-1).chunk(2)
+        """logits [2 * B, …, V], of the plain and the guided prompts in turn -> log-probabilities [B, …, V], mixed."""
+        logits = logits.log_softmax(-1)
+        plain, guided = logits[0::2], logits[1::2]
         return (1 - self.alpha) * plain + self.alpha * guided
 
     def mix(self, pushed, soft, ids=None) -> torch.Tensor:

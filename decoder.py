@@ -5,8 +5,13 @@ parameter names, so that weights load by name.
 
 Modules store no keys and values. A layer hands its queries, keys and values to `attend`, and the caller chooses what
 that is: `WholeRows` (training, no cache), `Prefill` (fill the cache with a prompt) or `DecodingStep` (one more token).
+
+A decoding step has little to compute and many operations to start, which is what a GPU waits for. So that they are few
+(some 730 for 32 layers, which a test counts), layers that read the same input are joined (`SideBySide`), and whatever
+all layers share is computed once: the rotation and the masks.
 """
 
+import copy
 import math
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -17,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from attention import attention, shared_prefix_attention
+from attention import StepMasks, attention, shared_prefix_attention, step_masks
 from plumbing.checkpoint import NameMap
 from plumbing.fields import (
     Positive,
@@ -367,7 +372,10 @@ def rope_frequencies(config: DecoderConfig, device) -> torch.Tensor:
 
 
 class Rotation(NamedTuple):
-    """cos and sin of every position's angles, each [B, 1, T, R]."""
+    """What every position's channels are multiplied by, each [B, 1, T, R]: x · cos + (x with its halves swapped) · sin.
+
+    sin is negative in the left half.
+    """
 
     cos: torch.Tensor
     sin: torch.Tensor
@@ -386,9 +394,10 @@ def rope(config: DecoderConfig, positions, lengths, dtype) -> Rotation:
         scale = config.attention_factor or scale
     # both halves of the channels turn by the same angles
     angles = positions[:, None, :, None].float() * frequencies  # [B, 1, T, R / 2]
-    angles = torch.cat((angles, angles), -1)  # [B, 1, T, R]
     cos = angles.cos() * scale
     sin = angles.sin() * scale
+    cos = torch.cat((cos, cos), -1)  # [B, 1, T, R]
+    sin = torch.cat((-sin, sin), -1)
     return Rotation(cos.to(dtype), sin.to(dtype))
 
 
@@ -399,10 +408,10 @@ def rotate(x, rotation: Rotation):
     if x.shape[-1] > R:
         rotated = rotate(x[..., :R], rotation)
         return torch.cat((rotated, x[..., R:]), -1)
-    # (left, right) · cos + (-right, left) · sin
+    # (left, right) · cos + (right, left) · (-sin, sin)
     left, right = x.chunk(2, -1)
-    turned = torch.cat((-right, left), -1)
-    return x * rotation.cos + turned * rotation.sin
+    swapped = torch.cat((right, left), -1)
+    return torch.addcmul(x * rotation.cos, swapped, rotation.sin)
 
 
 # ------------------------------------------------------------------------------------------ layers
@@ -426,15 +435,70 @@ class RMSNorm(nn.Module):
         self.eps, self.offset = config.rms_norm_eps, config.norm_offset
 
     def forward(self, x):
-        # in float32, whatever the weights are
-        h = x.float()
-        mean_square = h.square().mean(-1, keepdim=True)
-        h = h * torch.rsqrt(mean_square + self.eps)
-        weight = self.weight.float() + self.offset
-        return (h * weight).to(x.dtype)
+        """x / √(mean of x² + eps) · weight, in float32, whatever the types are."""
+        weight = self.weight
+        if self.offset:
+            weight = weight.float() + self.offset
+        # one kernel, which computes in float32, where the types agree; it would keep float64
+        if x.dtype == weight.dtype and x.dtype != torch.float64:
+            return F.rms_norm(x, weight.shape, weight, self.eps)
+        return F.rms_norm(x.float(), weight.shape, weight.float(), self.eps).to(x.dtype)
 
 
-class SelfAttention(nn.Module):
+class SideBySide(nn.Module):
+    """A block with linear layers that read the same input: one product computes all of them once they are joined."""
+
+    names: tuple[str, ...]  # of the layers, in the order of their rows
+
+    def __init__(self):
+        super().__init__()
+        # a list, because this is no module of the block's: its parameters are those of the layers
+        self.joined: list[nn.Module] = []
+
+    def join(self, device=None):
+        """Puts the parameters of the layers into one matrix, rows below rows, of which each layer's are a view.
+
+        On the meta device there is nothing to copy: then the matrix is made on `device`, without values.
+        """
+        layers = [getattr(self, name) for name in self.names]
+        joined = copy.deepcopy(layers[0])
+        for name, parameter in layers[0].named_parameters():
+            # weight, and also the bias, and the scales of int8
+            parts = [getattr(layer, name) for layer in layers]
+            sizes = [len(part) for part in parts]
+            shape = (sum(sizes), *parameter.shape[1:])
+            whole = torch.empty(shape, dtype=parameter.dtype, device=device or parameter.device)
+            for layer, part, rows in zip(layers, parts, whole.split(sizes), strict=True):
+                if not part.is_meta:
+                    rows.copy_(part.detach())
+                setattr(layer, name, nn.Parameter(rows, part.requires_grad))
+            setattr(joined, name, nn.Parameter(whole, requires_grad=False))
+        self.joined = [joined]
+
+    def __setattr__(self, name, value):
+        # one of the layers is replaced, as LoRA does
+        if name in self.names:
+            self.joined = []
+        super().__setattr__(name, value)
+
+    def _apply(self, fn, recurse=True):
+        # `.to()` gives each layer memory of its own
+        self.joined = []
+        return super()._apply(fn, recurse)
+
+    def project(self, x) -> list[torch.Tensor]:
+        """x [..., columns] -> what each layer gives, [..., its rows]."""
+        layers = [getattr(self, name) for name in self.names]
+        # gradients belong to the layers
+        if torch.is_grad_enabled() or not self.joined:
+            return [layer(x) for layer in layers]
+        sizes = [len(layer.weight) for layer in layers]
+        return list(self.joined[0](x).split(sizes, -1))
+
+
+class SelfAttention(SideBySide):
+    names = ("q_proj", "k_proj", "v_proj")
+
     def __init__(self, config: DecoderConfig):
         super().__init__()
         C, D, self.D = config.hidden_size, config.head_dim, config.head_dim
@@ -449,13 +513,14 @@ class SelfAttention(nn.Module):
             self.k_norm = RMSNorm(D, config)
 
     def forward(self, x, rotation: Rotation, attend):
-        q = self.split_heads(self.q_proj(x))  # [B, H, T, D]
-        k = self.split_heads(self.k_proj(x))  # [B, H_kv, T, D]
-        v = self.split_heads(self.v_proj(x))  # [B, H_kv, T, D]
+        q, k, v = map(self.split_heads, self.project(x))  # [B, H, T, D], [B, H_kv, T, D] twice
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
+        # rotate both at once
+        sizes = (q.shape[1], k.shape[1])
+        q, k = rotate(torch.cat((q, k), 1), rotation).split(sizes, 1)
         # attention, as the caller chose it
-        out = attend(rotate(q, rotation), rotate(k, rotation), v)  # [B, H, T, D]
+        out = attend(q, k, v)  # [B, H, T, D]
         # join the heads
         return self.o_proj(out.transpose(1, 2).flatten(2))  # [B, T, C]
 
@@ -463,7 +528,9 @@ class SelfAttention(nn.Module):
         return x.unflatten(-1, (-1, self.D)).transpose(1, 2)  # [B, T, H * D] -> [B, H, T, D]
 
 
-class MLP(nn.Module):
+class MLP(SideBySide):
+    names = ("gate_proj", "up_proj")
+
     def __init__(self, config: DecoderConfig):
         super().__init__()
         C, hidden = config.hidden_size, config.intermediate_size
@@ -477,7 +544,8 @@ class MLP(nn.Module):
         def gated(gate, up):
             return self.activation(gate) * up
 
-        h = recompute_in_backward(gated, self.gate_proj(x), self.up_proj(x))
+        gate, up = self.project(x)
+        h = recompute_in_backward(gated, gate, up)
         return self.down_proj(h)
 
 
@@ -505,11 +573,32 @@ class Decoder(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         # in training: compute each layer again in the backward pass, which saves memory and costs time
         self.gradient_checkpointing = False
+        self.compiled_step = None  # a decoding step of one layer, after compile_step
+
+    def join(self, device=None):
+        """Joins the layers of every block, see `SideBySide.join`."""
+        for block in self.modules():
+            if isinstance(block, SideBySide):
+                block.join(device)
+
+    def separate(self):
+        """The layers of every block are computed one by one again."""
+        for block in self.modules():
+            if isinstance(block, SideBySide):
+                block.joined = []
+
+    def compile_step(self):
+        """Compiles the decoding step of a layer: one graph for all layers, prefixes and numbers of continuations.
+
+        `torch.compile` needs a C++ compiler on a CPU, and Triton on a GPU. The first step takes its time.
+        """
+        # a function that gets its layer as an argument; a method would be compiled for each layer
+        self.compiled_step = torch.compile(DecoderLayer.forward, fullgraph=True, dynamic=True)
 
     def forward(self, x, positions, attend=None, lengths=None):
         """embeddings [B, T, C], positions [B, T] -> hidden states [B, T, C] after the final norm.
 
-        attend(layer, q, k, v) -> [B, H, T, D]; without it, plain causal attention over the row.
+        attend.in_layer(index) gives a function (q, k, v) -> [B, H, T, D]; without attend, plain causal attention.
         lengths [B]: length of each row's prefix, which selects longrope's frequencies; without it, of the row.
         """
         config = self.config
@@ -519,12 +608,15 @@ class Decoder(nn.Module):
         # the same rotation for every layer
         rotation = rope(config, positions, lengths, x.dtype)
         if config.scaled_embeddings:
-            x = x * torch.tensor(config.hidden_size**0.5, dtype=x.dtype)
+            # rounded to the embeddings' type, as published
+            x = x * torch.tensor(config.hidden_size**0.5, dtype=x.dtype).item()
 
         for index, layer in enumerate(self.layers):
-            attend_here = partial(attend, index)
+            attend_here = attend.in_layer(index)
             if self.gradient_checkpointing:
                 x = checkpoint(layer, x, rotation, attend_here, use_reentrant=False)
+            elif self.compiled_step and isinstance(attend, DecodingStep):
+                x = self.compiled_step(layer, x, rotation, attend_here)
             else:
                 x = layer(x, rotation, attend_here)
         return self.norm(x)
@@ -543,27 +635,51 @@ class Decoder(nn.Module):
 class Cache:
     """Keys and values of B studies: one prefix per study, stored once, and K short continuations of each.
 
-    prefix[layer]: keys and values, each [B, H_kv, P, D]; study b has filled its first lengths[b] positions.
-    suffix[layer]: [2, B, K, H_kv, S, D], keys then values; every continuation has filled `steps` positions.
+    prefix[layer]: keys and values, each [B, H_kv, P, D]; row b has filled its first lengths[b] positions.
+    suffix[layer]: [2, B, H_kv, K, S, D], keys then values; every continuation has filled `steps` positions.
 
     Each layer writes the keys and values of new positions after the filled ones; then the model calls `advance`.
+
+    A study that has ended leaves the decoding steps: its row changes places with the last active one, and the steps
+    compute the first rows only. `studies` says whose rows these are. After study 1 of four has left:
+
+        studies  0 3 2        rows  0 3 2 1
+
+    The two prompts of contrastive decoding are two rows of a study, side by side.
     """
 
     # suffixes grow by this many positions at a time: one copy of the suffixes every 64 steps, never of a prefix
     BLOCK = 64
 
-    def __init__(self, config: DecoderConfig, num_studies: int, capacity: int, device, dtype):
-        """capacity: positions that the longest prefix can take."""
-        self.config = config
-        # the two counters, changed only by advance, rewind, copy and start
-        self.lengths = torch.zeros(num_studies, dtype=torch.long, device=device)  # [B], of each prefix
+    def __init__(self, config: DecoderConfig, num_studies: int, capacity: int, device, dtype, prompts: int = 1):
+        """capacity: positions that the longest prefix can take. prompts: rows of a study."""
+        self.config, self.prompts = config, prompts
+        # the counters, changed only by advance, rewind, copy, start and leave
+        rows = num_studies * prompts
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # of each prefix
         self.steps = 0  # of every suffix
-        shape = (num_studies, config.num_key_value_heads, capacity, config.head_dim)
+        self.newest = torch.zeros((), dtype=torch.long, device=device)  # the same number, where a step needs a tensor
+        self.order = list(range(num_studies))  # the study of each row, or pair of rows
+        self.num_active = num_studies
+        shape = (rows, config.num_key_value_heads, capacity, config.head_dim)
         # zeros, not empty: positions after a shorter prompt get weight 0, and 0 * NaN would be NaN
         self.prefix = []
         for _ in range(config.num_hidden_layers):
             keys = torch.zeros(shape, device=device, dtype=dtype)
             self.prefix.append((keys, torch.zeros_like(keys)))
+
+    @property
+    def studies(self) -> list[int]:
+        """The studies that a decoding step computes, in the order of its rows."""
+        return self.order[: self.num_active]
+
+    @property
+    def active(self) -> slice:
+        """The rows that a decoding step computes."""
+        return slice(0, self.num_active * self.prompts)
+
+    def row_of(self, study: int, prompt: int = 0) -> int:
+        return self.order.index(study) * self.prompts + prompt
 
     def reserve(self, positions: int):
         """Makes room for prefixes of this many positions. Only a chat, whose prompt grows, needs it."""
@@ -573,44 +689,66 @@ class Cache:
                 keys, values = (F.pad(x, (0, 0, 0, missing)) for x in pair)
                 self.prefix[layer] = (keys, values)
 
-    def advance(self, positions: int, study: int | None = None):
-        """Counts positions that every layer has stored: of one study's prefix, or of every continuation."""
-        if study is None:
+    def advance(self, positions: int, row: int | None = None):
+        """Counts positions that every layer has stored: of one row's prefix, or of every continuation."""
+        if row is None:
             self.steps += positions
+            self.newest += positions
         else:
-            self.lengths[study] += positions
+            self.lengths[row] += positions
 
-    def rewind(self, length: int, study: int):
-        """Forgets a study's prefix from position `length` on."""
-        self.lengths[study] = length
+    def rewind(self, length: int, row: int):
+        """Forgets a row's prefix from position `length` on."""
+        self.lengths[row] = length
 
     def copy(self, source: int, target: int, length: int):
-        """A study's prefix becomes the first positions of another study's."""
+        """A row's prefix becomes the first positions of another row's."""
         for keys, values in self.prefix:
             keys[target, :, :length] = keys[source, :, :length]
             values[target, :, :length] = values[source, :, :length]
         self.lengths[target] = length
 
     def start(self, continuations: int):
-        """Begins K empty continuations of every study."""
-        self.steps = 0
+        """Begins K empty continuations of every study; those that had left are back."""
+        self.steps, self.num_active = 0, len(self.order)
+        self.newest.zero_()
         B, H, _, D = self.prefix[0][0].shape
-        self.suffix = [keys.new_empty(2, B, continuations, H, 0, D) for keys, _ in self.prefix]
+        self.suffix = [keys.new_empty(2, B, H, continuations, 0, D) for keys, _ in self.prefix]
+
+    def leave(self, study: int):
+        """Takes a study that has ended out of the steps."""
+        place, last = self.order.index(study), self.num_active - 1
+        self.num_active = last
+        self.order[place], self.order[last] = self.order[last], study
+        if place == last:
+            return
+        # exchange the rows: the prefix stays, because it may be continued again
+        rows = [place * self.prompts + prompt for prompt in range(self.prompts)]
+        rows += [last * self.prompts + prompt for prompt in range(self.prompts)]
+        exchanged = rows[self.prompts :] + rows[: self.prompts]
+        self.lengths[rows] = self.lengths[exchanged]
+        for keys, values in self.prefix:
+            keys[rows] = keys[exchanged]
+            values[rows] = values[exchanged]
+        for suffix in self.suffix:
+            suffix[:, rows] = suffix[:, exchanged]
 
     def reorder(self, parents: list[list[int]]):
-        """Continuation k of study b becomes a copy of parents[b][k]. The suffixes move, the prefixes stay."""
+        """Continuation k of active row b becomes a copy of parents[b][k]. The suffixes move, the prefixes stay."""
         K = len(parents[0])
         # if every beam continues itself, nothing moves
         if all(row == list(range(K)) for row in parents):
             return
-        # parents [[0, 0], [1, 0]] of two studies -> rows 0 0 3 2 of all B * K continuations
-        rows = []
-        for b, row in enumerate(parents):
-            rows += [b * K + k for k in row]
-        rows = torch.tensor(rows, device=self.lengths.device)
+        parents = torch.tensor(parents, device=self.lengths.device)  # [B, K]
+        rows = torch.arange(len(parents), device=parents.device)[:, None]  # [B, 1]
         for suffix in self.suffix:
-            filled = suffix.flatten(1, 2)[..., : self.steps, :]  # [2, B * K, H_kv, steps, D], a view
-            filled.copy_(filled[:, rows])
+            filled = suffix[..., : self.steps, :].movedim(3, 2)  # [2, B, K, H_kv, steps, D], a view
+            filled[:, : len(parents)] = filled[:, rows, parents]
+
+    def make_room(self):
+        """Makes room for the next position of every suffix."""
+        if self.steps == self.suffix[0].shape[4]:
+            self.suffix = [F.pad(suffix, (0, 0, 0, self.BLOCK)) for suffix in self.suffix]
 
 
 # The three kinds of `attend`: what a layer does with its queries, keys and values.
@@ -625,25 +763,28 @@ class WholeRows:
     segments: torch.Tensor | None = None
     positions: torch.Tensor | None = None
 
-    def __call__(self, layer: int, q, k, v):
+    def in_layer(self, layer: int):
         window = self.config.window(layer)
-        return attention(q, k, v, causal=True, segments=self.segments, window=window, positions=self.positions)
+        return partial(attention, causal=True, segments=self.segments, window=window, positions=self.positions)
 
 
 @dataclass(frozen=True)
 class Prefill:
-    """Appends the next T positions of one study to its prefix, and attends to all of it."""
+    """Appends the next T positions of one row to its prefix, and attends to all of it."""
 
     cache: Cache
-    study: int
+    row: int
     start: int  # positions that the prefix has already
 
-    def __call__(self, layer: int, q, k, v):
-        # views of the study's first positions, up to the last of the new ones
+    def in_layer(self, layer: int):
+        return partial(self.attend, layer)
+
+    def attend(self, layer: int, q, k, v):
+        # views of the row's first positions, up to the last of the new ones
         keys, values = self.cache.prefix[layer]
         stop = self.start + q.shape[2]
-        keys = keys[self.study, None, :, :stop]  # [1, H_kv, stop, D]
-        values = values[self.study, None, :, :stop]
+        keys = keys[self.row, None, :, :stop]  # [1, H_kv, stop, D]
+        values = values[self.row, None, :, :stop]
         # store, then attend
         keys[:, :, self.start :] = k
         values[:, :, self.start :] = v
@@ -651,25 +792,43 @@ class Prefill:
         return attention(q, keys, values, causal=True, window=window)
 
 
-@dataclass(frozen=True)
 class DecodingStep:
-    """Stores the next position of all K continuations of all B studies, and attends to prefix and own suffix."""
+    """Stores the next position of all K continuations of all B active studies, and attends to prefix and own suffix."""
 
-    cache: Cache
+    def __init__(self, cache: Cache):
+        cache.make_room()
+        self.cache = cache
+        # once a step: most models have one window, or none, for all layers
+        config, lengths = cache.config, cache.lengths[cache.active]
+        H_kv, P = cache.prefix[0][0].shape[1:3]
+        sizes = (H_kv, P, cache.suffix[0].shape[4])
+        self.masks = {}
+        for window in {config.window(layer) for layer in range(config.num_hidden_layers)}:
+            self.masks[window] = step_masks(lengths, cache.newest, sizes, window, cache.prefix[0][0].dtype)
 
-    def __call__(self, layer: int, q, k, v):
-        """q [B, H, K, D], k and v [B, H_kv, K, D]: the continuations take the place of positions."""
-        cache, steps = self.cache, self.cache.steps
-        # make room, once in a while
-        suffix = cache.suffix[layer]
-        if steps == suffix.shape[4]:
-            suffix = F.pad(suffix, (0, 0, 0, cache.BLOCK))
-            cache.suffix[layer] = suffix
-        # append the new position to each suffix
-        new = torch.stack((k, v)).transpose(2, 3)  # [2, B, K, H_kv, D]
-        suffix[..., steps, :] = new
-        # attend to the prefix and the filled part of each suffix
-        suffix_k, suffix_v = suffix[..., : steps + 1, :]  # each [B, K, H_kv, steps + 1, D]
+    def in_layer(self, layer: int):
+        cache = self.cache
         prefix_k, prefix_v = cache.prefix[layer]
-        window = cache.config.window(layer)
-        return shared_prefix_attention(q, prefix_k, prefix_v, cache.lengths, suffix_k, suffix_v, window)
+        suffix_k, suffix_v = cache.suffix[layer]
+        masks = self.masks[cache.config.window(layer)]
+        rows = cache.active
+        return LayerStep(prefix_k[rows], prefix_v[rows], suffix_k[rows], suffix_v[rows], cache.newest, masks)
+
+
+@dataclass(frozen=True)
+class LayerStep:
+    """A decoding step in one layer: tensors alone, of shapes that change every 64 steps, so that it compiles once."""
+
+    prefix_k: torch.Tensor  # [B, H_kv, P, D]
+    prefix_v: torch.Tensor
+    suffix_k: torch.Tensor  # [B, H_kv, K, S, D]
+    suffix_v: torch.Tensor
+    newest: torch.Tensor  # [], the place in the suffixes where the new position belongs
+    masks: StepMasks
+
+    def __call__(self, q, k, v):
+        """q [B, H, K, D], k and v [B, H_kv, K, D]: the continuations take the place of positions."""
+        place = self.newest[None]
+        self.suffix_k.index_copy_(3, place, k[..., None, :])
+        self.suffix_v.index_copy_(3, place, v[..., None, :])
+        return shared_prefix_attention(q, self.prefix_k, self.prefix_v, self.suffix_k, self.suffix_v, self.masks)

@@ -190,3 +190,4 @@ def merge_lora(decoder: Decoder):
                 if isinstance(module, LoRALinear):
                     module.base_layer.weight.copy_(module.merged())
                     setattr(block, name, module.base_layer)
+            block.join()

@@ -130,6 +130,7 @@ class Libra(nn.Module):
         # the adapters' sums are rounded, not their parts
         if files.adapters and dtype == "int8":
             quantise_linears(libra.decoder)
+            libra.decoder.join()
         # an adapter's own type may differ
         if libra.lora:
             libra.to(libra.dtype)
@@ -311,19 +312,19 @@ class Libra(nn.Module):
         """hidden [..., C] -> logits [..., V], float32, of the ids that may be generated."""
         return self.decoder.head(hidden, self.vocabulary).float()
 
-    def prefill(self, cache: Cache, study: int, embeddings) -> torch.Tensor:
-        """Adds the next positions of one study's prompt, embeddings [T, hidden], to the cache.
+    def prefill(self, cache: Cache, row: int, embeddings) -> torch.Tensor:
+        """Adds the next positions of one row's prompt, embeddings [T, hidden], to the cache.
 
         Returns the logits [V] of the next token.
         """
         # the new positions follow the stored ones
-        T, start = len(embeddings), int(cache.lengths[study])
+        T, start = len(embeddings), int(cache.lengths[row])
         positions = torch.arange(start, start + T, device=self.device)
-        lengths = cache.lengths[study : study + 1] + T
-        attend = Prefill(cache, study, start)
+        lengths = cache.lengths[row : row + 1] + T
+        attend = Prefill(cache, row, start)
         hidden = self.decoder(embeddings[None], positions[None], attend, lengths)  # [1, T, hidden]
         # every layer has stored its keys and values
-        cache.advance(T, study)
+        cache.advance(T, row)
         logits = self.logits(hidden[0, -1])
         # without this check, a report of nonsense would look like a report
         if not logits.isfinite().all():
@@ -331,12 +332,16 @@ class Libra(nn.Module):
         return logits
 
     def decode_step(self, cache: Cache, tokens: list[list[int]]) -> torch.Tensor:
-        """Adds the newest token of K continuations of B studies, tokens [B][K]; returns the next logits [B, K, V]."""
+        """Adds the newest token of K continuations of the B active rows, tokens [B][K].
+
+        Returns the next logits [B, K, V].
+        """
         # the dimension of positions holds the K continuations of a study
         embeddings = self.decoder.embed_tokens(torch.tensor(tokens, device=self.device))  # [B, K, hidden]
-        positions = cache.lengths[:, None] + cache.steps  # [B, 1]: all continuations of a study are equally long
+        lengths = cache.lengths[cache.active]  # [B]
+        positions = lengths[:, None] + cache.newest  # [B, 1]: all continuations of a study are equally long
         positions = positions.expand(-1, embeddings.shape[1])  # [B, K]
-        hidden = self.decoder(embeddings, positions, DecodingStep(cache), cache.lengths)
+        hidden = self.decoder(embeddings, positions, DecodingStep(cache), lengths)
         cache.advance(1)
         return self.logits(hidden)
 

@@ -113,15 +113,24 @@ class Options:
 class Prefix:
     """Prefilled studies: their prompts, the cache that holds them, and the logits [B, V] of each first token.
 
-    With contrast, cache and logits have B more rows: the guided prompts.
+    With contrast every study has two prompts, plain and guided: logits [2 * B, V] take turns, as the cache's rows do.
     """
 
     studies: list[Study]
-    prompts: list[Prompt]
+    prompts: list[Prompt]  # the plain ones
     cache: Cache
     logits: torch.Tensor
     stop: str  # generation also ends at this string
     contrast: Contrast | None = None
+
+    def repeats(self, n: int) -> "Repeats":
+        """Bans n-grams in the rows that the cache has now."""
+        # in contrastive decoding the image's id can be banned, as published
+        image = IMAGE_ID if self.contrast else IMAGE
+        prompts = []
+        for b in self.cache.studies:
+            prompts.append([image if id == IMAGE else id for id in self.prompts[b].ids])
+        return Repeats(prompts, n, self.logits.device)
 
 
 def generate(
@@ -207,27 +216,29 @@ def prefill(
         options = options.for_contrast()
         if len(contrast.scores) != len(studies):
             raise ValueError(f"expert has scores for {len(contrast.scores)} studies, not for {len(studies)}")
-        queries += map(guided_query, queries[:], contrast.scores)
+        guided = map(guided_query, queries, contrast.scores)
+        queries = [query for pair in zip(queries, guided, strict=True) for query in pair]
     prompts = [prompt_of(libra, query, template) for query in queries]
     lengths = [check_length(libra, prompt, options) for prompt in prompts]
 
     # 2) one study after the other: images -> image embeddings -> keys and values
-    B, capacity = len(studies), max(lengths, default=0)
-    cache = Cache(libra.decoder.config, len(prompts), capacity, libra.device, libra.dtype)
+    capacity, per_study = max(lengths, default=0), 2 if contrast else 1
+    cache = Cache(libra.decoder.config, len(studies), capacity, libra.device, libra.dtype, per_study)
     logits = torch.empty(len(prompts), libra.vocabulary, device=libra.device)
     for b, study in enumerate(studies):
         its_pixels = pixels[b] if pixels else libra.preprocess(study.images(libra.pixels.dicom_display))
         image_embeddings = libra.embed_images(its_pixels)  # [N, hidden]
-        embeddings = libra.splice(prompts[b].ids, image_embeddings)  # [T, hidden]
-        logits[b] = libra.prefill(cache, b, embeddings)
+        row = b * per_study
+        embeddings = libra.splice(prompts[row].ids, image_embeddings)  # [T, hidden]
+        logits[row] = libra.prefill(cache, row, embeddings)
         # 3) the guided prompt takes over what it shares with the plain one: system prompt, images and question
         if contrast:
-            row = B + b
-            start = shared_positions(libra, prompts[b].ids, lengths[b], prompts[row].ids, lengths[row])
-            cache.copy(b, row, start)
-            embeddings = libra.splice(prompts[row].ids, image_embeddings)
-            logits[row] = libra.prefill(cache, row, embeddings[start:])
-    return Prefix(studies, prompts[:B], cache, logits, stop_string(template or libra.template), contrast)
+            guided = row + 1
+            start = shared_positions(libra, prompts[row].ids, lengths[row], prompts[guided].ids, lengths[guided])
+            cache.copy(row, guided, start)
+            embeddings = libra.splice(prompts[guided].ids, image_embeddings)
+            logits[guided] = libra.prefill(cache, guided, embeddings[start:])
+    return Prefix(studies, prompts[::per_study], cache, logits, stop_string(template or libra.template), contrast)
 
 
 def shared_positions(libra: Libra, old_ids: list[int], old_length: int, ids: list[int], length: int) -> int:
@@ -367,43 +378,57 @@ def greedy_or_sample(libra: Libra, prefix: Prefix, options: Options, stream, sho
         generators = [seeded_generator(options.seed, name, k) for k in range(K)]
         rows.append([Sequence(generator) for generator in generators])
     stops = Stops(libra, prefix.stop)
-    logits = prefix.logits[:, None].repeat(1, K, 1)  # [B, K, V]; with contrast [2B, K, V]
-    prefix.cache.start(K)
-    contrast, mix = prefix.contrast, None
+    cache, contrast, mix = prefix.cache, prefix.contrast, None
+    cache.start(K)
+    # a prefix that was continued before may have its studies in another order
+    studies = cache.studies
+    repeats = prefix.repeats(options.ngram)
+    logits = prefix.logits.view(-1, cache.prompts, libra.vocabulary)[studies].flatten(0, 1)
+    logits = logits[:, None].repeat(1, K, 1)  # [B, K, V]; with contrast [2 * B, K, V]
     if contrast:
         biases = contrast.biases(libra.tokenizer, libra.vocabulary, libra.device)[:, None]  # [B, 1, V]
 
     for step in range(options.max_new_tokens):
-        # 1) choose the next token of every sequence
+        # 1) choose the next token of every sequence of the studies that have not ended
         if contrast:
             logits = contrast.soft(logits)  # [B, K, V]
-            mix = functools.partial(contrast.mix, logits + biases)
-        ban_repeats(logits, prefix, rows, options.ngram)
+            mix = functools.partial(contrast.mix, logits + biases[studies])
+        repeats.ban(logits)
         if options.temperature == 0:
             logits = mix(logits) if mix else logits
-            tokens = logits.argmax(-1).tolist()  # [B][K]
+            chosen = logits.argmax(-1)  # [B, K]
         else:
             draws = []
-            for row in rows:
-                draws += [torch.rand((), generator=sequence.random).item() for sequence in row]
+            for b in studies:
+                draws += [torch.rand((), generator=sequence.random).item() for sequence in rows[b]]
             draws = torch.tensor(draws, device=logits.device).view(-1, K)
-            tokens = sample_tokens(logits, draws, options, mix).tolist()
+            chosen = sample_tokens(logits, draws, options, mix)
+        tokens = dict(zip(studies, chosen.tolist(), strict=True))  # {study: its K tokens}
 
-        # 2) append it. Finished sequences stay in the batch; their tokens are not used
-        for row, new_tokens in zip(rows, tokens, strict=True):
-            for sequence, token in zip(row, new_tokens, strict=True):
+        # 2) append it. Finished sequences stay beside those of their study; their tokens are not used
+        ended = []
+        for b, new_tokens in tokens.items():
+            for sequence, token in zip(rows[b], new_tokens, strict=True):
                 if not sequence.is_done:
                     sequence.ids.append(token)
                     sequence.is_done = token in libra.eos_token_ids or stops(sequence.ids)
+            if all(sequence.is_done for sequence in rows[b]):
+                ended.append(b)
         if stream:
             stream(rows[0][0].ids)
 
-        # 3) stop if all sequences have ended
-        all_done = all(sequence.is_done for row in rows for sequence in row)
-        if all_done or step + 1 == options.max_new_tokens or should_stop():
+        # 3) stop if all sequences have ended; a study that has leaves the batch
+        if len(ended) == len(studies) or step + 1 == options.max_new_tokens or should_stop():
             break
-        # the plain and the guided prompt have the same continuation
-        logits = libra.decode_step(prefix.cache, tokens + tokens if contrast else tokens)
+        for b in ended:
+            cache.leave(b)
+        rows_left = [studies.index(b) for b in cache.studies]
+        studies = cache.studies
+        repeats.append(rows_left, [tokens[b] for b in studies])
+
+        # 4) compute the next logits; the plain and the guided prompt have the same continuation
+        inputs = [tokens[b] for b in studies for _ in range(cache.prompts)]
+        logits = libra.decode_step(cache, inputs)
 
     return [[(sequence.ids, None) for sequence in row] for row in rows]
 
@@ -464,41 +489,51 @@ def beam_search(libra: Libra, prefix: Prefix, options: Options, should_stop) -> 
         raise ValueError(f"num_beams {K} is too many for a vocabulary of {libra.vocabulary}")
     stops = Stops(libra, prefix.stop)
     searches = [StudySearch(K, options.length_penalty, libra.eos_token_ids, stops) for _ in prefix.studies]
-    logits = prefix.logits[:, None]  # [B, 1, V]: at first each study has one beam, the empty one
-    prefix.cache.start(K)
+    cache = prefix.cache
+    cache.start(K)
+    studies = cache.studies
+    repeats = prefix.repeats(options.ngram)
+    logits = prefix.logits[studies][:, None]  # [B, 1, V]: at first each study has one beam, the empty one
 
     for length in range(1, options.max_new_tokens + 1):
         is_last = length == options.max_new_tokens or should_stop()
 
-        # 1) score every continuation of every running beam
+        # 1) score every continuation of every running beam, in the studies that have not ended
         scores = logits.log_softmax(-1)  # [B, K, V]
-        ban_repeats(scores, prefix, [search.running for search in searches], options.ngram)
+        repeats.ban(scores)
         sums = []
-        for search in searches:
-            sums += [beam.score for beam in search.running]
-        sums = torch.tensor(sums, device=scores.device)
-        scores += sums.view(len(searches), -1, 1)  # [B, K, 1]
+        for b in studies:
+            sums.append([beam.score for beam in searches[b].running])
+        scores += torch.tensor(sums, device=scores.device)[..., None]  # [B, K, 1]
 
         # 2) each study sorts its best candidates into beams that are finished and beams that continue
         best = scores.flatten(1).topk(num_candidates)  # [B, candidates], best first; index = k · V + token
         values, indices = best.values.tolist(), best.indices.tolist()
-        for b, search in enumerate(searches):
+        for row, b in enumerate(studies):
             candidates = []
-            for value, index in zip(values[b], indices[b], strict=True):
+            for value, index in zip(values[row], indices[row], strict=True):
                 k, token = divmod(index, libra.vocabulary)
-                ids = [*search.running[k].ids, token]
+                ids = [*searches[b].running[k].ids, token]
                 candidates.append(Beam(value, ids, parent=k))
-            search.advance(candidates, length, is_last)
-        if all(search.has_ended for search in searches):
-            break
+            searches[b].advance(candidates, length, is_last)
 
-        # 3) each suffix moves to the beams that extend it; then one decoding step computes all of them
+        # 3) a study that has ended leaves the batch
+        ended = [b for b in studies if searches[b].has_ended]
+        if len(ended) == len(studies):
+            break
+        for b in ended:
+            cache.leave(b)
+        rows_left = [studies.index(b) for b in cache.studies]
+        studies = cache.studies
+
+        # 4) each suffix moves to the beams that extend it; then one decoding step computes all of them
         parents, tokens = [], []
-        for search in searches:
-            parents.append([beam.parent for beam in search.running])
-            tokens.append([beam.ids[-1] for beam in search.running])
-        prefix.cache.reorder(parents)
-        logits = libra.decode_step(prefix.cache, tokens)
+        for b in studies:
+            parents.append([beam.parent for beam in searches[b].running])
+            tokens.append([beam.ids[-1] for beam in searches[b].running])
+        repeats.append(rows_left, tokens, parents)
+        cache.reorder(parents)
+        logits = libra.decode_step(cache, tokens)
 
     sequences = []
     for search in searches:
@@ -523,11 +558,11 @@ class StudySearch:
         # published: the stop string ends a search only when every candidate has it
         everything_ends = is_last or all(self.stops(beam.ids) for beam in candidates)
 
-        # sort candidates. Only the K best may finish, and none after the study has ended
+        # sort candidates. Only the K best may finish
         continuing = []
         for rank, beam in enumerate(candidates):
             if everything_ends or beam.ids[-1] in self.eos_token_ids:
-                if rank < K and not self.has_ended:
+                if rank < K:
                     self.finished.append(Beam(beam.score / length**self.length_penalty, beam.ids))
             elif len(continuing) < K:
                 continuing.append(beam)
@@ -540,35 +575,56 @@ class StudySearch:
             can_improve = continuing[0].score / length**self.length_penalty > self.finished[-1].score
         if everything_ends or not can_improve:
             self.has_ended = True
-
-        # an ended study still takes part in the batch's steps; its result no longer changes
-        self.running = continuing or candidates[:K]
+        self.running = continuing
 
 
 # ------------------------------------------------------------------------------------------ repeats and stops
 
 
-def ban_repeats(scores, prefix: Prefix, rows: list[list], n: int):
-    """Sets scores [B, K, V] to -inf for every token that would complete an n-gram for the second time.
+class Repeats:
+    """Bans tokens that would complete an n-gram for the second time.
 
-    rows [B][K]: sequences or beams. The prompt's ids count, too, with the image as one id; nothing is renormalised
-    (`NoRepeatNGramLogitsProcessor` of `transformers`).
+    The prompt's ids count, too, with the image as one id; nothing is renormalised (`NoRepeatNGramLogitsProcessor` of
+    `transformers`).
     """
-    if not n:
-        return
-    # an id that can be banned only in contrastive decoding, as published
-    image = IMAGE_ID if prefix.contrast else IMAGE
-    for b, row in enumerate(rows):
-        for k, sequence in enumerate(row):
-            # with n = 3 and ids … 7 8 4 … 7 8, the token 4 is banned
-            ids = [image if id == IMAGE else id for id in prefix.prompts[b].ids] + sequence.ids
-            tail = ids[len(ids) - n + 1 :]
-            banned = set()
-            for i in range(len(ids) - n + 1):
-                if ids[i : i + n - 1] == tail:
-                    banned.add(ids[i + n - 1])
-            banned = [id for id in banned if 0 <= id < scores.shape[-1]]
-            scores[b, k, banned] = -math.inf
+
+    def __init__(self, prompts: list[list[int]], n: int, device):
+        """prompts: ids of each study; n: length of the n-grams, 0: nothing is banned."""
+        self.n = n
+        # padding on the left brings the ends together; no n-gram that has some is equal to another
+        longest = max(map(len, prompts), default=0)
+        rows = [[-1] * (longest - len(ids)) + ids for ids in prompts]
+        self.ids = torch.tensor(rows, device=device)[:, None]  # [B, 1, T]: all sequences of a study begin alike
+
+    def append(self, rows: list[int], tokens: list[list[int]], parents: list[list[int]] | None = None):
+        """Keeps these rows and appends tokens [B][K]. Sequence k of row b continues parents[b][k], by default k."""
+        if not self.n:
+            return
+        tokens = torch.tensor(tokens, device=self.ids.device)  # [B, K]
+        ids = self.ids[rows]
+        if parents is None:
+            ids = ids.expand(-1, tokens.shape[1], -1)  # [B, K, T]
+        else:
+            parents = torch.tensor(parents, device=ids.device)
+            ids = ids.gather(1, parents[..., None].expand(-1, -1, ids.shape[-1]))
+        self.ids = torch.cat((ids, tokens[..., None]), -1)
+
+    def ban(self, scores):
+        """Sets the scores [B, K, V] of banned tokens to -inf."""
+        n, T, V = self.n, self.ids.shape[-1], scores.shape[-1]
+        if n == 0 or n > T:
+            return
+        # with n = 3 and ids … 7 8 4 … 7 8, the token 4 is banned
+        ngrams = self.ids.unfold(-1, n, 1)  # [B, K, T - n + 1, n]
+        newest = self.ids[..., None, T - n + 1 :]  # [B, K, 1, n - 1]
+        is_repeat = (ngrams[..., :-1] == newest).all(-1)
+        last = ngrams[..., -1]
+        # neither padding nor the image is a token
+        is_repeat &= (last >= 0) & (last < V)
+        limits = torch.where(is_repeat, -math.inf, math.inf).to(scores.dtype)
+        places = last.clamp(0, V - 1)
+        sizes = (-1, scores.shape[1], -1)
+        scores.scatter_reduce_(-1, places.expand(sizes), limits.expand(sizes), "amin")
 
 
 class Stops:
@@ -679,7 +735,7 @@ class Chat:
         # 2) keep the cache as far as the ids agree
         start = shared_positions(libra, self.ids, int(self.cache.lengths[0]), prompt.ids, length)
         self.cache.reserve(length)
-        self.cache.rewind(start, study=0)
+        self.cache.rewind(start, row=0)
 
         # 3) prefill the rest. An interrupted prefill must not be taken for a cached one
         self.ids = []

@@ -190,6 +190,8 @@ def train(config: TrainConfig, resume: bool, world: World):
     show = progress("loading", "GiB", 2**30)
     libra = build(replace(config, device=str(device)), show)
     if config.fsdp and world.size > 1:
+        # each rank will have parts of the layers' parameters in memory of their own
+        libra.decoder.separate()
         shard(libra.decoder, libra.decoder.layers, world)
     weights = list(trainable_parameters(libra).values())
     optimizer = make_optimizer(libra, config)

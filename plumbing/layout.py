@@ -391,7 +391,7 @@ def read_model(
         quantise_linears(modules["decoder"])
     needed = sum(parameter.nbytes for parameter in modules.parameters())
     checkpoint.check_memory(needed, device, torch.int8 if has_int8 or makes_int8 else dtype)
-    modules.to_empty(device=device)
+    _allocate(modules, device)
     checkpoint.load_tensors(dict(modules.named_parameters()), stored, progress)
     if fresh_connector:
         modules["connector"] = _new_connector(config, encoder_settings, decoder_settings).to(device, dtype)
@@ -415,6 +415,16 @@ def read_model(
         eos_token_ids=_eos_token_ids(files.weights.folder, files.config, decoder_settings.vocab_size),
         base=files.weights, weights=files.weights, encoder_files=tower._replace(tensors=tensors["encoder"]),
     )  # fmt: skip
+
+
+def _allocate(modules: nn.ModuleDict, device: torch.device):
+    # the decoder's matrices side by side from the start: joining them later would copy them
+    modules["decoder"].join(device)
+    for module in modules.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                memory = torch.empty_like(parameter, device=device)
+                setattr(module, name, nn.Parameter(memory, parameter.requires_grad))
 
 
 def find_int8(files: ModelFiles, dtype: str) -> bool:

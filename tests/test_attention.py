@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import attention_by_loops, random_tensor, relative
 
-from attention import attention, shared_prefix_attention
+from attention import attention, shared_prefix_attention, step_masks
 
 
 def qkv(B, H, H_kv, T, S, D, dtype=torch.float32):
@@ -79,20 +79,22 @@ def decoding_step(H, H_kv, K, S, D, P, dtype=torch.float32):
     """Arguments of shared_prefix_attention for three prefixes of different lengths, with garbage behind each."""
     lengths = torch.tensor([P, 1, P // 2 + 1])
     q = random_tensor(3, H, K, D, dtype=dtype)
-    suffix_k, suffix_v = (random_tensor(3, K, H_kv, S, D, dtype=dtype, seed=seed) for seed in (1, 2))
+    # room for three more positions
+    suffix_k, suffix_v = (random_tensor(3, H_kv, K, S + 3, D, dtype=dtype, seed=seed) for seed in (1, 2))
+    suffix_k[..., S:, :], suffix_v[..., S:, :] = 3e4, -3e4
     prefix_k, prefix_v = (random_tensor(3, H_kv, P, D, dtype=dtype, seed=seed) for seed in (3, 4))
     for b, length in enumerate(lengths):
         prefix_k[b, :, length:], prefix_v[b, :, length:] = 3e4, -3e4
-    return q, prefix_k, prefix_v, lengths, suffix_k, suffix_v
+    return q, prefix_k, prefix_v, suffix_k, suffix_v, lengths, S
 
 
-def one_by_one(q, prefix_k, prefix_v, lengths, suffix_k, suffix_v, window=None):
+def one_by_one(q, prefix_k, prefix_v, suffix_k, suffix_v, lengths, S, window):
     """Each continuation as ordinary attention of its newest position over a row of its own: prefix, then suffix."""
     out = torch.empty(q.shape, dtype=torch.float64)
     for b, length in enumerate(lengths):
         for k in range(q.shape[2]):
-            keys = torch.cat((prefix_k[b, :, :length], suffix_k[b, k]), 1)[None]
-            values = torch.cat((prefix_v[b, :, :length], suffix_v[b, k]), 1)[None]
+            keys = torch.cat((prefix_k[b, :, :length], suffix_k[b, :, k, :S]), 1)[None]
+            values = torch.cat((prefix_v[b, :, :length], suffix_v[b, :, k, :S]), 1)[None]
             out[b, :, k] = attention_by_loops(q[b : b + 1, :, k : k + 1], keys, values, window=window)[0, :, 0]
     return out
 
@@ -102,5 +104,8 @@ def one_by_one(q, prefix_k, prefix_v, lengths, suffix_k, suffix_v, window=None):
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-2)])
 def test_shared_prefix_is_ordinary_attention_of_each_continuation(sizes, window, dtype, limit):
     arguments = decoding_step(*sizes, dtype=dtype)
-    out = shared_prefix_attention(*arguments, window)
+    *tensors, lengths, S = arguments
+    H_kv, P = tensors[1].shape[1:3]
+    masks = step_masks(lengths, torch.tensor(S - 1), (H_kv, P, S + 3), window, dtype)
+    out = shared_prefix_attention(*tensors, masks)
     assert out.dtype == dtype and relative(out, one_by_one(*arguments, window)) < limit

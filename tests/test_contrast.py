@@ -13,8 +13,9 @@ import contrast
 import sample
 from contrast import Contrast
 from data import Study
+from decoder import Cache
 from model import Libra
-from sample import Options, Prefix, Sequence, generate, prompt_of, sample_tokens
+from sample import Options, Prefix, generate, prompt_of, sample_tokens
 from tokenizer import Prompt
 
 GOLDENS = [case for case in read("ccd", "expected.json") if case["family"] in FAMILIES]
@@ -94,9 +95,10 @@ def test_with_beta_1_a_banned_token_stays_banned():
 
 
 def test_the_image_counts_as_id_0_in_the_ban():
-    prefix = Prefix([], [Prompt("", [5, 6, -200, 5, 6], [])], None, None, "", Contrast([SCORES]))
     scores = torch.zeros(1, 1, 700)
-    sample.ban_repeats(scores, prefix, [[Sequence(None)]], 3)
+    cache = Cache(load("libra-7b").decoder.config, 1, 5, "cpu", torch.float32, prompts=2)
+    prefix = Prefix([], [Prompt("", [5, 6, -200, 5, 6], [])], cache, scores, "", Contrast([SCORES]))
+    prefix.repeats(3).ban(scores)
     assert (scores[0, 0] == -math.inf).nonzero().tolist() == [[0]]
 
 

@@ -158,7 +158,7 @@ def test_a_prefill_in_chunks_and_steps_of_many_continuations_is_one_row_computed
     )
     for chunk in (range(0, 11), range(11, 12), range(12, 25)):
         out = step(prefix[None, list(chunk)], torch.tensor([list(chunk)]), Prefill(cache, 0, chunk[0]))
-        cache.advance(len(chunk), study=0)
+        cache.advance(len(chunk), row=0)
         assert relative(out[0], expected[0, list(chunk)]) < 1e-5
     cache.start(3)
     for place in range(9):

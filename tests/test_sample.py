@@ -1,6 +1,7 @@
 """Decoding: golden ids of the published code, `transformers`' beam search and samplers, and fresh runs as oracles."""
 
 import copy
+import itertools
 import json
 import random
 import subprocess
@@ -14,7 +15,7 @@ from conftest import FAMILIES, GOLDEN, ROOT, cases, load, read, study_of
 import sample
 from data import Study
 from decoder import Cache, Decoder, decoder_config
-from sample import Beam, Chat, Options, Prefix, Stops, Stream, counterfactuals, decode, generate, sample_tokens
+from sample import Chat, Options, Prefix, Stops, Stream, counterfactuals, decode, generate, sample_tokens
 from tokenizer import Prompt
 
 CASES = pytest.mark.parametrize("family, folder", cases(), ids=lambda value: getattr(value, "name", value))
@@ -153,16 +154,31 @@ def test_ngram_ban_equals_transformers_over_random_sequences():
         ids = [[rng.randrange(4) for _ in range(40)] for _ in range(3)]
         scores = torch.zeros(3, 6)
         expected = transformers.NoRepeatNGramLogitsProcessor(n)(torch.tensor(ids), scores.clone())
-        prefix = Prefix([], [Prompt("", row[:25], []) for row in ids], None, None, "")
         ours = scores[:, None].clone()
-        sample.ban_repeats(ours, prefix, [[Beam(0.0, row[25:])] for row in ids], n)
+        repeats = sample.Repeats([row[:25] for row in ids], n, "cpu")
+        for place in range(25, 40):
+            repeats.append([0, 1, 2], [[row[place]] for row in ids])
+        repeats.ban(ours)
         assert torch.equal(ours[:, 0], expected)
 
 
+def test_the_ngram_ban_follows_beams_and_the_studies_that_are_left():
+    """Prompts of different lengths; each beam alone is the oracle."""
+    repeats = sample.Repeats([[1, 2, 1], [4, 3, 5, 6, 3], [2, 2]], 2, "cpu")
+    repeats.append([0, 1, 2], [[2, 0], [5, 5], [2, 1]])
+    # study 1 has left; the last one took its row. Beams: both continue the first, or change places
+    repeats.append([0, 2], [[1, 3], [2, 2]], [[0, 0], [1, 0]])
+    rows = [[[1, 2, 1, 2, 1], [1, 2, 1, 2, 3]], [[2, 2, 1, 2], [2, 2, 2, 2]]]
+    scores = torch.zeros(2, 2, 7)
+    repeats.ban(scores)
+    for b, k in itertools.product(range(2), range(2)):
+        alone = transformers.NoRepeatNGramLogitsProcessor(2)(torch.tensor([rows[b][k]]), torch.zeros(1, 7))
+        assert torch.equal(scores[b, k], alone[0])
+
+
 def test_an_ngram_never_bans_through_the_image():
-    prefix = Prefix([], [Prompt("", [5, 6, -200, 5, 6], [])], None, None, "")
     scores = torch.zeros(1, 1, 700)
-    sample.ban_repeats(scores, prefix, [[Beam(0.0, [])]], 3)
+    sample.Repeats([[5, 6, -200, 5, 6]], 3, "cpu").ban(scores)
     assert torch.isfinite(scores).all()
 
 
