@@ -104,7 +104,7 @@ def test_eval_answers_in_batches_what_generate_gives_each_study(tmp_path):
 def test_a_chat_at_the_command_line_says_which_kernel_runs(monkeypatch, capsys, caplog):
     typed = iter(["Has it changed?", ""])
     monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
-    int8._log_once.cache_clear()
+    int8._messages.clear()
     arguments = ["--model", SEVEN, "--images", GOLDEN / "images" / "0.png", "--device", "cpu", "--dtype", "int8"]
     arguments += ["--chat", "--verbose", "--max-new-tokens", 6, "--query", STUDY.query]
     assert sample.main(sample.parse([*map(str, arguments)])) == 0
@@ -119,7 +119,7 @@ def test_without_the_kernel_the_plain_version_runs_and_says_so(monkeypatch, capl
     libra = read_int8(SEVEN)
     with_kernel = decoder_logits(libra)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
-    int8._log_once.cache_clear()
+    int8._messages.clear()
     with caplog.at_level(logging.INFO, "plumbing.int8"):
         assert relative(decoder_logits(libra), with_kernel) < 0.02
     assert [message.split(":")[1] for message in caplog.messages] == [" no kernel for this cpu"]
@@ -128,14 +128,21 @@ def test_without_the_kernel_the_plain_version_runs_and_says_so(monkeypatch, capl
 def test_on_a_gpu_few_rows_go_to_the_kernel_and_more_are_expanded(monkeypatch, caplog):
     calls = []
     monkeypatch.setattr(int8, "has_cpu_kernel", lambda x: False)
-    monkeypatch.setattr(int8, "kernel_available", lambda device: True)
+    monkeypatch.setattr(int8, "has_gpu_kernel", lambda device: True)
     monkeypatch.setattr(int8, "int8_linear", lambda x, weight, scale: calls.append(len(x)) or x.new_zeros(len(x), 5))
-    int8._log_once.cache_clear()
+    int8._messages.clear()
     layer = quantised(torch.randn(5, 32))
     with caplog.at_level(logging.INFO, "plumbing.int8"):
         shapes = [layer(torch.randn(*size, 32)).shape for size in ((2, 1), (4, 64), (1, 257))]
     assert shapes == [(2, 1, 5), (4, 64, 5), (1, 257, 5)] and calls == [2, 256]
     assert ["Triton" in message for message in caplog.messages] == [True, False]
+
+
+def test_a_layer_compiles_as_one_graph():
+    layer, x = quantised(torch.randn(5, 32)), torch.randn(1, 3, 32)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(x), layer(x))
 
 
 def test_an_adapter_is_merged_before_weights_are_rounded(tmp_path):
