@@ -1,6 +1,8 @@
 """Measures this project beside its peers, and estimates what the work costs on other hardware.
 
     python -m bench [decode|train] [--size mid]       ours beside `transformers` and `peft`
+    python -m bench types [--size mid]                int8 and bfloat16 beside float32: a prefill and a report
+    python -m bench load                              peak memory of loading 1 GB of 16 bits, on a CPU with Linux
     python -m bench attention                         the fused kernel beside PyTorch's attention, on a GPU
     python -m bench plan --gpu H100 --model 7b        memory and hours, estimated without running anything
 
@@ -28,7 +30,7 @@ from torch.utils.benchmark import Timer
 
 from attention import attention
 from bench import costs, sides
-from bench.measure import measure
+from bench.measure import measure, measure_peak
 from data import Study
 from decoder import decoder_config
 from encoder import encoder_config
@@ -49,10 +51,14 @@ SIZES = {  # random models: fields of the config.json of encoder and decoder
         dict(hidden_size=1024, num_hidden_layers=8, num_attention_heads=16, intermediate_size=2816, vocab_size=32000),
     ),
 }
+GIGABYTE = (
+    SIZES["small"][0],
+    dict(hidden_size=2048, num_hidden_layers=9, num_attention_heads=16, intermediate_size=5632, vocab_size=8000),
+)
 
 
-def write_random_model(folder: Path, encoder: dict, decoder: dict) -> str:
-    """Writes a float32 checkpoint in the published layout. Returns its folder."""
+def write_random_model(folder: Path, encoder: dict, decoder: dict, dtype: str = "float32") -> str:
+    """Writes a checkpoint in the published layout. Returns its folder."""
     # the tokenizer learns the words of the prompt, and random ones until its vocabulary is full
     letters, template = random.Random(0), find_template("libra_v1")
     texts = 1000 * [template.start + template.open + Study("").query]
@@ -60,7 +66,7 @@ def write_random_model(folder: Path, encoder: dict, decoder: dict) -> str:
     fresh.write_encoder(folder / "encoder", encoder, mean=0.5307, std=0.2583)
     fresh.write_decoder(folder / "decoder", decoder | dict(max_position_embeddings=4096), texts)
     torch.manual_seed(0)
-    libra = Libra.from_parts(folder / "decoder", folder / "encoder", template="libra_v1", device="cpu", dtype="float32")
+    libra = Libra.from_parts(folder / "decoder", folder / "encoder", template="libra_v1", device="cpu", dtype=dtype)
     libra.save_pretrained(folder / "model")
     return str(folder / "model")
 
@@ -68,15 +74,16 @@ def write_random_model(folder: Path, encoder: dict, decoder: dict) -> str:
 def compare(options):
     """Prints a row for each piece of work."""
     works = {"decode": sides.DECODING, "train": tuple(sides.TRAINING)}
-    works["all"] = works["decode"] + works["train"]
+    works |= {"types": tuple(sides.TYPES), "all": (*sides.DECODING, *sides.TYPES, *sides.TRAINING)}
+    peers = dict.fromkeys(sides.TYPES, "float32") | {"lora": "peft"}
     works = works[options.what]
     show, rows = progress("measuring", "comparisons"), []
     with tempfile.TemporaryDirectory() as folder:
         model = options.model or write_random_model(Path(folder), *SIZES[options.size])
         for work in works:
-            row = dict(work=work, other="peft" if work == "lora" else "transformers")
-            pair = [partial(sides.prepare, side, work, model, options.device) for side in (sides.Ours, sides.Peer)]
+            row = dict(work=work, other=peers.get(work, "transformers"))
             try:
+                pair = sides.pair_of(work, model, options.device)
                 ours, peer = measure(pair, options.device, options.threads, options.runs)
                 row |= dict(seconds=ours.seconds, other_seconds=peer.seconds, ratio=peer.seconds / ours.seconds)
                 row |= dict(memory=ours.memory, other_memory=peer.memory)
@@ -115,6 +122,22 @@ def compare_attention(options):
     report(rows, dict(machine=torch.cuda.get_device_name()), options)
 
 
+def measure_loading(options):
+    """Prints for each type of weights the model's bytes, and the most anonymous memory that loading it takes."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        model = options.model or write_random_model(Path(folder), *GIGABYTE, dtype="bfloat16")
+        for dtype in ("int8", "bfloat16", "float32"):
+            peak = measure_peak(partial(sides.load, dtype, model))
+            rows.append(dict(dtype=dtype, model=peak.result, peak=peak.memory, ratio=peak.memory / peak.result))
+    if options.json:
+        return print(json.dumps(rows))
+    table = [["", "model GiB", "peak GiB", "ratio"]]
+    for row in rows:
+        table.append([row["dtype"], f"{row['model'] / 2**30:.3f}", f"{row['peak'] / 2**30:.3f}", f"{row['ratio']:.3f}"])
+    print_table(table)
+
+
 def report(rows: list[dict], facts: dict, options):
     """Prints rows as JSON or as a table."""
     if options.json:
@@ -146,8 +169,8 @@ def plan(options):
 def parse(arguments=None):
     parser = Parser(prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    commands = ("all", "decode", "train", "attention", "plan")
-    add("what", nargs="?", default="all", choices=commands, help="all: decode and train")
+    commands = ("all", "decode", "types", "train", "attention", "load", "plan")
+    add("what", nargs="?", default="all", choices=commands, help="all: decode, types and train")
     add("--size", default="small", choices=SIZES, help="random model: small (some minutes), mid (some 40 minutes)")
     add("--model", metavar="DIR", help="a checkpoint instead; plan: 7b, 3b, 8b, mistral-7b or a folder")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: cuda if there is one")
@@ -170,7 +193,7 @@ def parse(arguments=None):
 
 def main(arguments=None) -> int:
     options = parse(arguments)
-    commands = {"attention": compare_attention, "plan": plan}
+    commands = {"attention": compare_attention, "load": measure_loading, "plan": plan}
     return guard("python -m bench", commands.get(options.what, compare), options)
 
 

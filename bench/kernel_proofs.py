@@ -1,11 +1,11 @@
-"""Compile the attention kernels for GPUs that are not here, and check that the machine code can be fast.
+"""Compile the kernels for GPUs that are not here, and check that the machine code can be fast.
 
-    python -m bench.kernel_proofs            every target, head size and type: some ten minutes on one core
-    python -m bench.kernel_proofs --quick    bfloat16, head sizes 64 and 128, sm_80 and sm_90
+    python -m bench.kernel_proofs            every target, size and type: some ten minutes on one core
+    python -m bench.kernel_proofs --quick    bfloat16, head sizes 64 and 128, 1 and 64 rows of int8, sm_80 and sm_90
 
-It calls the attention function itself, with a driver for Triton that names a GPU and launches nothing. So it compiles
-what that GPU would run: the same block sizes, the same alignment of pointers and strides. Each kernel must use tensor
-cores, load 16 bytes at a time, fit into shared memory, and keep everything in registers.
+It calls the functions that launch kernels, with a driver for Triton that names a GPU and launches nothing. So it
+compiles what that GPU would run: the same block sizes, the same alignment of pointers and strides. Each kernel must use
+tensor cores, load 16 bytes at a time, fit into shared memory, and keep everything in registers.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import kernel
+from plumbing.int8_kernel import int8_linear
 
 
 class Target(NamedTuple):
@@ -38,7 +39,8 @@ TARGETS = {
     "sm_100": Target(GPUTarget("cuda", 100, 32), "hopper", 227 * 1024),
     "gfx942": Target(GPUTarget("hip", "gfx942", 64), "amd", 64 * 1024),
 }
-SIZES = (16, 24, 64, 72, 80, 96, 128, 256)
+SIZES = (16, 24, 64, 72, 80, 96, 128, 256)  # of heads
+ROWS = (1, 64)  # of an int8 layer's input, one number for each tile
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
 TENSOR_CORES = r"wgmma\.mma_async|tcgen05\.mma|mma\.sync|v_mfma_\w+"
 WIDE_LOADS = r"ld\.global[\w.:]*\.v4\.b32|cp\.async\.cg|load_dwordx4"
@@ -74,8 +76,24 @@ class AbsentGPU:
         self.get_current_stream = lambda device: None
 
 
-def compile_kernels(target: Target, D: int, dtype) -> list:
-    """Run attention forward and backward without launching anything; return [(kernel name, compiled kernel), …]."""
+def run_attention(D: int, dtype):
+    """Attention forward and backward over one row, laid out as the projections of a layer leave it.
+
+    New segments mean a new mask, so that the kernel that lists visits is compiled each time.
+    """
+    q, k, v = (torch.empty(1, 256, 1, D, dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(3))
+    segments = torch.zeros(1, 256, dtype=torch.long)
+    out = kernel.fused_attention(q, k, v, causal=True, segments=segments, window=None, positions=None)
+    out.backward(torch.empty_like(out))
+
+
+def run_int8(rows: int, dtype):
+    weight = torch.empty(64, 512, dtype=torch.int8)
+    int8_linear(torch.empty(rows, 512, dtype=dtype), weight, torch.empty(64))
+
+
+def compile_kernels(target: Target, work, size: int, dtype) -> list:
+    """Run `work` without launching anything; return [(kernel name, compiled kernel), …]."""
     kernels = []
     launch = JITFunction.run
 
@@ -83,37 +101,32 @@ def compile_kernels(target: Target, D: int, dtype) -> list:
         name = function.__name__.strip("_").removesuffix("_kernel")
         kernels.append((name, launch(function, *arguments, grid=grid, warmup=True, **options)))
 
-    # 1) let Triton and the tables of block sizes believe in the GPU
+    # let Triton and the tables of block sizes believe in the GPU
     driver.set_active(AbsentGPU(target.gpu))
     kernel.gpu_kind = lambda device: target.kind
     JITFunction.run = compile_only
-
-    # 2) attention over one row, laid out as the projections of a layer leave it; new segments mean a new mask, so that
-    #    the kernel that lists visits is compiled each time
     try:
-        q, k, v = (torch.empty(1, 256, 1, D, dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(3))
-        segments = torch.zeros(1, 256, dtype=torch.long)
-        out = kernel.fused_attention(q, k, v, causal=True, segments=segments, window=None, positions=None)
-        out.backward(torch.empty_like(out))
+        work(size, dtype)
     finally:
         JITFunction.run = launch
     return kernels
 
 
-def prove(targets, sizes, types) -> list[str]:
+def prove(targets, sizes, rows, types) -> list[str]:
     """Print which tensor core instructions every kernel uses; return what is wrong, one line each."""
     problems = []
-    for name, dtype, D in itertools.product(targets, types, sizes):
+    works = [(run_attention, D) for D in sizes] + [(run_int8, count) for count in rows]
+    for name, dtype, (work, size) in itertools.product(targets, types, works):
         target = TARGETS[name]
-        for kernel_name, compiled in compile_kernels(target, D, dtype):
+        for kernel_name, compiled in compile_kernels(target, work, size, dtype):
             code = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
             instructions = set(re.findall(TENSOR_CORES, code))
-            label = f"{name} {str(dtype)[6:]} {D} {kernel_name}"
+            label = f"{name} {str(dtype)[6:]} {size} {kernel_name}"
             print(f"{label:30}", *sorted(instructions), flush=True)
             # the kernel that lists visits computes no products and loads few numbers
             multiplies = kernel_name != "visits"
             faults = {
-                "spills": spilled_bytes(compiled) > ACCEPTED.get((dtype, D), 0),
+                "spills": spilled_bytes(compiled) > ACCEPTED.get((dtype, size), 0),
                 "too much shared memory": compiled.metadata.shared > target.shared,
                 "no tensor cores": multiplies and not instructions,
                 "narrow loads": multiplies and not re.search(WIDE_LOADS, code),
@@ -124,11 +137,11 @@ def prove(targets, sizes, types) -> list[str]:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="bfloat16, head sizes 64 and 128, sm_80 and sm_90")
+    parser.add_argument("--quick", action="store_true", help="bfloat16, few sizes, sm_80 and sm_90")
     if parser.parse_args().quick:
-        problems = prove(("sm_80", "sm_90"), (64, 128), (torch.bfloat16,))
+        problems = prove(("sm_80", "sm_90"), (64, 128), ROWS, (torch.bfloat16,))
     else:
-        problems = prove(TARGETS, SIZES, TYPES)
+        problems = prove(TARGETS, SIZES, ROWS, TYPES)
     sys.exit("\n".join(problems) or 0)
 
 

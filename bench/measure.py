@@ -2,9 +2,11 @@
 
 import multiprocessing
 import os
+import re
 import resource
 import time
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
@@ -23,6 +25,11 @@ class Run(NamedTuple):
     seconds: float
     memory: int  # peak of the process, or of its part of the GPU, in bytes
     result: list
+
+
+class Peak(NamedTuple):
+    memory: int  # the most that a function had beyond the start of its process, in bytes
+    result: int
 
 
 def prepare(side):
@@ -78,3 +85,24 @@ def agree(ours: list, others: list, device: str) -> bool:
         return ours == others or device != "cpu"
     tolerance = 1e-4 if device == "cpu" else 3e-2
     return bool(np.linalg.norm(np.subtract(ours, others)) <= tolerance * np.linalg.norm(ours))
+
+
+def measure_peak(function) -> Peak:
+    """Runs a function in a process of its own, on Linux. The function's result is what the memory is compared with.
+
+    Anonymous memory counts (RssAnon), every millisecond. Pages of mapped files do not: the system can drop them.
+    """
+    with ProcessPoolExecutor(1, context, follow_parent) as pool:
+        pid = pool.submit(os.getpid).result()
+        begin = peak = anonymous_memory(pid)
+        running = pool.submit(function)
+        while not running.done():
+            peak = max(peak, anonymous_memory(pid))
+            time.sleep(0.001)
+        return Peak(peak - begin, running.result())
+
+
+def anonymous_memory(pid: int) -> int:
+    """Bytes of a process that are in memory and come from no file."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return 1024 * int(re.search(r"RssAnon:\s+(\d+) kB", status)[1])

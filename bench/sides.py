@@ -1,6 +1,7 @@
 """The pieces of work that `python -m bench` measures, done by us and by `transformers` and `peft`."""
 
 import warnings
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from train import TrainConfig, build
 NEW = 64  # tokens of a report
 BEAMS = {"greedy": 1, "beams": 10}
 DECODING = ("encoder", "prefill", *BEAMS)
+TYPES = {f"{work}, {dtype}": (work, dtype) for dtype in ("int8", "bfloat16") for work in BEAMS}
 TRAINING = {"step": (4, 1), "questions": (1, 4), "lora": (2, 1)}  # pairs of images, questions about each
 
 
@@ -93,6 +95,30 @@ class Peer:
         images = self.libra.embed_batch(batch.pixels).to(embeddings.dtype)
         embeddings = embeddings.masked_scatter((ids == IMAGE)[..., None], images)
         return self.decoder(inputs_embeds=embeddings, labels=labels, use_cache=False).loss
+
+
+def pair_of(work: str, model: str, device: str) -> list:
+    """Two functions that take nothing and prepare the two sides, ours first."""
+    if work in TYPES:
+        work, dtype = TYPES[work]
+        return [partial(prepare_type, its, work, model, device) for its in (dtype, "float32")]
+    return [partial(prepare, side, work, model, device) for side in (Ours, Peer)]
+
+
+def prepare_type(dtype: str, work: str, model: str, device: str):
+    """As `prepare`, for a prefill and a report in one type of weights. Their results are compared by length only."""
+    libra = Libra.from_pretrained(model, device=device, dtype=dtype)
+    images = libra.embed_images(libra.preprocess(study(0).images()))
+    # the encoder has no weights in int8
+    libra.embed_images = lambda pixels: images
+    side = Ours(libra, work)
+    return lambda: [len(side.report(BEAMS[work]))]
+
+
+def load(dtype: str, model: str) -> int:
+    """Loads a model on the CPU; returns the bytes of its weights."""
+    libra = Libra.from_pretrained(model, device="cpu", dtype=dtype)
+    return sum(parameter.nbytes for parameter in libra.parameters())
 
 
 def prepare(side: type[Ours] | type[Peer], work: str, model: str, device: str):

@@ -11,6 +11,7 @@ from conftest import attention_by_loops, random_tensor, relative
 import kernel
 from attention import attention, visible
 from kernel import constexpr, jit, tl, triton
+from plumbing import int8, int8_kernel
 
 DEVICE = torch.device("cpu" if kernel.interpreted() else "cuda")
 
@@ -152,3 +153,25 @@ def test_bfloat16_is_loaded_cast_and_stored(D):
     y = torch.full_like(x, 7)
     copy_kernel[triton.cdiv(37, 16), 1, 2](kernel.describe(x), kernel.describe(y), 35, M=16)
     assert torch.equal(y[:, :, :35], x[:, :, :35]) and (y[:, :, 35:] == 7).all()
+
+
+INT8_CASES = [(1, 32, 256), (3, 67, 300), (16, 1, 31), (17, 96, 128), (70, 65, 513)]  # rows, outputs, columns
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize(("rows", "height", "width"), INT8_CASES)
+def test_the_int8_kernel_computes_what_the_plain_version_does(rows, height, width, dtype, monkeypatch):
+    if kernel.interpreted():  # instead of bfloat16, see above
+        monkeypatch.setattr(int8_kernel, "dot_type", lambda x: tl.float32)
+    x = random_tensor(1, rows, width, dtype=dtype)
+    weight = torch.randint(-127, 128, (height, width), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
+    scale, bias = random_tensor(height, seed=1).abs(), random_tensor(height, dtype=dtype, seed=2)
+    out = int8.gpu_linear(*(tensor.to(DEVICE) for tensor in (x, weight, scale, bias)))
+    assert out.dtype == dtype and out.shape == (1, rows, height)
+    limit = 8e-3 if dtype == torch.float32 and not kernel.interpreted() else LIMITS[dtype]
+    assert error(out, int8.plain_linear(x.double(), weight, scale, bias)) < limit
+
+
+def test_the_int8_kernel_multiplies_float16_as_it_is():
+    x, weight = torch.tensor([[1 / 3, 1000.0, 2**-14]]).half().to(DEVICE), torch.eye(3, dtype=torch.int8).to(DEVICE)
+    assert torch.equal(int8_kernel.int8_linear(x, 127 * weight, torch.ones(3).to(DEVICE) / 127), x)

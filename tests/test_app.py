@@ -125,6 +125,13 @@ def test_of_several_models_one_is_loaded_at_a_time_and_a_conversation_keeps_its_
     assert loaded == [str(PHANTOM), tiny, str(PHANTOM)]
 
 
+def test_a_model_in_8_bits_answers_as_generate_does():
+    with Site("--dtype", "int8") as site:
+        answer = site.answer(images=[site.upload(image) for image in PAIR])
+    libra = Libra.from_pretrained(PHANTOM, device="cpu", dtype="int8")
+    assert answer["outputs"][0]["text"] == generate(libra, Study(*PAIR), max_new_tokens=200)[0].text
+
+
 # ------------------------------------------------------------------------------------------ queue
 
 

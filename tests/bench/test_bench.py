@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import __main__ as bench
 from bench import costs, sides
-from bench.measure import agree, measure
+from bench.measure import agree, measure, measure_peak
 from data import IGNORED
 from decoder import decoder_config
 from encoder import encoder_config
@@ -41,14 +41,31 @@ def published(name):
 # ------------------------------------------------------------------------------------------ measuring
 
 
-@pytest.mark.parametrize("what", ["decode", "train"])
+WORKS = {"decode": sides.DECODING, "types": sides.TYPES, "train": sides.TRAINING}
+
+
+@pytest.mark.parametrize("what", WORKS)
 def test_every_piece_of_work_is_measured_beside_a_peer_that_computes_the_same(what, tiny, capsys):
     assert bench.main([what, "--model", tiny, "--json", "--runs", "1", "--device", "cpu"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
-    assert [row["work"] for row in rows] == list(sides.DECODING if what == "decode" else sides.TRAINING)
+    assert [row["work"] for row in rows] == list(WORKS[what])
     for row in rows:
         for name in ("seconds", "memory", "other_seconds", "other_memory", "ratio"):
             assert row[name] > 0
+
+
+def test_the_peak_of_loading_is_above_the_model_and_near_it(tiny, capsys):
+    assert bench.main(["load", "--model", tiny, "--json"]) == 0
+    for row in json.loads(capsys.readouterr().out):
+        assert row["model"] <= row["peak"] < row["model"] + 2**25
+
+
+def test_anonymous_memory_is_what_a_process_writes():
+    assert 2**26 < measure_peak(partial(fill, 2**26)).memory < 2**26 + 2**24
+
+
+def fill(count):
+    return len(bytes(1) * count)
 
 
 def side(values):

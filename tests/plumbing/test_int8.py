@@ -6,14 +6,16 @@ import logging
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FAMILIES, GOLDEN, change, load, relative, study_of
+from conftest import FAMILIES, GOLDEN, change, load, read_lines, relative, study_of, write_lines
 from safetensors.torch import load_file, save_file
 
+import eval as evaluation
 import model
+import sample
 import train
 from model import Libra
 from plumbing import int8
-from sample import Chat, generate
+from sample import Chat, Study, generate
 
 SEVEN = GOLDEN / "libra-7b" / "model"
 STUDY = study_of(json.loads((GOLDEN / "libra-7b" / "case0" / "expected.json").read_text()))
@@ -86,14 +88,61 @@ def test_a_study_has_the_same_report_in_a_batch_and_in_a_chat(options):
     assert Chat(libra, STUDY).ask(STUDY.query, **options)
 
 
+def test_eval_answers_in_batches_what_generate_gives_each_study(tmp_path):
+    pairs = [["0.png", "1.png"], ["2.png"], ["3.png", "4.png"]]
+    lines = [{"question_id": number, "image": pair, "text": STUDY.query} for number, pair in enumerate(pairs)]
+    arguments = ["answer", "--questions", write_lines(tmp_path / "q.jsonl", lines), "--answers", tmp_path / "a.jsonl"]
+    arguments += ["--image-folder", GOLDEN / "images", "--model", SEVEN, "--device", "cpu", "--dtype", "int8"]
+    arguments += ["--batch-size", 2, "--num-beams", 3, "--max-new-tokens", 12]
+    assert evaluation.main(evaluation.parse([*map(str, arguments)])) == 0
+    libra = read_int8(SEVEN)
+    for pair, line in zip(pairs, read_lines(tmp_path / "a.jsonl"), strict=True):
+        study = Study(*(GOLDEN / "images" / name for name in pair), query=STUDY.query)
+        assert line["text"] == generate(libra, study, num_beams=3, max_new_tokens=12)[0].text
+
+
+def test_a_chat_at_the_command_line_says_which_kernel_runs(monkeypatch, capsys, caplog):
+    typed = iter(["Has it changed?", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    int8._messages.clear()
+    arguments = ["--model", SEVEN, "--images", GOLDEN / "images" / "0.png", "--device", "cpu", "--dtype", "int8"]
+    arguments += ["--chat", "--verbose", "--max-new-tokens", 6, "--query", STUDY.query]
+    assert sample.main(sample.parse([*map(str, arguments)])) == 0
+    chat = Chat(read_int8(SEVEN), Study(GOLDEN / "images" / "0.png"))
+    answers = [chat.ask(question, max_new_tokens=6).text for question in (STUDY.query, "Has it changed?")]
+    printed = capsys.readouterr().out
+    assert all(answer in printed for answer in answers)
+    assert len([message for message in caplog.messages if message.startswith("int8: ")]) == 1
+
+
 def test_without_the_kernel_the_plain_version_runs_and_says_so(monkeypatch, caplog):
     libra = read_int8(SEVEN)
     with_kernel = decoder_logits(libra)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
-    int8._log_once.cache_clear()
+    int8._messages.clear()
     with caplog.at_level(logging.INFO, "plumbing.int8"):
         assert relative(decoder_logits(libra), with_kernel) < 0.02
     assert [message.split(":")[1] for message in caplog.messages] == [" no kernel for this cpu"]
+
+
+def test_on_a_gpu_few_rows_go_to_the_kernel_and_more_are_expanded(monkeypatch, caplog):
+    calls = []
+    monkeypatch.setattr(int8, "has_cpu_kernel", lambda x: False)
+    monkeypatch.setattr(int8, "has_gpu_kernel", lambda device: True)
+    monkeypatch.setattr(int8, "int8_linear", lambda x, weight, scale: calls.append(len(x)) or x.new_zeros(len(x), 5))
+    int8._messages.clear()
+    layer = quantised(torch.randn(5, 32))
+    with caplog.at_level(logging.INFO, "plumbing.int8"):
+        shapes = [layer(torch.randn(*size, 32)).shape for size in ((2, 1), (4, 64), (1, 257))]
+    assert shapes == [(2, 1, 5), (4, 64, 5), (1, 257, 5)] and calls == [2, 256]
+    assert ["Triton" in message for message in caplog.messages] == [True, False]
+
+
+def test_a_layer_compiles_as_one_graph():
+    layer, x = quantised(torch.randn(5, 32)), torch.randn(1, 3, 32)
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True, backend="eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(x), layer(x))
 
 
 def test_an_adapter_is_merged_before_weights_are_rounded(tmp_path):
