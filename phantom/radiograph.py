@@ -118,9 +118,12 @@ class Acquisition:
         self.breath = rng.uniform(*breaths) - (0.05 if view == "AP" else 0)  # how far the diaphragm is down
         self.noise = rng.uniform(0.012, 0.022) * portable**0.5
         self.marker = rng.choice((-1, 1))  # the letter that names a side: R on the image's left or L on its right
-        # how much longer the lungs are than at rest, and the black borders: left, top, right, bottom; parts of the side
-        self.stretch = 0 if aligned else self.breath / (BASE - APEX)
-        self.crop = (0, 0, 0, 0) if aligned else rng.uniform(0, 0.025, 4)
+        if aligned:
+            self.stretch, self.turn, self.crop = 0, 0, (0, 0, 0, 0)
+        else:
+            self.stretch = self.breath / (BASE - APEX)  # how much longer the lungs are than at rest
+            self.turn = rng.uniform(-0.02, 0.02)  # of the chest: how far the heart moves left, and the spine right
+            self.crop = rng.uniform(0, 0.025, 4)  # black borders, parts of the side: left, top, right, bottom
 
 
 def step(x, width):
@@ -160,7 +163,7 @@ class Sheet:
         self.rest_y = self.y - longer * (self.y - float32(APEX))
 
     def strokes(self, strokes, blur=0.0, least=0.9):
-        """Draw strokes, 0 to 1, which move with the breath. Each is at least `least` pixels wide; `blur` is a length."""
+        """Draw strokes, 0 to 1. Each is at least `least` pixels wide; `blur` is a length. They move with the breath."""
         # draw larger and reduce: this makes lines smooth
         factor = 4 if self.size < 300 else 2
         half = self.size * factor / 2
@@ -226,7 +229,7 @@ def frontal(body: Anatomy, present: dict[str, Finding], shot: Acquisition, size:
         film += 0.07 * trunk * breast * unit(0.5 + (y - 0.05) * 1.5)
 
     # heart and mediastinum take the place of air
-    m = x - body.curve * np.sin(2.2 * y)  # distance from the spine's midline
+    m = x - body.curve * np.sin(2.2 * y) + shot.turn  # distance from the spine's midline
     inside = _mediastinum(sheet, m, body, present)
     solid = step(inside, edge * 2.2)
     lung *= 1 - 0.45 * solid
@@ -322,12 +325,12 @@ def _mediastinum(sheet, m, body, present):
     scale = body.heart * (1.04 if shot.view == "AP" else 1.0)
     if "cardiomegaly" in present:
         scale *= 1.18 + 0.44 * present["cardiomegaly"].severity
-    dx = x - 0.115 * scale
+    dx = x - 0.115 * scale - shot.turn
     dy = sheet.y - (0.27 - 0.04 * (scale - 1) + 0.7 * shot.breath)
     # two ellipses: the ventricles along the heart's axis, the right atrium upright
     along, across = dx * 0.86 + dy * 0.51, dy * 0.86 - dx * 0.51
     ventricles = hypot(along / (0.345 * scale), across / (0.26 * scale))
-    from_midline = x + 0.025 * scale
+    from_midline = x + 0.025 * scale - shot.turn
     atrium = hypot(from_midline / (0.175 * scale), (dy + 0.03) / (0.23 * scale))
     heart = 0.25 * scale * (1 - np.minimum(ventricles, atrium))
     return np.logaddexp(22 * band, 22 * heart) / 22 - 0.008
