@@ -2,6 +2,7 @@
 
     python -m bench [decode|train] [--size mid]       ours beside `transformers` and `peft`
     python -m bench attention                         the fused kernel beside PyTorch's attention, on a GPU
+    python -m bench gpu --out FILE                    checks and measures everything that needs a GPU
     python -m bench plan --gpu H100 --model 7b        memory and hours, estimated without running anything
 
 decode measures the encoder on a pair of images, the prefill, and reports of 64 tokens by greedy and beam search (10).
@@ -27,7 +28,8 @@ import torch
 from torch.utils.benchmark import Timer
 
 from attention import attention
-from bench import costs, sides
+from bench import costs, gpu, sides
+from bench.costs import RAD_DINO
 from bench.measure import measure
 from data import Study
 from decoder import decoder_config
@@ -38,7 +40,6 @@ from plumbing.cli import Parser, guard, print_table, progress
 from plumbing.files import read_json
 from tokenizer import find_template
 
-RAD_DINO = dict(model_type="dinov2", image_size=518, patch_size=14)
 SIZES = {  # random models: fields of the config.json of encoder and decoder
     "small": (
         RAD_DINO | dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=6),
@@ -146,7 +147,7 @@ def plan(options):
 def parse(arguments=None):
     parser = Parser(prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    commands = ("all", "decode", "train", "attention", "plan")
+    commands = ("all", "decode", "train", "attention", "gpu", "plan")
     add("what", nargs="?", default="all", choices=commands, help="all: decode and train")
     add("--size", default="small", choices=SIZES, help="random model: small (some minutes), mid (some 40 minutes)")
     add("--model", metavar="DIR", help="a checkpoint instead; plan: 7b, 3b, 8b, mistral-7b or a folder")
@@ -154,6 +155,8 @@ def parse(arguments=None):
     add("--threads", type=int, default=1, metavar="N", help="CPU threads; above 1, seconds are wall seconds")
     add("--runs", type=int, default=3, metavar="N", help="runs of each side; their median counts")
     add("--json", action="store_true", help="print one JSON object")
+    add("--minutes", type=float, default=8, metavar="M", help="gpu: begin no check that may take longer than this")
+    add("--out", metavar="FILE", help="gpu: where lines of JSON are added, one for each check")
     add("--gpu", default="H100", choices=costs.GPUS, help="plan: the GPU")
     add("--gpus", type=int, default=1, metavar="N", help="plan: number of GPUs")
     add("--rows", type=int, default=4, metavar="N", help="plan: rows in a forward pass of one GPU")
@@ -163,6 +166,10 @@ def parse(arguments=None):
     for name in ("threads", "runs", "gpus", "rows", "questions", "records"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} {getattr(options, name)} is not at least 1")
+    if options.what == "gpu" and not options.out:
+        parser.error("gpu needs --out FILE for its lines of JSON")
+    if not options.minutes > 0:
+        parser.error(f"--minutes {options.minutes} is not above 0")
     if options.device == "auto":
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
     return options
@@ -170,7 +177,7 @@ def parse(arguments=None):
 
 def main(arguments=None) -> int:
     options = parse(arguments)
-    commands = {"attention": compare_attention, "plan": plan}
+    commands = {"attention": compare_attention, "gpu": gpu.run, "plan": plan}
     return guard("python -m bench", commands.get(options.what, compare), options)
 
 

@@ -3,6 +3,7 @@
 `python -m bench plan` prints `plan`; measured times are divided by the FLOP of `Costs`.
 """
 
+import re
 from typing import NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ GPUS = {  # from the makers' data sheets
     "A6000": GPU(48e9, 0.768e12), "3090": GPU(24e9, 0.936e12), "4090": GPU(24e9, 1.01e12),
     "5090": GPU(32e9, 1.79e12), "MI300X": GPU(192e9, 5.3e12),
 }  # fmt: skip
+RAD_DINO = dict(model_type="dinov2", image_size=518, patch_size=14)
 LLAMA_3 = dict(model_type="llama", num_key_value_heads=8, vocab_size=128256)
 MODELS = {  # fields of the published config.json files that differ from our defaults
     "7b": dict(model_type="llama"),  # Llama 2, Vicuna, Meditron
@@ -38,6 +40,23 @@ MODELS = {  # fields of the published config.json files that differ from our def
     "8b": LLAMA_3 | dict(intermediate_size=14336),
     "mistral-7b": dict(model_type="mistral"),
 }  # fmt: skip
+
+
+def find_gpu(name: str) -> str | None:
+    """The row of GPUS for the name that a driver gives a card; None for a card that is not in it.
+
+    Names of several cards contain one another's: a GH200 is no H200, an H100 with PCIe is slower than the H100.
+    """
+    if re.search(r"H100 (PCIe|NVL)|Ti|SUPER|Laptop|4090 D", name):
+        return None
+    if "A100" in name and "40GB" in name:
+        return "A100-40"
+    return next((gpu for gpu in GPUS if re.search(rf"\b{gpu}\b", name)), None)
+
+
+def peak_flops(gpu: str) -> float:
+    """FLOP/s of a row of GPUS in bfloat16."""
+    return 1e12 * PEAK_TFLOPS[gpu.removesuffix("-40")]
 
 
 def matrix_size(model: nn.Module) -> int:
@@ -114,7 +133,7 @@ def term(name: str, amount: float, unit: str, how: str = "") -> dict:
 def plan(costs: Costs, options) -> dict[str, list[dict]]:
     """Memory and time of both training stages and of the test set; options: gpu, gpus, rows, questions, records."""
     # we assume that 40 % of the FLOP/s and 60 % of the bytes/s are reached
-    gpu, peak = GPUS[options.gpu], 1e12 * PEAK_TFLOPS[options.gpu.removesuffix("-40")]
+    gpu, peak = GPUS[options.gpu], peak_flops(options.gpu)
     flops, bandwidth = 0.4 * peak * options.gpus, 0.6 * gpu.bandwidth * options.gpus
     computing = f"40% of {options.gpus} × {peak / 1e12:,.0f} TFLOP/s"
     config, parts = costs.decoder_config, {}
