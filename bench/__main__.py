@@ -95,14 +95,8 @@ def compare_attention(options):
     """Forward and backward passes of the fused kernel and of PyTorch's attention: 32 heads of 128, bfloat16."""
     if options.device == "cpu":
         raise ValueError("attention needs a GPU: the fused kernel does not run on a CPU")
-    # four questions of 150 positions behind a pair of images and its prompt
-    segments = torch.tensor([1431 * [0] + 150 * [1] + 150 * [2] + 150 * [3] + 150 * [4]], device=options.device)
     rows = []
-    for label, positions, mask in (
-        ("causal, 2,048 positions", 2048, dict(causal=True)),
-        ("4 × 150 behind 1,431", 2031, dict(segments=segments)),
-        ("causal, 4,096 positions, window 1,024", 4096, dict(causal=True, window=1024)),
-    ):
+    for label, positions, mask, _ in gpu.long_masks(options.device):
         inputs = torch.randn(3, 1, 32, positions, 128, device=options.device, dtype=torch.bfloat16)
         inputs = [x.requires_grad_(True) for x in inputs]
         seconds = []
@@ -134,10 +128,12 @@ def plan(options):
     name = options.model or "7b"
     fields = costs.MODELS.get(name) or read_json(Path(name, "config.json"))
     model = costs.Costs(encoder_config(RAD_DINO, "RAD-DINO", {}), decoder_config(fields, name))
-    parts = costs.plan(model, options)
+    measured = costs.read_measured(options.measured, options.gpu) if options.measured else {}
+    parts = costs.plan(model, options, measured)
     if options.json:
         return print(json.dumps(parts))
-    print(f"{name} on {options.gpus} × {options.gpu}: an estimate, nothing here was measured")
+    source = f"with shares of the peak from {options.measured}" if measured else "nothing here was measured"
+    print(f"{name} on {options.gpus} × {options.gpu}: an estimate, {source}")
     for part, terms in parts.items():
         print(f"\n{part}")
         for term in terms:
@@ -161,6 +157,7 @@ def parse(arguments=None):
     add("--gpus", type=int, default=1, metavar="N", help="plan: number of GPUs")
     add("--rows", type=int, default=4, metavar="N", help="plan: rows in a forward pass of one GPU")
     add("--questions", type=int, default=4, metavar="N", help="plan: questions about a pair in stage 1")
+    add("--measured", metavar="FILE", help="plan: shares of the peak from what `gpu` wrote, instead of assumed ones")
     add("--records", type=int, default=100_000, metavar="N", help="plan: training records")
     options = parser.parse_args(arguments)
     for name in ("threads", "runs", "gpus", "rows", "questions", "records"):

@@ -271,7 +271,7 @@ def attention_speed(card: Card) -> dict:
     B, H, D = (1, 1, 16) if card.is_toy else (4, 32, 128)
     impls = ("torch",) if card.is_toy else ("triton", "torch")
     rows = {}
-    for name, T, mask, pairs in long_masks(card.device):
+    for name, T, mask, pairs in long_masks(card.device)[: 1 if card.is_toy else None]:
         q, k, v = (torch.randn(B, H, T, D, device=card.device, dtype=torch.bfloat16) for _ in range(3))
         flops, row = 4 * B * H * D * pairs, {}
         for impl in impls:
@@ -312,11 +312,14 @@ def unload():
         torch.cuda.empty_cache()
 
 
+# not in inference mode, in which it may be called: what is made there can neither be trained nor compiled
+@torch.inference_mode(False)
 @torch.no_grad()
 def make_libra(card: Card, kind: str) -> Libra:
     is_trained = kind in ("connector", "lora")
     dtype = card.dtype if is_trained else torch.bfloat16
     config = decoder_config(TOY_DECODER if card.is_toy else costs.MODELS["7b"], "7b")
+    torch.manual_seed(0)
     # 1) the decoder never exists outside the card
     with torch.device("meta"):
         decoder = Decoder(config).to(dtype)
@@ -423,9 +426,9 @@ def decode_ms(card: Card, dtype: str, studies: int, beams: int, mode: str) -> di
         figures["times_the_floor"] = milliseconds / floor
         if "search_ms" in figures:
             figures["search_times_the_floor"] = figures["search_ms"] / floor
-            if dtype == "bfloat16" and mode == "eager":
-                # what a plan assumes: the share of the bandwidth that a whole search reaches
-                figures["share"] = {f"bandwidth, {beams} beam(s), {studies} together": floor / figures["search_ms"]}
+            # what `costs.plan` assumes: the share of the bandwidth that a whole search reaches
+            if dtype == "bfloat16" and mode == "eager" and studies == costs.BATCH:
+                figures["share"] = {costs.bandwidth_of(beams): floor / figures["search_ms"]}
     return figures
 
 
@@ -546,7 +549,7 @@ def losses_equal_the_cpus(card: Card) -> dict:
     for stage in STAGES:
         exact = torch.tensor(losses_of_steps(stage, "cpu", steps))
         errors = {}
-        for name, autocast, limit in (("float32", False, 1e-3), ("bfloat16", True, 5e-2)):
+        for name, autocast, limit in (("float32", False, 1e-4), ("bfloat16", True, 1e-2)):
             losses = torch.tensor(losses_of_steps(stage, card.device, steps, autocast))
             errors[name] = float(((losses - exact) / exact).abs().max())
             ok = ok and errors[name] < limit
@@ -568,7 +571,7 @@ def resuming(card: Card) -> dict:
                 file.unlink()
     whole, resumed = losses
     worst = max(abs(x - y) / abs(x) for x, y in zip(whole, resumed, strict=True))
-    return dict(ok=len(whole) == 4 and worst < 1e-5, equal=whole == resumed, worst_relative_error=worst)
+    return dict(ok=len(whole) == 4 and whole == resumed, worst_relative_error=worst)
 
 
 # ------------------------------------------------------------------------------------------ 5: several processes
@@ -656,6 +659,8 @@ CHECKS = [
     decoding("bfloat16", 1, 1),
     decoding("bfloat16", 1, 10),
     decoding("bfloat16", 16, 10),
+    decoding("bfloat16", costs.BATCH, 1),
+    decoding("bfloat16", costs.BATCH, 10),
     Check(first_token, 10),
     decoding("bfloat16", 1, 1, "graph"),
     decoding("bfloat16", 1, 10, "graph"),
@@ -673,8 +678,6 @@ CHECKS = [
     decoding("int8", 1, 1),
     decoding("int8", 1, 10),
     decoding("int8", 16, 10),
-    decoding("bfloat16", 8, 1),
-    decoding("bfloat16", 8, 10),
     decoding("bfloat16", 16, 10, "graph"),
     Check(sharding, 20, dict(processes=1)),
     Check(sharding, 25, dict(processes=2)),
@@ -765,7 +768,7 @@ def run(options, checks: list[Check] = CHECKS):
     # lines are added: a second run must not cost the figures of the first
     with open(options.out, "a", encoding="utf-8") as file:
         try:
-            for check in [Check(machine, 0), *checks]:
+            for check in [Check(machine, 30), *checks]:
                 begin = time.monotonic()
                 left = end - begin
                 # on a CPU every check is short
