@@ -28,7 +28,7 @@ import torch
 from torch.utils.benchmark import Timer
 
 from attention import attention
-from bench import costs, gpu, sides
+from bench import checks, costs, gpu, sides
 from bench.costs import RAD_DINO
 from bench.measure import measure
 from data import Study
@@ -96,7 +96,7 @@ def compare_attention(options):
     if options.device == "cpu":
         raise ValueError("attention needs a GPU: the fused kernel does not run on a CPU")
     rows = []
-    for label, positions, mask, _ in gpu.long_masks(options.device):
+    for label, positions, mask, _ in checks.long_masks(options.device):
         inputs = torch.randn(3, 1, 32, positions, 128, device=options.device, dtype=torch.bfloat16)
         inputs = [x.requires_grad_(True) for x in inputs]
         seconds = []

@@ -11,14 +11,15 @@ import torch
 from conftest import read_lines
 
 from bench import __main__ as bench
-from bench import costs, gpu
-from bench.gpu import CHECKS, Card, Check
+from bench import checks, costs, gpu
+from bench.checks import Card
+from bench.gpu import CHECKS, Check
 
 
-def run(tmp_path, checks, minutes=8.0):
+def run(tmp_path, todo, minutes=8.0):
     """The lines of some checks, behind the machine's."""
     out = tmp_path / "gpu.jsonl"
-    gpu.run(SimpleNamespace(device="cpu", minutes=minutes, out=str(out)), checks)
+    gpu.run(SimpleNamespace(device="cpu", minutes=minutes, out=str(out)), todo)
     return read_lines(out)
 
 
@@ -55,6 +56,11 @@ def dying(card):
     os._exit(1)
 
 
+def breaking(card, number):
+    """As after an illegal access on a card: its process computes nothing more."""
+    raise RuntimeError(f"CUDA error: an illegal memory access, in process {os.getpid()}")
+
+
 def hanging(card):
     time.sleep(600)
 
@@ -64,14 +70,19 @@ def right(card):
 
 
 def test_a_check_that_is_wrong_raises_or_dies_does_not_stop_the_others(tmp_path, capfd):
-    checks = [Check(wrong, 1), Check(raising, 1, dict(number=7)), Check(dying, 1), Check(right, 1)]
-    _, first, second, third, last = run(tmp_path, checks)
+    todo = [Check(wrong, 1), Check(raising, 1, dict(number=7)), Check(dying, 1), Check(right, 1)]
+    _, first, second, third, last = run(tmp_path, todo)
     assert (first["ok"], first["error_of_logits"]) == (False, 3.0)
     assert (second["ok"], second["number"]) == (False, 7) and second["error"] == "KeyError: 'number 7'"
     assert any("raising" in frame for frame in second["traceback"])
     assert (third["ok"], third["error"]) == (False, "its process died")
     assert (last["ok"], last["milliseconds"]) == (True, 1.5)
     assert "failed: raising number=7" in capfd.readouterr().out
+
+
+def test_after_an_error_on_the_card_the_others_have_a_new_process(tmp_path):
+    _, first, second = run(tmp_path, [Check(breaking, 1, dict(number=number)) for number in range(2)])
+    assert first["error"] != second["error"]
 
 
 def test_when_the_minutes_are_over_one_that_hangs_is_ended_and_the_others_are_named(tmp_path):
@@ -83,34 +94,35 @@ def test_when_the_minutes_are_over_one_that_hangs_is_ended_and_the_others_are_na
 
 
 def test_a_second_run_keeps_the_lines_of_the_first(tmp_path):
-    assert len(run(tmp_path, [])) == 1
-    assert len(run(tmp_path, [])) == 2
+    # no time for a single check
+    assert len(run(tmp_path, [], minutes=1e-9)) == 1
+    assert len(run(tmp_path, [], minutes=1e-9)) == 2
 
 
 def test_a_step_reads_the_bytes_that_a_plan_counts():
-    step = gpu.make_step(Card("cpu"), "bfloat16", studies=3, beams=4)
+    step = checks.make_step(Card("cpu"), "bfloat16", studies=3, beams=4)
     work = costs.Costs(step.libra.encoder.config, step.libra.decoder.config)
     norms = 2 * (2 * 2 + 1) * 64  # bytes of two in each of two layers, and the last
     positions = int(step.cache.lengths.sum()) + 3 * 4 * 3  # half of six tokens
     # two layers, keys and values, two heads of 16, 2 bytes each
     expected = 2 * (work.layers + work.head) + norms + positions * 2 * 2 * 2 * 16 * 2
-    assert gpu.step_bytes(step.libra, step.cache) == expected
+    assert checks.step_bytes(step.libra, step.cache) == expected
 
 
 def test_attention_that_is_wrong_is_found(monkeypatch):
-    attention = gpu.attention
+    attention = checks.attention
 
     def without_window(q, k, v, impl, window=None, **mask):
         return attention(q, k, v, impl=impl, window=window if q.dtype == torch.float64 else None, **mask)
 
-    monkeypatch.setattr(gpu, "attention", without_window)
-    figures = gpu.attention_numerics(Card("cpu"), "float32")
+    monkeypatch.setattr(checks, "attention", without_window)
+    figures = checks.attention_numerics(Card("cpu"), "float32")
     assert figures["ok"] is False and len(figures["wrong"]) > 10
     assert all("window" in text for text in figures["wrong"])
 
 
 def test_ids_that_differ_from_the_published_ones_are_found(monkeypatch):
-    generate = gpu.generate
+    generate = checks.generate
 
     def cut(*arguments, **options):
         outputs = generate(*arguments, **options)
@@ -118,8 +130,8 @@ def test_ids_that_differ_from_the_published_ones_are_found(monkeypatch):
             outputs[0].token_ids.pop()
         return outputs
 
-    monkeypatch.setattr(gpu, "generate", cut)
-    figures = gpu.golden_ids(Card("cpu"))
+    monkeypatch.setattr(checks, "generate", cut)
+    figures = checks.golden_ids(Card("cpu"))
     assert figures["ok"] is False and len(figures["differing"]) == figures["cases"]
     assert all(text.endswith("beams") for text in figures["differing"])
 
@@ -147,12 +159,12 @@ def test_on_a_known_card_the_checks_give_the_shares_that_a_plan_looks_for(monkey
 
     options = SimpleNamespace(gpu="H100", gpus=1, rows=4, questions=4, records=1000)
     names = Names()
-    libra = gpu.random_libra(Card("cpu"), "bfloat16")
+    libra = checks.random_libra(Card("cpu"), "bfloat16")
     costs.plan(costs.Costs(libra.encoder.config, libra.decoder.config), options, names)
     monkeypatch.setattr(Card, "gpu", "H100")
     shares = {}
     for check in CHECKS:
-        if check.function in (gpu.decode_ms, gpu.first_token, gpu.training_step):
+        if check.function in (checks.decode_ms, checks.first_token, checks.training_step):
             if check.arguments.get("mode", "eager") != "eager":
                 continue
             shares |= check.function(Card("cpu"), **check.arguments).get("share", {})
