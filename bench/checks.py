@@ -215,7 +215,6 @@ def int8_layer(card: Card) -> dict:
 
 # ------------------------------------------------------------------------------------------ 2: the attention kernel
 
-HEAD_SIZES = (128, 64, 80, 72, 96, 256, 24, 16)
 LIMITS = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 SHARED = [0] * 70 + [1] * 9 + [2] * 40 + [3] * 11 + [-1] * 5
 PLACES = [*range(70), *range(70, 79), *range(70, 110), *range(70, 81), *[0] * 5]
@@ -237,12 +236,10 @@ def masks(device) -> list[tuple]:
     ]
 
 
-def attention_numerics(card: Card, dtype: str) -> dict:
-    """The kernel, forward and backward, beside plain attention in float64: every head size and mask."""
-    # without a GPU the check itself is checked, with PyTorch's attention in the kernel's place
-    impl = "triton" if kernel.kernel_available(card.device) or kernel.interpreted() else "torch"
-    type_, worst, wrong = getattr(torch, dtype), {}, []
-    for D in HEAD_SIZES[:2] if card.is_toy else HEAD_SIZES:
+def attention_numerics(card: Card, dtype: str, sizes: list[int]) -> dict:
+    """The kernel, forward and backward, beside plain attention in float64: head sizes, and every mask."""
+    impl, type_, worst, wrong = fused_impl(card), getattr(torch, dtype), {}, []
+    for D in sizes:
         for name, T, S, mask in masks(card.device):
             torch.manual_seed(0)
             # [B, T, H, D] in memory, as the projections of a layer leave it; two query heads share a key head
@@ -257,6 +254,15 @@ def attention_numerics(card: Card, dtype: str) -> dict:
                 if not error < LIMITS[type_]:
                     wrong.append(f"head size {D}, {name}, {part}: {error:.1e}")
     return dict(ok=not wrong, impl=impl, limit=LIMITS[type_], worst_relative_error=worst, wrong=wrong)
+
+
+def fused_impl(card: Card) -> str:
+    """The kernel's name in `attention`. Without a GPU, PyTorch's: then only the check itself is checked."""
+    if kernel.kernel_available(card.device) or kernel.interpreted():
+        return "triton"
+    if not card.is_toy:
+        raise Missing("the kernel needs Triton and an AMD GPU or an NVIDIA GPU from Ampere on")
+    return "torch"
 
 
 def with_gradients(inputs, gradient, impl: str, mask: dict) -> list[torch.Tensor]:
@@ -281,7 +287,7 @@ def long_masks(device) -> list[tuple]:
 def attention_speed(card: Card) -> dict:
     """The kernel beside PyTorch's attention: 4 rows, 32 heads of 128, bfloat16; seconds, and shares of the peak."""
     B, H, D = (1, 1, 16) if card.is_toy else (4, 32, 128)
-    impls = ("torch",) if card.is_toy else ("triton", "torch")
+    impls = {fused_impl(card), "torch"}
     rows = {}
     for name, T, mask, pairs in long_masks(card.device)[: 1 if card.is_toy else None]:
         q, k, v = (torch.randn(B, H, T, D, device=card.device, dtype=torch.bfloat16) for _ in range(3))

@@ -116,7 +116,7 @@ def test_attention_that_is_wrong_is_found(monkeypatch):
         return attention(q, k, v, impl=impl, window=window if q.dtype == torch.float64 else None, **mask)
 
     monkeypatch.setattr(checks, "attention", without_window)
-    figures = checks.attention_numerics(Card("cpu"), "float32")
+    figures = checks.attention_numerics(Card("cpu"), "float32", [24, 16])
     assert figures["ok"] is False and len(figures["wrong"]) > 10
     assert all("window" in text for text in figures["wrong"])
 
