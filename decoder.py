@@ -809,10 +809,10 @@ class DecodingStep:
     def in_layer(self, layer: int):
         cache = self.cache
         prefix_k, prefix_v = cache.prefix[layer]
-        suffix_k, suffix_v = cache.suffix[layer]
-        masks = self.masks[cache.config.window(layer)]
+        suffix = cache.suffix[layer]
         rows = cache.active
-        return LayerStep(prefix_k[rows], prefix_v[rows], suffix_k[rows], suffix_v[rows], cache.newest, masks)
+        masks = self.masks[cache.config.window(layer)]
+        return LayerStep(prefix_k[rows], prefix_v[rows], suffix[0, rows], suffix[1, rows], cache.newest, masks)
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from conftest import GOLDEN, load, relative, training_record, write_lines
 from safetensors.torch import load_file
 
-from attention import attention
 from data import IGNORED, ImageFolder, Record, StepLoader, TrainingSet, collate, encode, shared_rows
+from decoder import WholeRows
 from plumbing.distributed import World
 from tokenizer import IMAGE, TEMPLATES
 
@@ -69,7 +69,7 @@ def loss_of(libra, batch, embed_images):
     images = [embed_images(pixels) for pixels in batch.pixels if pixels is not None]
     if images:
         embeddings = embeddings.masked_scatter((batch.ids == IMAGE)[..., None], torch.cat(images))
-    attend = lambda layer, q, k, v: attention(q, k, v, segments=batch.segments)
+    attend = WholeRows(libra.decoder.config, batch.segments)
     hidden = libra.decoder(embeddings, batch.positions, attend)
     logits = libra.decoder.head(hidden, libra.decoder.config.vocab_size)
     labels = batch.labels[:, 1:].flatten()
