@@ -118,7 +118,7 @@ def test_a_chat_at_the_command_line_says_which_kernel_runs(monkeypatch, capsys, 
 def test_without_the_kernel_the_plain_version_runs_and_says_so(monkeypatch, caplog):
     libra = read_int8(SEVEN)
     with_kernel = decoder_logits(libra)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    monkeypatch.setattr(int8, "CPU_VECTORS", "DEFAULT")
     int8._messages.clear()
     with caplog.at_level(logging.INFO, "plumbing.int8"):
         assert relative(decoder_logits(libra), with_kernel) < 0.02
