@@ -57,7 +57,7 @@ endef
 VQA = .venv/bin/python prepare.py diff-vqa --root runs/hospital --questions runs/hospital/mimic_pair_questions.csv
 FINDINGS = .venv/bin/python prepare.py mimic-cxr --root runs/hospital --section findings --context indication,history
 runs/hospital/data/.ready: .venv/ready
-	.venv/bin/python prepare.py phantom --out runs/hospital --patients 10000 --size 96
+	.venv/bin/python prepare.py phantom --out runs/hospital --patients 10000 --size 96 --aligned
 	$(FINDINGS) --out runs/hospital/data
 	$(FINDINGS) --out runs/hospital/data --no-context
 	$(VQA) --out runs/hospital/data

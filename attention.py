@@ -232,6 +232,7 @@ def shared_prefix_attention(q, prefix_k, prefix_v, suffix_k, suffix_v, masks: St
     suffix_weights = weights.view(B * H_kv * K, R, P + S)[..., P:]
     out = torch.baddbmm(out.view(B * H_kv * K, R, D), suffix_weights, suffix_v.flatten(0, 2))
 
-    # 5) back to one dimension of heads: [B * H_kv * K, R, D] -> [B, H, K, D]
-    out = out.view(B, H_kv, K, R, D).transpose(2, 3)
-    return out.flatten(1, 2)
+    # 5) back to one dimension of heads: [B * H_kv * K, R, D] -> [B, H, K, D]. The heads of a position are side by side
+    #    in memory, where the next layer joins them
+    out = out.view(B, H_kv, K, R, D).transpose(1, 2)  # [B, K, H_kv, R, D]
+    return out.flatten(2, 3).transpose(1, 2)

@@ -587,13 +587,13 @@ class Decoder(nn.Module):
             if isinstance(block, SideBySide):
                 block.joined = []
 
-    def compile_step(self):
-        """Compiles the decoding step of a layer: one graph for all layers, prefixes and numbers of continuations.
+    def compile_step(self, backend: str = "inductor"):
+        """Compiles the decoding step of a layer. One graph serves all layers, steps and lengths of prefixes.
 
-        `torch.compile` needs a C++ compiler on a CPU, and Triton on a GPU. The first step takes its time.
+        `torch.compile` makes another one where one study becomes several, or one continuation of a study does.
         """
-        # a function that gets its layer as an argument; a method would be compiled for each layer
-        self.compiled_step = torch.compile(DecoderLayer.forward, fullgraph=True, dynamic=True)
+        # a function that gets its layer as an argument: a method would be compiled for each layer
+        self.compiled_step = torch.compile(DecoderLayer.forward, fullgraph=True, dynamic=True, backend=backend)
 
     def forward(self, x, positions, attend=None, lengths=None):
         """embeddings [B, T, C], positions [B, T] -> hidden states [B, T, C] after the final norm.

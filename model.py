@@ -345,6 +345,19 @@ class Libra(nn.Module):
         cache.advance(1)
         return self.logits(hidden)
 
+    def compile_step(self):
+        """Compiles the decoding step with `torch.compile`. The first reports take longer, by some 20 seconds on a CPU.
+
+        ValueError where it does not work: it needs a C++ compiler on a CPU and Triton on a GPU.
+        """
+        # a trial, because the first real step comes after the images were computed
+        try:
+            torch.compile(torch.neg)(torch.ones(2, device=self.device))
+        except (RuntimeError, ImportError, OSError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise ValueError(f"torch.compile does not work on this machine ({reason}): leave out --compile") from None
+        self.decoder.compile_step()
+
     # ---------------------------------------------------------------------------------------- training
 
     def loss(self, batch: Batch) -> torch.Tensor:

@@ -36,7 +36,7 @@ def draw_hospital(out, patients: int, preview: bool, **settings):
     counts = phantom.write(out, patients, progress=progress("drawing", "patients"), **settings)
     if preview:
         with atomic(Path(out) / "preview.png", "wb") as file:
-            file.write(phantom.encode(phantom.preview(settings["seed"]), "PNG", optimize=True))
+            file.write(phantom.encode(phantom.preview(settings["seed"], settings["aligned"]), "PNG", optimize=True))
     print_table(counts.items())
 
 
@@ -126,6 +126,8 @@ def parse(arguments=None) -> argparse.Namespace:
     add("--seed", type=int, default=0, metavar="S", help="random seed")
     add("--size", type=int, default=128, metavar="PX", help="height and width of the images in pixels")
     add("--dicom", action="store_true", help="also write DICOM files")
+    text = "lay the images of a patient nearly on top of each other; if not given, they are shifted, turned, zoomed"
+    add("--aligned", action="store_true", help=text)
     add("--preview", action="store_true", help="also draw some patients over time, in OUT/preview.png")
 
     out = "folder for the record and question files"

@@ -791,7 +791,11 @@ def load(arguments, model: str | None = None, show: Callable[[int, int], None] |
     flags = {name: getattr(arguments, name) for name in ("base", "encoder", "device", "dtype")}
     if arguments.dicom_display:
         flags["changes"] = {"mm_dicom_display": arguments.dicom_display}
-    return Libra.from_pretrained(model or arguments.model, progress=show or progress("loading", "GiB", 2**30), **flags)
+    show = show or progress("loading", "GiB", 2**30)
+    libra = Libra.from_pretrained(model or arguments.model, progress=show, **flags)
+    if arguments.compile:
+        libra.compile_step()
+    return libra
 
 
 def run(arguments):

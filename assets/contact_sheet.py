@@ -53,7 +53,7 @@ def few_greys(image: Image.Image) -> Image.Image:
     return image.point(lambda grey: (grey + 3) // 7 * 7)
 
 
-def draw(seed: int = 0) -> Image.Image:
+def draw(seed: int = 0, aligned: bool = False) -> Image.Image:
     """A row for each patient, a column for each study; 256 colours."""
     # the texts set the height of a row: begin with a sheet that is high enough, and cut it at the end
     sheet = Image.new("RGB", (GAP + STUDIES * (SIDE + GAP), 3 * PATIENTS * SIDE), PAPER)
@@ -65,7 +65,7 @@ def draw(seed: int = 0) -> Image.Image:
             x = GAP + column * (SIDE + GAP)
             day = (state.date - states[0].date).days
             pen.text((x, top + 34), f"{state.view}, day {day}", FAINT, SMALL)
-            image = Image.fromarray(picture(state, state.view, SIDE))
+            image = Image.fromarray(picture(state, state.view, SIDE, aligned))
             sheet.paste(few_greys(image), (x, top + 57))
             findings = report(state).split(" FINDINGS:")[1].split(" IMPRESSION:")[0]
             bottoms.append(write(pen, (x, top + 65 + SIDE), findings, SIDE))

@@ -30,7 +30,7 @@ def draw_demo():
     """current.png and prior.png: one study that no training has seen, and the study before it."""
     state = history(0, 1379)[3]
     for name, study in (("current", state), ("prior", state.prior)):
-        image = Image.fromarray(picture(study, study.view, 320))
+        image = Image.fromarray(picture(study, study.view, 320, aligned=True))
         image.save(HERE / f"{name}.png", optimize=True)
 
 

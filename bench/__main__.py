@@ -1,7 +1,7 @@
 """Measures this project beside its peers, and estimates what the work costs on other hardware.
 
     python -m bench [decode|train] [--size mid]       ours beside `transformers` and `peft`
-    python -m bench types [--size mid]                int8 and bfloat16 beside float32: a prefill and a report
+    python -m bench modes [--size mid]                int8, bfloat16, an expert, many studies, beside plain decoding
     python -m bench load                              peak memory of loading 1 GB of 16 bits, on a CPU with Linux
     python -m bench attention                         the fused kernel beside PyTorch's attention, on a GPU
     python -m bench plan --gpu H100 --model 7b        memory and hours, estimated without running anything
@@ -74,8 +74,8 @@ def write_random_model(folder: Path, encoder: dict, decoder: dict, dtype: str = 
 def compare(options):
     """Prints a row for each piece of work."""
     works = {"decode": sides.DECODING, "train": tuple(sides.TRAINING)}
-    works |= {"types": tuple(sides.TYPES), "all": (*sides.DECODING, *sides.TYPES, *sides.TRAINING)}
-    peers = dict.fromkeys(sides.TYPES, "float32") | {"lora": "peft"}
+    works |= {"modes": tuple(sides.MODES), "all": (*sides.DECODING, *sides.MODES, *sides.TRAINING)}
+    peers = {work: name for work, (_, _, name) in sides.MODES.items()} | {"lora": "peft"}
     works = works[options.what]
     show, rows = progress("measuring", "comparisons"), []
     with tempfile.TemporaryDirectory() as folder:
@@ -169,8 +169,8 @@ def plan(options):
 def parse(arguments=None):
     parser = Parser(prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    commands = ("all", "decode", "types", "train", "attention", "load", "plan")
-    add("what", nargs="?", default="all", choices=commands, help="all: decode, types and train")
+    commands = ("all", "decode", "modes", "train", "attention", "load", "plan")
+    add("what", nargs="?", default="all", choices=commands, help="all: decode, modes and train")
     add("--size", default="small", choices=SIZES, help="random model: small (some minutes), mid (some 40 minutes)")
     add("--model", metavar="DIR", help="a checkpoint instead; plan: 7b, 3b, 8b, mistral-7b or a folder")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto: cuda if there is one")

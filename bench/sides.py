@@ -1,7 +1,9 @@
 """The pieces of work that `python -m bench` measures, done by us and by `transformers` and `peft`."""
 
 import warnings
+from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,8 +22,29 @@ from train import TrainConfig, build
 NEW = 64  # tokens of a report
 BEAMS = {"greedy": 1, "beams": 10}
 DECODING = ("encoder", "prefill", *BEAMS)
-TYPES = {f"{work}, {dtype}": (work, dtype) for dtype in ("int8", "bfloat16") for work in BEAMS}
 TRAINING = {"step": (4, 1), "questions": (1, 4), "lora": (2, 1)}  # pairs of images, questions about each
+
+
+class Mode(NamedTuple):
+    """One of our own ways to write reports."""
+
+    dtype: str = "float32"
+    beams: int = 1
+    studies: int = 1
+    batch: int = 1  # how many of the studies are decoded together
+    has_expert: bool = False
+
+
+# what is measured: the mode, the one beside it, and the name of that
+MODES = {
+    "greedy, int8": (Mode("int8"), Mode(), "float32"),
+    "beams, int8": (Mode("int8", beams=10), Mode(beams=10), "float32"),
+    "greedy, bfloat16": (Mode("bfloat16"), Mode(), "float32"),
+    "beams, bfloat16": (Mode("bfloat16", beams=10), Mode(beams=10), "float32"),
+    "greedy, expert": (Mode(has_expert=True), Mode(), "no expert"),
+    "beams, 16 studies": (Mode(beams=10, studies=16, batch=16), Mode(beams=10, studies=16), "one by one"),
+}
+EXPERT = {"Cardiomegaly": 0.9, "Edema": 0.7, "Pneumothorax": 0.1}
 
 
 class Ours:
@@ -99,20 +122,31 @@ class Peer:
 
 def pair_of(work: str, model: str, device: str) -> list:
     """Two functions that take nothing and prepare the two sides, ours first."""
-    if work in TYPES:
-        work, dtype = TYPES[work]
-        return [partial(prepare_type, its, work, model, device) for its in (dtype, "float32")]
+    if work in MODES:
+        return [partial(prepare_mode, mode, model, device) for mode in MODES[work][:2]]
     return [partial(prepare, side, work, model, device) for side in (Ours, Peer)]
 
 
-def prepare_type(dtype: str, work: str, model: str, device: str):
-    """As `prepare`, for a prefill and a report in one type of weights. Their results are compared by length only."""
-    libra = Libra.from_pretrained(model, device=device, dtype=dtype)
+def prepare_mode(mode: Mode, model: str, device: str):
+    """As `prepare`, for prefills and reports in one mode. Results are compared by their number alone."""
+    libra = Libra.from_pretrained(model, device=device, dtype=mode.dtype)
+    libra.eos_token_ids = []  # every report has NEW tokens
     images = libra.embed_images(libra.preprocess(study(0).images()))
-    # the encoder has no weights in int8
+    # no mode changes the encoder
+    libra.preprocess = lambda images: None
     libra.embed_images = lambda pixels: images
-    side = Ours(libra, work)
-    return lambda: [len(side.report(BEAMS[work]))]
+    studies = [replace(study(0), id=str(number)) for number in range(mode.studies)]
+    options = dict(num_beams=mode.beams, max_new_tokens=NEW, no_repeat_ngram=0)
+
+    def write() -> list[int]:
+        lengths = []
+        for start in range(0, mode.studies, mode.batch):
+            batch = studies[start : start + mode.batch]
+            expert = [EXPERT] * len(batch) if mode.has_expert else None
+            lengths += [len(outputs[0].token_ids) for outputs in generate(libra, batch, expert=expert, **options)]
+        return lengths
+
+    return write
 
 
 def load(dtype: str, model: str) -> int:

@@ -145,9 +145,12 @@ def _course(rng, name: str, count: int) -> list[Finding]:
     return course
 
 
-def picture(state: State, view: str, size: int) -> np.ndarray:
-    """One image of a study, uint8 [size, size]; view is "AP", "PA" or "LATERAL"."""
+def picture(state: State, view: str, size: int, aligned: bool = False) -> np.ndarray:
+    """One image of a study, uint8 [size, size]; view is "AP", "PA" or "LATERAL".
+
+    aligned=True lays the images of a patient nearly on top of each other, see `Acquisition`.
+    """
     draw, noise = (lateral, "lateral noise") if view == "LATERAL" else (frontal, "frontal noise")
-    shot = Acquisition(view, state.generator(view))
+    shot = Acquisition(view, state.generator(view), aligned)
     film = draw(state.anatomy, state.present, shot, size)
     return expose(film, shot, state.generator(noise))

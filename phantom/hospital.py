@@ -22,11 +22,12 @@ VIEW_CODES = {"AP": "antero-posterior", "PA": "postero-anterior", "LATERAL": "la
 
 
 def write(out, patients: int, seed: int = 0, size: int = 128, workers: int = 1, dicom: bool = False,
-          progress=lambda done, total: None) -> Counter:  # fmt: skip
+          aligned: bool = False, progress=lambda done, total: None) -> Counter:  # fmt: skip
     """Write the hospital into the folder `out`, and count what is in it.
 
     If this is interrupted, run it again: patients that are complete are kept, and the files are the same in the end.
     A later run may also add patients. size is an image's side in pixels; dicom=True adds a .dcm beside each .jpg;
+    aligned=True lays the images of a patient nearly on top of each other, see `phantom.radiograph.Acquisition`;
     progress is called with numbers of patients. ValueError if a number is out of range or `out` holds something else.
     """
     # 1) check the numbers, and that the folder is new or was begun with the same settings
@@ -34,7 +35,12 @@ def write(out, patients: int, seed: int = 0, size: int = 128, workers: int = 1, 
     for name, (value, least, most) in ranges.items():
         if not least <= value <= most:
             raise ValueError(f"{name} {value} is out of range: give {least} to {most}")
-    out, settings = Path(out), json.dumps({"seed": seed, "size": size, "dicom": dicom})
+    settings = {"seed": seed, "size": size, "dicom": dicom}
+    if not aligned:
+        # absent means aligned, as every hospital was before there was this setting
+        settings["aligned"] = False
+    settings = json.dumps(settings)
+    out = Path(out)
     mark = out / "phantom.json"
     # a run that was killed in its first moment has left at most a part of the mark
     if out.exists() and any(path.name != f".{mark.name}.partial" for path in out.iterdir()):
@@ -45,7 +51,7 @@ def write(out, patients: int, seed: int = 0, size: int = 128, workers: int = 1, 
     _write(mark, settings + "\n")
 
     # 2) a folder for each patient, then what covers all patients
-    write_one = partial(_write_patient, out, seed=seed, size=size, dicom=dicom)
+    write_one = partial(_write_patient, out, seed=seed, size=size, dicom=dicom, aligned=aligned)
     for done, _ in enumerate(parallel(write_one, range(patients), workers), 1):
         progress(done, patients)
     return Counter(patients=patients) + Counter(_write_tables(out, patients, seed, size))
@@ -56,7 +62,7 @@ def _folder(state: State) -> Path:
     return Path(subject[:3], subject)
 
 
-def _write_patient(out: Path, patient: int, *, seed: int, size: int, dicom: bool):
+def _write_patient(out: Path, patient: int, *, seed: int, size: int, dicom: bool, aligned: bool):
     states = history(seed, patient)
     folder = out / "files" / _folder(states[0])
     if folder.exists():
@@ -69,7 +75,7 @@ def _write_patient(out: Path, patient: int, *, seed: int, size: int, dicom: bool
             study.mkdir()
             study.with_suffix(".txt").write_text(report(state), encoding="utf-8")
             for view, image_id in state.images.items():
-                pixels = picture(state, view, size)
+                pixels = picture(state, view, size, aligned)
                 (study / f"{image_id}.jpg").write_bytes(encode(Image.fromarray(pixels), "JPEG", quality=95))
                 if dicom:
                     (study / f"{image_id}.dcm").write_bytes(_dicom(pixels, state, view))
@@ -182,6 +188,6 @@ def truth_of(state: State) -> dict:
     return ids | {"view": state.view, "split": state.split} | present
 
 
-def preview(seed: int = 0) -> Image.Image:
+def preview(seed: int = 0, aligned: bool = False) -> Image.Image:
     """Some patients over time: their images and reports on one sheet."""
-    return import_module("assets.contact_sheet").draw(seed)
+    return import_module("assets.contact_sheet").draw(seed, aligned)

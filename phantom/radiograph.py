@@ -5,6 +5,9 @@ X-rays add up what they pass through. A drawing therefore is a sum: every struct
 
 All lengths are in body coordinates: x runs from -1 (image left, the patient's right) to 1, y from -1 (top) to 1.
 Every array is [size, size]. The numbers were tuned by eye.
+
+Nothing is resampled: each pixel is evaluated at its place in the body. An acquisition shifts, turns and scales the
+whole body; a breath moves the diaphragm, and stretches what is in the chest between it and the apices.
 """
 
 import cmath
@@ -18,6 +21,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 JUGULAR = ((0.19, -0.98), (0.17, -0.80), (0.13, -0.60))  # the vein, on the left
 CARINA = (-0.012, -0.22)  # where the trachea forks
 TUBE = ((-0.005, -1.1), (-0.01, -0.6), (-0.012, -0.33))  # in the trachea
+APEX, BASE = -0.76, 0.45  # y of the lungs' apices, and of the diaphragm at rest
 LEAD = ((-0.02, -0.50), (-0.11, -0.30), (-0.11, 0.10), (0.05, 0.34), (0.25, 0.42))  # a pacemaker's, in the heart
 
 
@@ -88,20 +92,38 @@ def _vessels(rng, side: int) -> list[Stroke]:
 
 
 class Acquisition:
-    """What differs from image to image and has no meaning. view: "AP", "PA" or "LATERAL"."""
+    """What differs from image to image and has no meaning. view: "AP", "PA" or "LATERAL".
 
-    def __init__(self, view: str, rng: np.random.Generator):
+    aligned=True places all bodies nearly alike. Otherwise two images of a patient differ by up to 8 % of the image's
+    side in each direction, by up to 6 degrees and by up to 8 % in size. The lungs always stay in the image.
+    """
+
+    def __init__(self, view: str, rng: np.random.Generator, aligned: bool = False):
         # an AP view is taken in bed: worse in all respects, and the patient does not breathe in deeply
         portable = 1.6 if view == "AP" else 1.0
+        if aligned:
+            shift, centre, angle, spread = 0.03, 0, 0.025, portable
+            scales, breaths = (0.96, 1.03), (-0.035, 0.025)
+        else:
+            # smaller and higher than in the middle, which leaves room for the lungs' bases
+            shift, centre, angle, spread = 0.08, -0.04, math.radians(3), 1
+            scales, breaths = (0.89, 0.96), (-0.08, 0.05)
         self.view = view
         self.exposure = rng.uniform(-0.05, 0.05) * portable
         self.contrast = rng.uniform(0.9, 1.12)
-        self.shift = [rng.uniform(-0.03, 0.03) * portable for _ in "xy"]
-        self.angle = rng.uniform(-0.025, 0.025) * portable  # radians
-        self.scale = rng.uniform(0.96, 1.03)
-        self.breath = rng.uniform(-0.035, 0.025) - (0.05 if view == "AP" else 0)  # how far the diaphragm is down
+        self.shift = [rng.uniform(-shift, shift) * spread for _ in "xy"]
+        self.shift[1] += centre
+        self.angle = rng.uniform(-angle, angle) * spread  # radians
+        self.scale = rng.uniform(*scales)
+        self.breath = rng.uniform(*breaths) - (0.05 if view == "AP" else 0)  # how far the diaphragm is down
         self.noise = rng.uniform(0.012, 0.022) * portable**0.5
         self.marker = rng.choice((-1, 1))  # the letter that names a side: R on the image's left or L on its right
+        if aligned:
+            self.stretch, self.turn, self.crop = 0, 0, (0, 0, 0, 0)
+        else:
+            self.stretch = self.breath / (BASE - APEX)  # how much longer the lungs are than at rest
+            self.turn = rng.uniform(-0.02, 0.02)  # of the chest: how far the heart moves left, and the spine right
+            self.crop = rng.uniform(0, 0.025, 4)  # black borders, parts of the side: left, top, right, bottom
 
 
 def step(x, width):
@@ -136,9 +158,12 @@ class Sheet:
         cos, sin = (float32(f(shot.angle) / shot.scale) for f in (math.cos, math.sin))
         self.x, self.y = cos * x + sin * y, cos * y - sin * x
         self.a = abs(self.x)  # distance from the midline
+        # y of what moves with the breath, where it is at rest
+        longer = float32(shot.stretch / (1 + shot.stretch))
+        self.rest_y = self.y - longer * (self.y - float32(APEX))
 
     def strokes(self, strokes, blur=0.0, least=0.9):
-        """Draw strokes, 0 to 1. Each is at least `least` pixels wide; `blur` is a length."""
+        """Draw strokes, 0 to 1. Each is at least `least` pixels wide; `blur` is a length. They move with the breath."""
         # draw larger and reduce: this makes lines smooth
         factor = 4 if self.size < 300 else 2
         half = self.size * factor / 2
@@ -146,9 +171,10 @@ class Sheet:
         draw = ImageDraw.Draw(canvas)
         # as complex numbers, points are turned and scaled by one product
         turn, shift = cmath.rect(self.shot.scale, self.shot.angle), complex(*self.shot.shift)
+        stretch = self.shot.stretch
         # the brightest come last, on top of the others
         for stroke in sorted(strokes, key=lambda stroke: stroke.brightness):
-            points = [turn * complex(x, y) + shift for x, y in stroke.points]
+            points = [turn * complex(x, y + stretch * (y - APEX)) + shift for x, y in stroke.points]
             pixels = [((point.real + 1) * half, (point.imag + 1) * half) for point in points]
             grey = min(255, round(255 * stroke.brightness))
             width = round(max(stroke.width * half, least * factor))
@@ -164,13 +190,13 @@ class Sheet:
 def frontal(body: Anatomy, present: dict[str, Finding], shot: Acquisition, size: int):
     """The attenuation of a frontal view, float32 [size, size], without noise and film curve."""
     sheet = Sheet(size, shot)
-    x, y, a, edge = sheet.x, sheet.y, sheet.a, sheet.edge
+    x, y, a, edge, rest_y = sheet.x, sheet.y, sheet.a, sheet.edge, sheet.rest_y
     collapse, water, fluid, air_outside = (
         _severity(present, name, x > 0) for name in ("atelectasis", "edema", "pleural effusion", "pneumothorax")
     )
 
     # the rib cage: from its apices down, |x| of its wall and of the lungs' inner border
-    top, centre = -0.76, 0.31  # y and |x| of the apices
+    top, centre = APEX, 0.31  # y and |x| of the apices
     t = unit((y - top) / 1.54)  # 0 at the apices, 1 at the base
     wider = (1 - (1 - t) ** 2.6) ** 0.45
     outer = centre + (body.chest - centre) * wider
@@ -203,7 +229,7 @@ def frontal(body: Anatomy, present: dict[str, Finding], shot: Acquisition, size:
         film += 0.07 * trunk * breast * unit(0.5 + (y - 0.05) * 1.5)
 
     # heart and mediastinum take the place of air
-    m = x - body.curve * np.sin(2.2 * y)  # distance from the spine's midline
+    m = x - body.curve * np.sin(2.2 * y) + shot.turn  # distance from the spine's midline
     inside = _mediastinum(sheet, m, body, present)
     solid = step(inside, edge * 2.2)
     lung *= 1 - 0.45 * solid
@@ -216,7 +242,7 @@ def frontal(body: Anatomy, present: dict[str, Finding], shot: Acquisition, size:
     if "pneumothorax" in present:
         gap = 0.06 * (air_outside > 0) + 0.30 * air_outside
         from_wall = outer - gap * clip(1.2 - 0.7 * t, 0, 1) - a
-        from_apex = (y - top - 0.05 - 1.5 * gap) * 1.3
+        from_apex = (rest_y - top - 0.05 - 1.5 * gap) * 1.3
         within = -np.logaddexp(-16 * from_wall, -16 * from_apex) / 16  # a smooth minimum, positive in the lung
         affected = lung * (gap > 0)
         free = affected * step(-within, edge)
@@ -243,17 +269,17 @@ def frontal(body: Anatomy, present: dict[str, Finding], shot: Acquisition, size:
     vessels = [vessel._replace(width=vessel.width * wider) for vessel in body.vessels]
     tree = sheet.strokes(vessels, blur=0.004 + 0.008 * wet)
     film += (0.13 + 0.03 * wet) * tree * aerated * (1 - 0.7 * solid)
-    hila = hypot((a - 0.17) * 1.1, y + 0.02 + 0.05 * (x > 0))
+    hila = hypot((a - 0.17) * 1.1, rest_y + 0.02 + 0.05 * (x > 0))
     film += 0.09 * bump(hila, 0.085) * (1 - free)
     texture = 0
     for fx, fy, phase, height in body.waves:
-        texture = texture + height * np.sin(fx * x + fy * y + phase)
+        texture = texture + height * np.sin(fx * x + fy * rest_y + phase)
     film += 0.008 * texture * (0.5 + aerated)
 
     # findings that take the place of air
     if wet:
         # wings like a bat's around the hila, and septal lines
-        wings = bump(hypot(a - 0.22, (y - 0.05) / 1.25), 0.30 + 0.25 * wet)
+        wings = bump(hypot(a - 0.22, (rest_y - 0.05) / 1.25), 0.30 + 0.25 * wet)
         haze = 0.02 + 0.02 * wet + (0.08 + 0.22 * wet) * wings
         film += aerated * haze * (1 + 0.07 * texture)
         film += 0.13 * aerated * sheet.strokes(_septal_lines(body.chest, wet), blur=0.003)
@@ -265,11 +291,11 @@ def frontal(body: Anatomy, present: dict[str, Finding], shot: Acquisition, size:
     if "nodule" in present:
         spot_x, spot_y = _zone(present["nodule"], 0.58 * body.chest)
         radius = 0.030 + 0.12 * present["nodule"].severity
-        film += 0.27 * step(1 - hypot(x - spot_x, y - spot_y) / radius, 0.35)
+        film += 0.27 * step(1 - hypot(x - spot_x, rest_y - spot_y) / radius, 0.35)
     if "pleural effusion" in present:
         # the fluid's surface is a meniscus, highest at the wall
         meniscus = 0.36 + 0.64 * np.minimum(u, 1) ** 3
-        surface = 0.74 + shot.breath - (0.18 + 0.90 * fluid) * meniscus
+        surface = 0.74 + shot.breath - (0.18 + 0.90 * fluid) * meniscus * (1 + shot.stretch)
         film += 0.42 * lung * (fluid > 0) * step(y - surface, 0.05 + 0.04 * fluid)
 
     return film + _devices(sheet, present, body.chest)
@@ -287,7 +313,7 @@ def _severity(present: dict[str, Finding], name: str, is_left: np.ndarray):
 
 def _mediastinum(sheet, m, body, present):
     """Heart, great vessels and spine, joined smoothly: the distance from their border, positive inside."""
-    x, y, shot = sheet.x, sheet.y, sheet.shot
+    x, y, shot = sheet.x, sheet.rest_y, sheet.shot
     # a band around the spine; on the left the aortic arch and the pulmonary trunk bulge, at the top the neck
     neck = 0.03 * bump(y + 0.8, 0.2)
     arch = 0.075 * body.knob * bump(y + 0.38, 0.10)
@@ -299,12 +325,12 @@ def _mediastinum(sheet, m, body, present):
     scale = body.heart * (1.04 if shot.view == "AP" else 1.0)
     if "cardiomegaly" in present:
         scale *= 1.18 + 0.44 * present["cardiomegaly"].severity
-    dx = x - 0.115 * scale
-    dy = y - (0.27 - 0.04 * (scale - 1) + 0.7 * shot.breath)
+    dx = x - 0.115 * scale - shot.turn
+    dy = sheet.y - (0.27 - 0.04 * (scale - 1) + 0.7 * shot.breath)
     # two ellipses: the ventricles along the heart's axis, the right atrium upright
     along, across = dx * 0.86 + dy * 0.51, dy * 0.86 - dx * 0.51
     ventricles = hypot(along / (0.345 * scale), across / (0.26 * scale))
-    from_midline = x + 0.025 * scale
+    from_midline = x + 0.025 * scale - shot.turn
     atrium = hypot(from_midline / (0.175 * scale), (dy + 0.03) / (0.23 * scale))
     heart = 0.25 * scale * (1 - np.minimum(ventricles, atrium))
     return np.logaddexp(22 * band, 22 * heart) / 22 - 0.008
@@ -368,7 +394,7 @@ def _consolidation(sheet, finding, chest, texture):
     severity, side = finding.severity, _sign(finding)
     x, y = _zone(finding, 0.56 * chest)
     radius = 0.10 + 0.28 * severity
-    ragged = hypot(sheet.x - x, sheet.y - y) / radius + 0.07 * texture
+    ragged = hypot(sheet.x - x, sheet.rest_y - y) / radius + 0.07 * texture
     # a bronchus from the hilum forks into three near the cloud's centre
     fork = (x - side * 0.06, y)
     bronchi = [Stroke([(side * 0.2, -0.02), fork], 0.014)]
@@ -417,7 +443,7 @@ def _devices(sheet, present, chest):
         # a box below the clavicle, and a lead through the right atrium to the apex of the right ventricle
         side = _sign(present["pacemaker"])
         x, y = side * 0.72 * chest, -0.50
-        dx, dy = (sheet.x - x) / 0.115, (sheet.y - y) / 0.095
+        dx, dy = (sheet.x - x) / 0.115, (sheet.rest_y - y) / 0.095
         outside = [(x - side * 0.08, y - 0.07), (side * 0.25, -0.62)]
         lead = _rounded([*outside, *LEAD])
         film += 0.75 * step(1 - (dx**4 + dy**4), 0.3)
@@ -439,7 +465,7 @@ def _rounded(points):
 def lateral(body: Anatomy, present: dict[str, Finding], shot: Acquisition, size: int):
     """The attenuation of a lateral view, float32 [size, size]; the patient faces the image's left."""
     sheet = Sheet(size, shot)
-    x, y, edge = sheet.x, sheet.y, sheet.edge
+    x, y, edge, rest_y = sheet.x, sheet.y, sheet.edge, sheet.rest_y
     severity = lambda name: present[name].severity if name in present else 0.0
 
     # lungs between breastbone and spine, over the diaphragm; soft tissue around them
@@ -457,18 +483,18 @@ def lateral(body: Anatomy, present: dict[str, Finding], shot: Acquisition, size:
 
     # what takes the place of air: heart, hila, findings
     scale = body.heart * (1 + 0.45 * severity("cardiomegaly"))
-    heart = hypot((x + 0.27) / (0.35 * scale), (y - 0.18) / (0.34 * scale))
+    heart = hypot((x + 0.27) / (0.35 * scale), (rest_y - 0.18) / (0.34 * scale))
     fill = 0.60 * step(1 - heart, 0.25)
-    water = 0.5 * severity("edema") * bump(hypot(x, y), 0.5)
-    fill += 0.25 * bump(hypot(x - 0.02, y + 0.08), 0.15) + water
+    water = 0.5 * severity("edema") * bump(hypot(x, rest_y), 0.5)
+    fill += 0.25 * bump(hypot(x - 0.02, rest_y + 0.08), 0.15) + water
     if "pleural effusion" in present:
         meniscus = 0.4 + 0.6 * unit((x + 0.2) / 0.8) ** 2
-        rise = 0.9 * severity("pleural effusion") * meniscus
+        rise = 0.9 * severity("pleural effusion") * meniscus * (1 + shot.stretch)
         fill += 0.9 * step(y - 0.80 - shot.breath + rise, 0.08)
     for name, radius in (("consolidation", 0.32), ("nodule", 0.09)):
         if name in present:
             _, height = _zone(present[name], 0)
-            fill += 0.5 * step(1 - hypot(x - 0.15, y - height) / radius, 0.5)
+            fill += 0.5 * step(1 - hypot(x - 0.15, rest_y - height) / radius, 0.5)
     film -= 0.34 * lung * unit(1 - fill)
 
     # spine, breastbone, ribs, trachea
@@ -493,7 +519,11 @@ def expose(film: np.ndarray, shot: Acquisition, rng: np.random.Generator):
     # the film curve: a sigmoid, cut a little at both ends
     logit = 6.2 * shot.contrast * (film - 0.50 + shot.exposure)
     grey = unit(1 / (1 + np.exp(-logit)) * 1.06 - 0.035)
-    image = Image.fromarray((grey * 255 + 0.5).astype(np.uint8))
+    # the shutters of the tube: black borders
+    left, top, right, bottom = (round(size * part) for part in shot.crop)
+    shown = np.zeros((size, size), dtype=np.uint8)
+    shown[top : size - bottom, left : size - right] = (grey * 255 + 0.5)[top : size - bottom, left : size - right]
+    image = Image.fromarray(shown)
     # the side marker
     letter, x = ("R", 0.05) if shot.marker < 0 else ("L", 0.95)
     font = ImageFont.load_default(0.07 * size)

@@ -58,6 +58,7 @@ def add_model_flags(add):
     text = "auto: float32 on a CPU; int8: the decoder's weights in 8 bits, the rest as with auto"
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16", "int8"), help=text)
     add("--device", default="auto", help="auto, cpu, cuda or mps")
+    add("--compile", action="store_true", help="compile the decoding step: a slow first report, then faster ones")
 
 
 def auto_or_int(text):

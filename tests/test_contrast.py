@@ -1,5 +1,6 @@
 """Contrastive decoding: golden values of the published code, and both prompts recomputed for every token as oracle."""
 
+import copy
 import json
 import math
 from types import SimpleNamespace
@@ -164,6 +165,18 @@ def test_a_batch_gives_what_each_study_gives_alone(settings):
     batch = generate(libra, studies, expert=[SCORES, OTHERS], max_new_tokens=12, **settings)
     for study, scores, outputs in zip(studies, (SCORES, OTHERS), batch, strict=True):
         assert generate(libra, study, expert=scores, max_new_tokens=12, **settings) == outputs
+
+
+def test_a_study_that_has_ended_leaves_with_both_its_prompts():
+    libra = copy.copy(load("libra-3b"))
+    studies = [Study(STUDY.current, STUDY.prior, f"{word}?") for word in ("What", "Why", "Where")]
+    scores = [SCORES, OTHERS, {}]
+    # the first study ends at its third token
+    (first,) = generate(libra, studies[0], expert=SCORES, max_new_tokens=3)
+    libra.eos_token_ids = [first.token_ids[-1]]
+    alone = [generate(libra, study, expert=s, max_new_tokens=9) for study, s in zip(studies, scores, strict=True)]
+    assert len({len(outputs[0].token_ids) for outputs in alone}) > 1
+    assert generate(libra, studies, expert=scores, max_new_tokens=9) == alone
 
 
 def test_the_image_is_encoded_once_and_the_common_prefix_computed_once(monkeypatch):

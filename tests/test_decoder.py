@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from dataclasses import fields
 
 import peft
@@ -9,6 +10,8 @@ import pytest
 import torch
 import transformers
 from conftest import change, relative
+from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 from decoder import (
@@ -165,6 +168,88 @@ def test_a_prefill_in_chunks_and_steps_of_many_continuations_is_one_row_computed
         out = step(suffixes[None, :, place], torch.full((1, 3), 25 + place), DecodingStep(cache))
         cache.advance(1)
         assert relative(out[0], expected[:, 25 + place]) < 1e-5
+
+
+class Count(TorchDispatchMode):
+    """Counts the operations that start a kernel, by name: all but views."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        is_view = any(result.alias_info and not result.alias_info.is_write for result in function._schema.returns)
+        if not is_view and name != "_unsafe_view":
+            self.counts[name] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("continuations", "limit"), [(1, 740), (10, 800)])
+def test_a_step_of_32_layers_starts_few_operations(continuations, limit):
+    sizes = dict(num_hidden_layers=32, hidden_size=16, num_attention_heads=4, intermediate_size=24, vocab_size=50)
+    decoder = Decoder(decoder_config(dict(model_type="llama") | sizes, "test")).eval()
+    decoder.join()
+    cache = Cache(decoder.config, 1, 9, "cpu", torch.float32)
+    cache.start(continuations)
+    ids = torch.zeros(1, continuations, dtype=torch.long)
+    with torch.no_grad():
+        for _ in range(2):  # the first step makes room, too
+            with Count() as operations:
+                hidden = decoder(decoder.embed_tokens(ids), cache.newest.expand(ids.shape), DecodingStep(cache))
+                decoder.head(hidden, 50)
+            cache.advance(1)
+    # a norm is one kernel on a GPU; a CPU computes it in six operations, one of them the only reciprocal root
+    assert operations.counts.total() - 5 * operations.counts["rsqrt"] <= limit
+
+
+def test_joined_layers_give_what_separate_ones_do_and_follow_their_changes(tmp_path):
+    """With gradients, after a move, and beside LoRA each layer is computed by itself again."""
+    random_model("qwen3 biases").save_pretrained(tmp_path)
+    ours = read(tmp_path)[0].requires_grad_(True)
+    block, x = ours.layers[0].self_attn, torch.randn(2, 5, 48)
+    with torch.no_grad():
+        separate = block.project(x)
+        block.join()
+        for one, other in zip(block.project(x), separate, strict=True):
+            assert relative(one, other) < 1e-6
+        # the parameters are views: a change in place is seen
+        block.k_proj.weight.mul_(2)
+        block.k_proj.bias.mul_(2)
+        assert relative(block.project(x)[1], 2 * separate[1]) < 1e-6
+    assert block.project(x)[0].requires_grad and block.joined
+    block.v_proj = LoRALinear(block.v_proj, torch.nn.Linear(48, 2, bias=False), 1.0, 0.0)
+    assert not block.joined
+    ours.layers[1].mlp.join()
+    assert ours.layers[1].mlp.joined and not ours.double().layers[1].mlp.joined
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2 window", "phi3 longrope"])
+def test_a_compiled_step_is_one_graph_for_all_layers_steps_and_prefixes(family, tmp_path):
+    """The same steps without compiling are the oracle. Two windows are two masks of the same shape."""
+    random_model(family).save_pretrained(tmp_path)
+    ours = read(tmp_path)[0]
+    torch.compiler.reset()
+    graphs = CompileCounter()
+    results = []
+    for is_compiled in (False, True):
+        if is_compiled:
+            ours.compile_step(backend=graphs)
+        results.append([])
+        for prefix in (25, 30):
+            cache = Cache(ours.config, 2, prefix, "cpu", torch.float32)
+            cache.lengths += prefix
+            cache.start(3)
+            ids = random_ids(2, 3)
+            with torch.inference_mode():
+                for place in range(Cache.BLOCK + 3):
+                    positions = torch.full((2, 3), prefix + place)
+                    out = ours(ours.embed_tokens(ids), positions, DecodingStep(cache), cache.lengths)
+                    cache.advance(1)
+            results[-1].append(out)
+    for plain, compiled in zip(*results, strict=True):
+        assert relative(compiled, plain) < 1e-6
+    assert graphs.frame_count == 1
 
 
 def test_longrope_goes_by_each_row_s_own_length(tmp_path):

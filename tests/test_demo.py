@@ -25,7 +25,7 @@ def held_out(count=60):
     studies = []
     for patient in range(9, 10 * count, 10):
         states = history(0, patient)
-        images = [Image.fromarray(picture(state, state.view, 96)) for state in states]
+        images = [Image.fromarray(picture(state, state.view, 96, aligned=True)) for state in states]
         studies += zip(map(truth_of, states[1:]), images[1:], images, strict=False)
     assert all(truth["split"] == "test" for truth, _, _ in studies)
     return studies[:count]

@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import random
+import shutil
 import subprocess
 import sys
 
@@ -114,7 +115,7 @@ def text_prefix(libra, prompts):
     cache = Cache(libra.decoder.config, len(prompts), max(map(len, prompts)), "cpu", torch.float32)
     with torch.inference_mode():
         logits = [libra.prefill(cache, b, libra.splice(ids, None)) for b, ids in enumerate(prompts)]
-    studies = [Study("none.png")] * len(prompts)
+    studies = [Study("none.png", id=str(ids)) for ids in prompts]
     return Prefix(studies, [Prompt("", ids, []) for ids in prompts], cache, torch.stack(logits), "</s>")
 
 
@@ -146,6 +147,31 @@ def test_beam_search_equals_transformers_over_random_settings():
             assert [o.score for o in ours] == pytest.approx(expected.sequences_scores.tolist(), 1e-5, 1e-4)
             ended_early |= {len(o.token_ids) < options.max_new_tokens for o in ours}
     assert ended_early == {True, False}  # the settings reach both ends: eos and the limit
+
+
+@pytest.mark.parametrize("options", [
+    {}, dict(no_repeat_ngram=2), dict(temperature=1.0, num_return_sequences=3), dict(num_beams=3),
+])  # fmt: skip
+def test_studies_that_have_ended_leave_the_batch(options, monkeypatch):
+    """Each study alone is the oracle. The prefix is continued twice: the second time its rows have another order."""
+    rng, options = random.Random(3), Options(max_new_tokens=20, **options)
+    _, libra = random_llama(3)
+    libra.eos_token_ids = rng.sample(range(3, 90), 12)
+    prompts = [[rng.randrange(3, 90) for _ in range(length)] for length in (4, 19, 7, 12, 5)]
+    alone = [decode(libra, text_prefix(libra, [ids]), options)[0] for ids in prompts]
+
+    rows, step = [], libra.decode_step
+    monkeypatch.setattr(libra, "decode_step", lambda cache, tokens: rows.append(len(tokens)) or step(cache, tokens))
+    prefix = text_prefix(libra, prompts)
+    for _ in range(2):
+        together = decode(libra, prefix, options)
+        for ours, expected in zip(together, alone, strict=True):
+            assert [output.token_ids for output in ours] == [output.token_ids for output in expected]
+    assert rows[0] == 5 and min(rows) < 5
+    if options.num_beams == 1:
+        # a study takes as many steps as its longest sequence has tokens, less the first
+        lengths = [max(len(output.token_ids) for output in outputs) for outputs in alone]
+        assert sum(rows) == 2 * sum(length - 1 for length in lengths)
 
 
 def test_ngram_ban_equals_transformers_over_random_sequences():
@@ -380,6 +406,23 @@ def test_stdout_has_only_the_report(capsys):
     case = read("libra-7b", "case0", "expected.json")
     assert run("--query", case["query"], "--max-new-tokens", "24", "--device", "cpu") == 0
     assert capsys.readouterr().out == case["greedy"]["text"] + "\n"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_step_gives_the_golden_report(capsys):
+    case = read("libra-7b", "case0", "expected.json")
+    assert run("--query", case["query"], "--max-new-tokens", "24", "--device", "cpu", "--compile") == 0
+    assert capsys.readouterr().out == case["greedy"]["text"] + "\n"
+
+
+def test_where_nothing_compiles_one_line_says_so(monkeypatch, capsys):
+    def compile(*_, **__):
+        raise RuntimeError("no compiler\nand more")
+
+    monkeypatch.setattr(torch, "compile", compile)
+    assert run("--compile", "--device", "cpu") == 2
+    error = capsys.readouterr().err
+    assert "(no compiler): leave out --compile" in error and error.count("\n") == 1
 
 
 def test_a_chat_on_the_terminal_answers_every_line():

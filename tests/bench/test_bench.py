@@ -41,7 +41,7 @@ def published(name):
 # ------------------------------------------------------------------------------------------ measuring
 
 
-WORKS = {"decode": sides.DECODING, "types": sides.TYPES, "train": sides.TRAINING}
+WORKS = {"decode": sides.DECODING, "modes": tuple(sides.MODES), "train": sides.TRAINING}
 
 
 @pytest.mark.parametrize("what", WORKS)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter, defaultdict
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -62,7 +63,8 @@ def test_a_rerun_completes_an_interrupted_hospital_to_the_same_bytes(tmp_path, r
 
 
 MISTAKES = [("new", {"patients": 0}, "patients"), ("new", {"size": 8}, "size"), ("new", {"seed": -1}, "seed"),
-            ("begun", {"seed": 4}, "phantom.json"), ("other", {}, "other")]  # fmt: skip
+            ("begun", {"seed": 4}, "phantom.json"), ("begun", {"aligned": True}, "phantom.json"),
+            ("other", {}, "other")]  # fmt: skip
 
 
 @pytest.mark.parametrize("folder, arguments, culprit", MISTAKES)
@@ -74,6 +76,26 @@ def test_a_mistake_is_named_and_changes_nothing(tmp_path, folder, arguments, cul
     with pytest.raises(ValueError, match=culprit):
         hospital.write(tmp_path / folder, **{"patients": 1, "size": 48} | arguments)
     assert tree(tmp_path) == before
+
+
+def test_an_aligned_hospital_is_what_was_drawn_before_bodies_moved(tmp_path):
+    """Oracle: images by the code of that time, side by side. Another mathematical library may round greys otherwise."""
+    hospital.write(tmp_path, 7, seed=32, size=48, aligned=True)
+    images = [np.asarray(Image.open(path), dtype=int) for path in sorted(tmp_path.rglob("*.jpg"))]
+    before = np.asarray(Image.open(ROOT / "tests" / "golden" / "phantom" / "aligned.png"), dtype=int)
+    assert abs(np.concatenate(images, axis=1) - before).max() <= 4
+    assert (tmp_path / "phantom.json").read_text() == '{"seed": 32, "size": 48, "dicom": false}\n'  # so it can go on
+
+
+def test_a_hospital_whose_bodies_move_says_so_and_has_the_same_truth(tmp_path):
+    for name in ("moving", "aligned"):
+        hospital.write(tmp_path / name, 4, seed=3, size=48, aligned=name == "aligned")
+    moving, aligned = tree(tmp_path / "moving"), tree(tmp_path / "aligned")
+    assert moving.keys() == aligned.keys()
+    different = {path for path in moving if moving[path] != aligned[path]}
+    assert {path for path in different if path.suffix != ".jpg"} == {Path("phantom.json")}
+    assert len(different) == 1 + sum(path.suffix == ".jpg" for path in moving)
+    assert json.loads(moving[Path("phantom.json")])["aligned"] is False
 
 
 def test_a_hospital_that_was_killed_before_its_first_record_goes_on(tmp_path):

@@ -5,10 +5,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from phantom.history import generator, history
-from phantom.radiograph import Acquisition, Finding, expose, frontal
+from phantom.history import generator, history, picture
+from phantom.radiograph import APEX, Acquisition, Finding, expose, frontal
 
-STILL = SimpleNamespace(view="PA", exposure=0, contrast=1, shift=(0, 0), angle=0, scale=1, breath=0, noise=0, marker=1)
+STILL = SimpleNamespace(view="PA", exposure=0, contrast=1, shift=(0, 0), angle=0, scale=1, breath=0, noise=0, marker=1,
+                        stretch=0, turn=0, crop=(0, 0, 0, 0))  # fmt: skip
 REGIONS = {  # finding -> side, place; rows and columns of 128 where it shows; 1 if it is brighter there, -1 if darker
     "pleural effusion": ("right", "base", np.s_[51:102, 15:36], 1),
     "consolidation": ("left", "upper lobe", np.s_[19:61, 77:110], 1),
@@ -66,6 +67,87 @@ def test_acquisition_hides_what_subtraction_would_show():
             assert abs(images[0] - images[1]).mean() > np.median([step.mean() for step in steps])
             checked += 1
     assert checked >= 5
+
+
+def acquisitions(view, count):
+    return [Acquisition(view, generator(1, number, 0, view)) for number in range(count)]
+
+
+def test_bodies_move_between_images_and_stay_within_the_promised_limits():
+    shots = acquisitions("AP", 200) + acquisitions("PA", 200)
+    for most, values in (
+        (0.16, [shot.shift[0] for shot in shots]),  # 8 % of a side, which is 2 long
+        (0.16, [shot.shift[1] for shot in shots]),
+        (np.radians(6), [shot.angle for shot in shots]),
+        (0.08, np.log([shot.scale for shot in shots])),
+    ):
+        assert 0.9 * most < np.ptp(values) <= most
+
+
+class Extreme:
+    """A generator whose draws are all at one end of their range or the other, as the bits of a number say."""
+
+    def __init__(self, bits):
+        self.bits = bits
+
+    def uniform(self, low, high, count=None):
+        self.bits, last = divmod(self.bits, 2)
+        end = high if last else low
+        return np.full(count, end) if count else end
+
+    def choice(self, options):
+        return options[0]
+
+
+@pytest.mark.parametrize("view", ["AP", "PA"])
+def test_the_lungs_are_always_in_the_image(view):
+    """The largest chest of `Anatomy`: walls at 0.82, a dome at 0.59 and the floor's end 0.25 below it."""
+    for bits in range(2**10):  # an acquisition draws ten times
+        shot = Acquisition(view, Extreme(bits))
+        corners = [complex(x, y) for x in (-0.82, 0.82) for y in (0, 0.84 + shot.breath)]
+        corners += [complex(x, APEX) for x in (-0.31, 0.31)]
+        moved = shot.scale * np.exp(1j * shot.angle) * np.array(corners) + complex(*shot.shift)
+        left, top, right, bottom = 2 * shot.crop
+        assert left - 1 < moved.real.min() and moved.real.max() < 1 - right
+        assert top - 1 < moved.imag.min() and moved.imag.max() < 1 - bottom
+
+
+@pytest.mark.parametrize("name", REGIONS)
+def test_a_severity_is_told_apart_however_the_body_lies_and_breathes(name):
+    """What a finding adds, relative to the body's size: every image of a finding has less than every much worse one."""
+    side, place, *_ = REGIONS[name]
+    body, least = history(5, 1)[0].anatomy, 0
+    for severity in (0.15, 0.5, 0.85):
+        added = []
+        for shot in acquisitions("PA", 12) + acquisitions("AP", 12):
+            more = frontal(body, {name: Finding(side, place, severity)}, shot, 64) - frontal(body, {}, shot, 64)
+            added.append(abs(more).sum() / shot.scale**2)
+        assert min(added) > least
+        least = max(added)
+
+
+def test_a_breath_moves_what_is_in_the_lungs_with_the_diaphragm():
+    """A nodule's height above the base, by hand: at rest it is at y 0.26 of lungs from -0.76 to 0.45."""
+    body, nodule = history(5, 0)[0].anatomy, {"nodule": Finding("right", "lower lung", 0.5)}
+    for breath in (-0.12, 0, 0.05):
+        shot = SimpleNamespace(**vars(STILL) | {"breath": breath, "stretch": breath / 1.21})
+        rows = (frontal(body, nodule, shot, 128) - frontal(body, {}, shot, 128)).sum(1)
+        y = rows @ ((np.arange(128) + 0.5) / 64 - 1) / rows.sum()
+        assert abs(y - (-0.76 + 1.02 * (1.21 + breath) / 1.21)) < 0.01
+
+
+def test_an_image_has_black_borders_and_its_marker():
+    shot = SimpleNamespace(**vars(STILL) | {"exposure": 1, "crop": (0.02, 0.01, 0, 0.05)})
+    image = expose(np.ones((100, 100), dtype=np.float32), shot, generator(0, 0, 0, "frontal noise"))
+    assert not image[:, :2].any() and not image[:1].any() and not image[95:].any()
+    assert image[20:95, 2:].min() == 255 and image[5:12, 90:].min() < 255
+
+
+def test_a_study_has_its_own_placement_and_always_the_same():
+    states = history(0, 3)
+    assert np.array_equal(picture(states[0], states[0].view, 64), picture(history(0, 3)[0], states[0].view, 64))
+    angles = [Acquisition("PA", state.generator("PA")).angle for state in states]
+    assert len(set(angles)) == len(states) > 1
 
 
 def test_size_changes_the_detail_and_not_the_picture():
