@@ -56,6 +56,23 @@ def plain_linear(x, weight, scale, bias=None):
     return out if bias is None else out + bias
 
 
+# an operator of our own, which torch.compile leaves as it is: Inductor (PyTorch 2.13) fails on the one inside
+library = torch.library.Library("nanolibra", "DEF")
+library.define("int8_product(Tensor x, Tensor weight) -> Tensor")
+
+
+@torch.library.impl(library, "int8_product", "CPU")
+def int8_product(x, weight):
+    """x bfloat16 [B, columns], weight int8 [rows, columns] -> bfloat16 [B, rows]."""
+    # the kernel would round the scales to bfloat16: they are applied later
+    return torch.ops.aten._weight_int8pack_mm(x, weight, torch.ones(len(weight), dtype=torch.bfloat16))
+
+
+@torch.library.register_fake("nanolibra::int8_product", lib=library)
+def int8_product_shape(x, weight):
+    return x.new_empty(len(x), len(weight))
+
+
 def cpu_linear(x, weight, scale, bias=None):
     """The layer with PyTorch's CPU kernel, which reads the weights as they are; x and its result pass in bfloat16.
 
@@ -63,9 +80,7 @@ def cpu_linear(x, weight, scale, bias=None):
     plain version takes 77 and float32 72. Each row's result is the same bits whatever rows are beside it.
     """
     rows = x.flatten(0, -2).bfloat16()
-    # the kernel would round the scales to bfloat16: they are applied later
-    ones = torch.ones(len(weight), dtype=torch.bfloat16)
-    out = torch.ops.aten._weight_int8pack_mm(rows, weight, ones).to(scale.dtype) * scale
+    out = torch.ops.nanolibra.int8_product(rows, weight).to(scale.dtype) * scale
     out = out.to(x.dtype).unflatten(0, x.shape[:-1])
     return out if bias is None else out + bias
 
