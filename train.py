@@ -355,7 +355,7 @@ def build(config: TrainConfig, show=lambda done, total: None) -> Libra:
 
     show(bytes done, bytes in all) is called while weights are read.
     """
-    # 1) fresh weights depend on the seed alone
+    # fresh weights depend on the seed alone
     torch.manual_seed(config.seed)
     libra = load_model(config, show)
     find_template(libra.template)
@@ -364,7 +364,13 @@ def build(config: TrainConfig, show=lambda done, total: None) -> Libra:
     if "encoder" in config.train and libra.encoder_files.is_open_clip:
         raise ValueError("an open_clip encoder cannot be trained: published checkpoints have no place for it")
 
-    # 2) the parts that learn, in training mode
+    choose_learning(libra, config)
+    return libra
+
+
+def choose_learning(libra: Libra, config: TrainConfig):
+    """Puts the parts that learn into training mode and float32; LoRA is added if it is one of them."""
+    # 1) the parts that learn, in training mode
     for part in config.train:
         if part == "lora":
             targets = config.lora_targets or lora_targets(names_of(libra.config.json))
@@ -375,10 +381,9 @@ def build(config: TrainConfig, show=lambda done, total: None) -> Libra:
             getattr(libra, part).requires_grad_(True).train()
     libra.decoder.gradient_checkpointing = config.gradient_checkpointing
 
-    # 3) 16 bits are too few to add up small updates
+    # 2) 16 bits are too few to add up small updates
     for parameter in trainable_parameters(libra).values():
         parameter.data = parameter.data.float()
-    return libra
 
 
 def load_model(config: TrainConfig, show) -> Libra:

@@ -4,6 +4,7 @@
     python -m bench modes [--size mid]                int8, bfloat16, an expert, many studies, beside plain decoding
     python -m bench load                              peak memory of loading 1 GB of 16 bits, on a CPU with Linux
     python -m bench attention                         the fused kernel beside PyTorch's attention, on a GPU
+    python -m bench gpu --out FILE                    checks and measures everything that needs a GPU
     python -m bench plan --gpu H100 --model 7b        memory and hours, estimated without running anything
 
 decode measures the encoder on a pair of images, the prefill, and reports of 64 tokens by greedy and beam search (10).
@@ -29,7 +30,8 @@ import torch
 from torch.utils.benchmark import Timer
 
 from attention import attention
-from bench import costs, sides
+from bench import checks, costs, gpu, sides
+from bench.costs import RAD_DINO
 from bench.measure import measure, measure_peak
 from data import Study
 from decoder import decoder_config
@@ -40,7 +42,6 @@ from plumbing.cli import Parser, guard, print_table, progress
 from plumbing.files import read_json
 from tokenizer import find_template
 
-RAD_DINO = dict(model_type="dinov2", image_size=518, patch_size=14)
 SIZES = {  # random models: fields of the config.json of encoder and decoder
     "small": (
         RAD_DINO | dict(hidden_size=384, num_hidden_layers=6, num_attention_heads=6),
@@ -101,14 +102,8 @@ def compare_attention(options):
     """Forward and backward passes of the fused kernel and of PyTorch's attention: 32 heads of 128, bfloat16."""
     if options.device == "cpu":
         raise ValueError("attention needs a GPU: the fused kernel does not run on a CPU")
-    # four questions of 150 positions behind a pair of images and its prompt
-    segments = torch.tensor([1431 * [0] + 150 * [1] + 150 * [2] + 150 * [3] + 150 * [4]], device=options.device)
     rows = []
-    for label, positions, mask in (
-        ("causal, 2,048 positions", 2048, dict(causal=True)),
-        ("4 × 150 behind 1,431", 2031, dict(segments=segments)),
-        ("causal, 4,096 positions, window 1,024", 4096, dict(causal=True, window=1024)),
-    ):
+    for label, positions, mask, _ in checks.long_masks(options.device):
         inputs = torch.randn(3, 1, 32, positions, 128, device=options.device, dtype=torch.bfloat16)
         inputs = [x.requires_grad_(True) for x in inputs]
         seconds = []
@@ -156,10 +151,12 @@ def plan(options):
     name = options.model or "7b"
     fields = costs.MODELS.get(name) or read_json(Path(name, "config.json"))
     model = costs.Costs(encoder_config(RAD_DINO, "RAD-DINO", {}), decoder_config(fields, name))
-    parts = costs.plan(model, options)
+    measured = costs.read_measured(options.measured, options.gpu) if options.measured else {}
+    parts = costs.plan(model, options, measured)
     if options.json:
         return print(json.dumps(parts))
-    print(f"{name} on {options.gpus} × {options.gpu}: an estimate, nothing here was measured")
+    source = f"with shares of the peak from {options.measured}" if measured else "nothing here was measured"
+    print(f"{name} on {options.gpus} × {options.gpu}: an estimate, {source}")
     for part, terms in parts.items():
         print(f"\n{part}")
         for term in terms:
@@ -169,7 +166,7 @@ def plan(options):
 def parse(arguments=None):
     parser = Parser(prog="python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    commands = ("all", "decode", "modes", "train", "attention", "load", "plan")
+    commands = ("all", "decode", "modes", "train", "attention", "load", "gpu", "plan")
     add("what", nargs="?", default="all", choices=commands, help="all: decode, modes and train")
     add("--size", default="small", choices=SIZES, help="random model: small (some minutes), mid (some 40 minutes)")
     add("--model", metavar="DIR", help="a checkpoint instead; plan: 7b, 3b, 8b, mistral-7b or a folder")
@@ -177,15 +174,22 @@ def parse(arguments=None):
     add("--threads", type=int, default=1, metavar="N", help="CPU threads; above 1, seconds are wall seconds")
     add("--runs", type=int, default=3, metavar="N", help="runs of each side; their median counts")
     add("--json", action="store_true", help="print one JSON object")
+    add("--minutes", type=float, default=8, metavar="M", help="gpu: begin no check that may take longer than this")
+    add("--out", metavar="FILE", help="gpu: where lines of JSON are added, one for each check")
     add("--gpu", default="H100", choices=costs.GPUS, help="plan: the GPU")
     add("--gpus", type=int, default=1, metavar="N", help="plan: number of GPUs")
     add("--rows", type=int, default=4, metavar="N", help="plan: rows in a forward pass of one GPU")
     add("--questions", type=int, default=4, metavar="N", help="plan: questions about a pair in stage 1")
+    add("--measured", metavar="FILE", help="plan: shares of the peak from what `gpu` wrote, instead of assumed ones")
     add("--records", type=int, default=100_000, metavar="N", help="plan: training records")
     options = parser.parse_args(arguments)
     for name in ("threads", "runs", "gpus", "rows", "questions", "records"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} {getattr(options, name)} is not at least 1")
+    if options.what == "gpu" and not options.out:
+        parser.error("gpu needs --out FILE for its lines of JSON")
+    if not options.minutes > 0:
+        parser.error(f"--minutes {options.minutes} is not above 0")
     if options.device == "auto":
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
     return options
@@ -193,7 +197,7 @@ def parse(arguments=None):
 
 def main(arguments=None) -> int:
     options = parse(arguments)
-    commands = {"attention": compare_attention, "load": measure_loading, "plan": plan}
+    commands = {"attention": compare_attention, "load": measure_loading, "gpu": gpu.run, "plan": plan}
     return guard("python -m bench", commands.get(options.what, compare), options)
 
 

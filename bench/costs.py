@@ -1,19 +1,25 @@
 """Estimates without running anything: multiplications, bytes, and from them memory and hours on a GPU.
 
-`python -m bench plan` prints `plan`; measured times are divided by the FLOP of `Costs`.
+`python -m bench plan` prints `plan`; measured times are divided by the FLOP of `Costs`. The share of a GPU's peak that
+is reached is assumed, or with `--measured FILE` read from what `python -m bench gpu` wrote.
 """
 
-from typing import NamedTuple
+import re
+from types import MappingProxyType
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import nn
 
+from data import Records
 from decoder import Decoder, DecoderConfig
 from encoder import Encoder, EncoderConfig
+from plumbing.fields import Range, check_value
 from plumbing.log import PEAK_TFLOPS
 from tac import TAC
 
 PREFIX, QUESTION, ANSWER = 40, 38, 79  # ids of a Diff-VQA record: before its image, and behind it
+Part = Annotated[float, Range(1e-6, 1)]  # of a peak
 RANK = 128  # of LoRA, as published
 # the published test set: studies, ids of the prompt, tokens of a report; and the studies in a batch
 TEST_SET, PROMPT, REPORT, BATCH = 2461, 62, 120, 8
@@ -30,6 +36,7 @@ GPUS = {  # from the makers' data sheets
     "A6000": GPU(48e9, 0.768e12), "3090": GPU(24e9, 0.936e12), "4090": GPU(24e9, 1.01e12),
     "5090": GPU(32e9, 1.79e12), "MI300X": GPU(192e9, 5.3e12),
 }  # fmt: skip
+RAD_DINO = dict(model_type="dinov2", image_size=518, patch_size=14)
 LLAMA_3 = dict(model_type="llama", num_key_value_heads=8, vocab_size=128256)
 MODELS = {  # fields of the published config.json files that differ from our defaults
     "7b": dict(model_type="llama"),  # Llama 2, Vicuna, Meditron
@@ -38,6 +45,23 @@ MODELS = {  # fields of the published config.json files that differ from our def
     "8b": LLAMA_3 | dict(intermediate_size=14336),
     "mistral-7b": dict(model_type="mistral"),
 }  # fmt: skip
+
+
+def find_gpu(name: str) -> str | None:
+    """The row of GPUS for the name that a driver gives a card; None for a card that is not in it.
+
+    Names of several cards contain one another's: a GH200 is no H200, an H100 with PCIe is slower than the H100.
+    """
+    if re.search(r"H100 (PCIe|NVL)|Ti|SUPER|Laptop|4090 D", name):
+        return None
+    if "A100" in name and "40GB" in name:
+        return "A100-40"
+    return next((gpu for gpu in GPUS if re.search(rf"\b{gpu}\b", name)), None)
+
+
+def peak_flops(gpu: str) -> float:
+    """FLOP/s of a row of GPUS in bfloat16."""
+    return 1e12 * PEAK_TFLOPS[gpu.removesuffix("-40")]
 
 
 def matrix_size(model: nn.Module) -> int:
@@ -111,12 +135,48 @@ def term(name: str, amount: float, unit: str, how: str = "") -> dict:
     return dict(term=name, value=amount / {"GB": 1e9, "TFLOP": 1e12, "h": 3600}[unit], unit=unit, how=how)
 
 
-def plan(costs: Costs, options) -> dict[str, list[dict]]:
-    """Memory and time of both training stages and of the test set; options: gpu, gpus, rows, questions, records."""
-    # we assume that 40 % of the FLOP/s and 60 % of the bytes/s are reached
-    gpu, peak = GPUS[options.gpu], 1e12 * PEAK_TFLOPS[options.gpu.removesuffix("-40")]
-    flops, bandwidth = 0.4 * peak * options.gpus, 0.6 * gpu.bandwidth * options.gpus
-    computing = f"40% of {options.gpus} × {peak / 1e12:,.0f} TFLOP/s"
+def bandwidth_of(beams: int) -> str:
+    """The name of the share of the bandwidth that a search of BATCH studies reaches."""
+    return f"bandwidth, {beams} beam(s), {BATCH} together"
+
+
+def read_measured(path, gpu: str) -> dict[str, float]:
+    """Shares of a GPU's peak from a file of `python -m bench gpu`. ValueError if it has none of this GPU."""
+    shares, devices, is_same = {}, set(), False
+    records = Records(path)
+    for number in range(len(records)):
+        line, place = records[number], records.place(number)
+        # each run begins with its machine
+        if line.get("name") == "machine":
+            devices.add(str(line.get("device")))
+            is_same = line.get("gpu") == gpu
+        some = check_value(line.get("share"), dict[str, Part] | None, "share", place)
+        if is_same:
+            shares |= some or {}
+    if not shares:
+        machines = " and ".join(sorted(devices)) or "no machine that it names"
+        raise ValueError(f"{path} has no share of the peak of the GPU {gpu}: it was measured on {machines}")
+    return shares
+
+
+def plan(costs: Costs, options, measured: dict[str, float] = MappingProxyType({})) -> dict[str, list[dict]]:
+    """Memory and time of both training stages and of the test set; options: gpu, gpus, rows, questions, records.
+
+    measured: shares of the peak, as `read_measured` returns them; without one we assume 40 % of the FLOP/s and 60 % of
+    the bytes/s.
+    """
+    gpu, peak = GPUS[options.gpu], peak_flops(options.gpu)
+
+    def share(name: str, assumed: float) -> tuple[float, str]:
+        if name in measured:
+            return measured[name], f"{measured[name]:.0%} (measured)"
+        return assumed, f"{assumed:.0%} (assumed)"
+
+    def compute(name: str, flops: float) -> tuple[float, str]:
+        """Seconds for FLOP, and how they were estimated."""
+        value, text = share(name, 0.4)
+        return flops / (value * peak * options.gpus), f"{text} of {options.gpus} × {peak / 1e12:,.0f} TFLOP/s"
+
     config, parts = costs.decoder_config, {}
     layers, weights = config.num_hidden_layers, costs.decoder + costs.encoder
 
@@ -126,33 +186,39 @@ def plan(costs: Costs, options) -> dict[str, list[dict]]:
         return term(name, size, "GB", f"{verdict} {gpu.memory / 1e9:.0f} GB")
 
     # 1) training: 16 bytes for each parameter that learns are its weight, gradient and AdamW's state in float32
-    for stage, questions, learning in (("1, TAC", options.questions, costs.tac), ("2, LoRA", 1, costs.lora)):
-        lora = stage == "2, LoRA"
+    for stage, part, questions, learning in (
+        ("stage 1", "TAC", options.questions, costs.tac),
+        ("stage 2", "LoRA", 1, costs.lora),
+    ):
+        lora = part == "LoRA"
         frozen, learning = 2 * (weights + lora * costs.tac), 16 * learning
         positions = options.rows * (costs.patches + PREFIX + questions * (QUESTION + ANSWER))
         size = costs.activations(lora)
         checkpoints = positions * (layers * 2 * config.hidden_size + size)  # all layers' inputs, and one layer
         work = costs.step(questions, lora)
-        parts[f"stage {stage}: {questions} question(s) about each pair in a row"] = [
+        time, computing = compute(stage, options.records / questions * work)
+        parts[f"{stage}, {part}: {questions} question(s) about each pair in a row"] = [
             term("frozen weights", frozen, "GB", "2 bytes each"),
             term("what learns", learning, "GB", f"{learning / 16e6:.0f} M × 16 bytes: weights, gradients, AdamW"),
             term("activations", positions * layers * size, "GB", f"{positions:,} × {layers} × {size:,} bytes"),
             memory("memory", frozen + learning + positions * layers * size),
             memory("… with checkpointing", frozen + learning + checkpoints),
             term("work", work, "TFLOP", "a row; with checkpointing a third more"),
-            term("time", options.records / questions * work / flops, "h", f"{options.records:,} records, {computing}"),
+            term("time", time, "h", f"{options.records:,} records, {computing}"),
         ]
 
     # 2) the test set: first tokens are limited by computing, all others by reading memory
     prompt, weights = costs.patches + PROMPT, 2 * (weights + costs.tac)
     position = 4 * layers * config.num_key_value_heads * config.head_dim  # bytes of keys and values
     work = costs.encode() + costs.connect() + costs.prefill(prompt)
-    first = TEST_SET * work / flops
+    first, computing = compute("first token", TEST_SET * work)
     for beams in (1, 10):
         cache = BATCH * (prompt + beams * REPORT) * position
         half = BATCH * (prompt + beams * REPORT / 2) * position
         token = 2 * (costs.layers + costs.head) + half
-        others = TEST_SET / BATCH * REPORT * token / bandwidth
+        value, text = share(bandwidth_of(beams), 0.6)
+        others = TEST_SET / BATCH * REPORT * token / (value * gpu.bandwidth * options.gpus)
+        reading = f"{text} of {options.gpus} × {gpu.bandwidth / 1e12:.2f} TB/s"
         parts[f"{TEST_SET:,} studies, {beams} beam(s), {REPORT} tokens, {BATCH} together"] = [
             term("weights", weights, "GB", "2 bytes each"),
             term("keys and values", cache, "GB", f"{position:,} bytes a position"),
@@ -160,7 +226,7 @@ def plan(costs: Costs, options) -> dict[str, list[dict]]:
             term("before the first token", work, "TFLOP", "a study: encoder, TAC, prefill"),
             term("time", first, "h", computing),
             term("read for a token", token, "GB", "weights, keys and values, with half of the report written"),
-            term("time", others, "h", f"60% of {options.gpus} × {gpu.bandwidth / 1e12:.2f} TB/s"),
+            term("time", others, "h", reading),
             term("time in all", first + others, "h"),
         ]
     return parts
