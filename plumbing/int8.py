@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)  # silent unless a program shows it, as `sa
 # numbers that are in memory as float32 at once: on a CPU what its cache holds, else enough for a kernel to be worth it
 BLOCKS = {"cpu": 2**18}
 OTHER_BLOCK = 2**24
+CPU_VECTORS = torch.backends.cpu.get_cpu_capability()  # a constant, because torch.compile cannot ask for it
+_has_gpu_kernel = {}  # by device
 _messages = set()  # what was logged already
 
 
@@ -54,6 +56,23 @@ def plain_linear(x, weight, scale, bias=None):
     return out if bias is None else out + bias
 
 
+# an operator of our own, which torch.compile leaves as it is: Inductor (PyTorch 2.13) fails on the one inside
+library = torch.library.Library("nanolibra", "DEF")
+library.define("int8_product(Tensor x, Tensor weight) -> Tensor")
+
+
+@torch.library.impl(library, "int8_product", "CPU")
+def int8_product(x, weight):
+    """x bfloat16 [B, columns], weight int8 [rows, columns] -> bfloat16 [B, rows]."""
+    # the kernel would round the scales to bfloat16: they are applied later
+    return torch.ops.aten._weight_int8pack_mm(x, weight, torch.ones(len(weight), dtype=torch.bfloat16))
+
+
+@torch.library.register_fake("nanolibra::int8_product", lib=library)
+def int8_product_shape(x, weight):
+    return x.new_empty(len(x), len(weight))
+
+
 def cpu_linear(x, weight, scale, bias=None):
     """The layer with PyTorch's CPU kernel, which reads the weights as they are; x and its result pass in bfloat16.
 
@@ -61,27 +80,14 @@ def cpu_linear(x, weight, scale, bias=None):
     plain version takes 77 and float32 72. Each row's result is the same bits whatever rows are beside it.
     """
     rows = x.flatten(0, -2).bfloat16()
-    # the kernel would round the scales to bfloat16: they are applied later
-    ones = torch.ones(len(weight), dtype=torch.bfloat16)
-    out = torch.ops.aten._weight_int8pack_mm(rows, weight, ones).to(scale.dtype) * scale
+    out = torch.ops.nanolibra.int8_product(rows, weight).to(scale.dtype) * scale
     out = out.to(x.dtype).unflatten(0, x.shape[:-1])
     return out if bias is None else out + bias
 
 
-# torch.compile calls these when it traces a layer, and keeps what they return
-@torch.compiler.assume_constant_result
-def has_avx() -> bool:
-    return torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
-
-
-@torch.compiler.assume_constant_result
-def has_gpu_kernel(device) -> bool:
-    return kernel_available(device)
-
-
-@torch.compiler.assume_constant_result
 def _log_once(message: str):
-    if message not in _messages:
+    # nothing can be logged inside a compiled step; on a CPU the prefill has said it
+    if not torch.compiler.is_compiling() and message not in _messages:
         _messages.add(message)
         logger.info(message)
 
@@ -91,7 +97,14 @@ def has_cpu_kernel(x) -> bool:
 
     It reads beyond the ends of rows whose length is no multiple of 16 (wrong numbers or a crash in PyTorch 2.13).
     """
-    return x.device.type == "cpu" and x.shape[-1] % 32 == 0 and has_avx()
+    return x.device.type == "cpu" and x.shape[-1] % 32 == 0 and CPU_VECTORS in ("AVX2", "AVX512")
+
+
+def has_gpu_kernel(device) -> bool:
+    # a dictionary, because torch.compile cannot ask a GPU what it is; the prefill, which is not compiled, has asked
+    if device not in _has_gpu_kernel:
+        _has_gpu_kernel[device] = kernel_available(device)
+    return _has_gpu_kernel[device]
 
 
 def gpu_linear(x, weight, scale, bias=None):

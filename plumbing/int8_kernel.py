@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 
-import kernel
 from kernel import constexpr, jit, tl, triton
 
 # An A100 does 312e12 / 2 multiplications and reads 2e12 bytes a second: up to 78 rows, reading decides. To expand a
@@ -26,15 +25,13 @@ class Tile(NamedTuple):
     rows: int  # of x
     N: int  # rows of the weights
     K: int  # columns
-    num_stages: int  # blocks that are loaded ahead, to have enough bytes on their way
 
 
 def tile_for(x) -> Tile:
-    """`python -m bench.kernel_proofs` checks that every tile fits into registers and shared memory."""
-    num_stages = 2 if kernel.gpu_kind(x.device) == "amd" else 4
+    """`python -m bench.kernel_proofs` checks that every tile fits into registers and shared memory of every GPU."""
     if len(x) <= 16:
-        return Tile(16, 32, 256, num_stages)
-    return Tile(64, 32, 256 // x.element_size(), num_stages)
+        return Tile(16, 32, 256)
+    return Tile(64, 32, 256 // x.element_size())
 
 
 def dot_type(x):
@@ -68,9 +65,10 @@ def int8_linear(x, weight, scale):
     x, (height, width) = x.contiguous(), weight.shape
     out = x.new_empty(len(x), height)
     tile = tile_for(x)
-    with torch.cuda.device_of(x):  # Triton launches on the current GPU
+    # Triton launches on the current GPU; -1, for a CPU in the interpreter, changes nothing
+    with torch.cuda.device(x.get_device()):
         _int8_kernel[triton.cdiv(len(x), tile.rows), triton.cdiv(height, tile.N)](
             x, weight, scale, out, len(x), height, width,
-            R=tile.rows, N=tile.N, K=tile.K, DOT=dot_type(x), num_warps=4, num_stages=tile.num_stages,
+            R=tile.rows, N=tile.N, K=tile.K, DOT=dot_type(x), num_warps=4, num_stages=3,
         )  # fmt: skip
     return out

@@ -415,6 +415,14 @@ def test_a_compiled_step_gives_the_golden_report(capsys):
     assert capsys.readouterr().out == case["greedy"]["text"] + "\n"
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_step_gives_the_same_report_in_8_bits(capsys):
+    flags = ["--max-new-tokens", "12", "--device", "cpu", "--dtype", "int8"]
+    assert run(*flags) == run(*flags, "--compile") == 0
+    plain, compiled = capsys.readouterr().out.splitlines()
+    assert plain == compiled
+
+
 def test_where_nothing_compiles_one_line_says_so(monkeypatch, capsys):
     def compile(*_, **__):
         raise RuntimeError("no compiler\nand more")

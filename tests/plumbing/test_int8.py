@@ -54,6 +54,7 @@ def test_a_row_is_rounded_to_the_nearest_of_255_steps():
 @pytest.mark.parametrize("rows, columns, height", [(1, 32, 1), (3, 96, 5), (1, 32, 130), (70, 160, 31), (2, 1056, 67)])
 def test_the_cpu_kernel_computes_what_the_plain_version_does(rows, columns, height, monkeypatch):
     monkeypatch.setitem(int8.BLOCKS, "cpu", 300)  # several blocks
+    torch.manual_seed(0)  # one output may be near zero by chance, and its relative error large
     layer, x, bias = quantised(torch.randn(height, columns)), torch.randn(1, rows, columns), torch.randn(height)
     weights = layer.weight, layer.weight_scale, bias
     expected = F.linear(x, layer.weight * layer.weight_scale[:, None], bias)
@@ -118,7 +119,7 @@ def test_a_chat_at_the_command_line_says_which_kernel_runs(monkeypatch, capsys, 
 def test_without_the_kernel_the_plain_version_runs_and_says_so(monkeypatch, caplog):
     libra = read_int8(SEVEN)
     with_kernel = decoder_logits(libra)
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    monkeypatch.setattr(int8, "CPU_VECTORS", "DEFAULT")
     int8._messages.clear()
     with caplog.at_level(logging.INFO, "plumbing.int8"):
         assert relative(decoder_logits(libra), with_kernel) < 0.02
