@@ -678,9 +678,6 @@ class Cache:
         """The rows that a decoding step computes."""
         return slice(0, self.num_active * self.prompts)
 
-    def row_of(self, study: int, prompt: int = 0) -> int:
-        return self.order.index(study) * self.prompts + prompt
-
     def reserve(self, positions: int):
         """Makes room for prefixes of this many positions. Only a chat, whose prompt grows, needs it."""
         missing = positions - self.prefix[0][0].shape[2]
