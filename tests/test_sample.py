@@ -15,7 +15,8 @@ from conftest import FAMILIES, GOLDEN, ROOT, cases, load, read, study_of
 
 import sample
 from data import Study
-from decoder import Cache, Decoder, decoder_config
+from decoder import Cache, Decoder
+from plumbing.families import decoder_config
 from sample import Chat, Options, Prefix, Stops, Stream, counterfactuals, decode, generate, sample_tokens
 from tokenizer import Prompt
 
