@@ -150,6 +150,11 @@ def test_beam_search_equals_transformers_over_random_settings():
     assert ended_early == {True, False}  # the settings reach both ends: eos and the limit
 
 
+@pytest.mark.parametrize("options", [{}, dict(num_beams=3), dict(temperature=1.0)])
+def test_no_studies_give_no_reports(options):
+    assert generate(load("libra-7b"), [], **options) == []
+
+
 @pytest.mark.parametrize("options", [
     {}, dict(no_repeat_ngram=2), dict(temperature=1.0, num_return_sequences=3), dict(num_beams=3),
 ])  # fmt: skip
