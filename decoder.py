@@ -35,7 +35,7 @@ from plumbing.fields import (
     shorten,
     warn_of_training,
 )
-from plumbing.int8 import Int8Linear
+from plumbing.quantised import Int4Linear, Int8Linear
 
 Heads = Annotated[int, Range(1, 4096)]
 Positions = Annotated[int, Range(2, 2**30)]
@@ -461,6 +461,9 @@ class SideBySide(nn.Module):
         On the meta device there is nothing to copy: then the matrix is made on `device`, without values.
         """
         layers = [getattr(self, name) for name in self.names]
+        # rows are not the first dimension of what a CPU kernel takes
+        if isinstance(layers[0], Int4Linear):
+            return
         joined = copy.deepcopy(layers[0])
         for name, parameter in layers[0].named_parameters():
             # weight, and also the bias, and the scales of int8
