@@ -268,11 +268,12 @@ class Int4Linear(nn.Module):
         height = len(self.weight)
         if self.is_packed or self.weight.device.type != "cpu" or height % TILE or CPU_VECTORS not in ("AVX2", "AVX512"):
             return
-        # in place: a tile has as many bytes in both layouts
-        for start in range(0, height, 512):
-            tiles = self.weight.data[start : start + 512]
-            tiles.copy_(torch.ops.aten._convert_weight_to_int4pack_for_cpu(from_bytes(tiles).int(), 1))
-        self.weight_scale = nn.Parameter(self.weight_scale.transpose(0, 1).contiguous(), requires_grad=False)
+        # in place, since both layouts have as many bytes; new memory would leave gaps where the old one was
+        for tile in self.weight.data.split(TILE):
+            tile.copy_(torch.ops.aten._convert_weight_to_int4pack_for_cpu(from_bytes(tile).int(), 1))
+        by_group = self.weight_scale.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+        scale = self.weight_scale.data.view(by_group.shape).copy_(by_group)
+        self.weight_scale = nn.Parameter(scale, requires_grad=False)
         self.is_packed = True
 
     def stored(self, name: str):
