@@ -1,7 +1,7 @@
 """One Llama-family decoder for every language model, and its key-value cache.
 
-A family is a row of FAMILIES; plumbing/families.py reads which one a `config.json` describes. Modules have the published
-parameter names, so that weights load by name.
+A family is a row of FAMILIES; plumbing/families.py reads which one a `config.json` describes. Modules have the
+published parameter names, so that weights load by name.
 
 Modules store no keys and values. A layer hands its queries, keys and values to `attend`, and the caller chooses what
 that is: `WholeRows` (training, no cache), `Prefill` (fill the cache with a prompt) or `DecodingStep` (one more token).
@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 from attention import StepMasks, attention, shared_prefix_attention, step_masks
 from plumbing.checkpoint import NameMap
 from plumbing.fields import Positive, Range, Size
-from plumbing.int8 import Int8Linear
+from plumbing.quantised import Int4Linear, Int8Linear
 
 Heads = Annotated[int, Range(1, 4096)]
 Positions = Annotated[int, Range(2, 2**30)]
@@ -306,6 +306,9 @@ class SideBySide(nn.Module):
         On the meta device there is nothing to copy: then the matrix is made on `device`, without values.
         """
         layers = [getattr(self, name) for name in self.names]
+        # rows are not the first dimension of what a CPU kernel takes
+        if isinstance(layers[0], Int4Linear):
+            return
         joined = copy.deepcopy(layers[0])
         for name, parameter in layers[0].named_parameters():
             # weight, and also the bias, and the scales of int8

@@ -34,9 +34,9 @@ from plumbing import layout
 from plumbing.checkpoint import Source, locate
 from plumbing.cli import Parser, guard, progress
 from plumbing.families import names_of
-from plumbing.int8 import is_int8, quantise_linears
 from plumbing.layout import DTYPES, EncoderFiles, LibraConfig, find_dtype
 from plumbing.pixels import PixelConfig, preprocess
+from plumbing.quantised import KINDS, kind_of, quantise_linears
 from tac import MLPConnector
 from tokenizer import IMAGE, IMAGE_END, IMAGE_START, IMAGE_TEXT, Tokenizer, template_of
 
@@ -110,9 +110,9 @@ class Libra(nn.Module):
         base: the model under an adapter or a connector, instead of the one that it records.
         encoder: folder or hub id, instead of the checkpoint's `mm_vision_tower`.
         device: auto (cuda, else mps, else cpu), cpu, cuda, mps.
-        dtype: auto (float32 on the CPU, else the checkpoint's 16-bit type), stored, float32, bfloat16, float16; int8:
-            the decoder's linear layers in 8 bits (plumbing/int8.py), everything else as with auto.
-        merge: add an adapter's update into the weights; int8 always does.
+        dtype: auto (float32 on the CPU, else the checkpoint's 16-bit type), stored, float32, bfloat16, float16; int8,
+            int4: the decoder's linear layers in 8 or 4 bits (plumbing/quantised.py), everything else as with auto.
+        merge: add an adapter's update into the weights; int8 and int4 always do.
         changes: fields of config.json to override; they are saved with the model.
         progress(bytes done, bytes in all) is called while weights are read.
 
@@ -126,11 +126,11 @@ class Libra(nn.Module):
         for number, adapter in enumerate(files.adapters, start=1):
             layout.load_adapter(libra, adapter)
             is_last = number == len(files.adapters)
-            if merge or not is_last or dtype == "int8":
+            if merge or not is_last or dtype in KINDS:
                 libra.merge_lora(adapter)
         # the adapters' sums are rounded, not their parts
-        if files.adapters and dtype == "int8":
-            quantise_linears(libra.decoder)
+        if files.adapters and dtype in KINDS:
+            quantise_linears(libra.decoder, dtype)
             libra.decoder.join()
         # an adapter's own type may differ
         if libra.lora:
@@ -181,8 +181,8 @@ class Libra(nn.Module):
 
     def add_lora(self, config: LoRAConfig):
         """Puts a fresh LoRA beside the decoder's layers and freezes the rest of the decoder."""
-        if is_int8(self.decoder):
-            problem = f"{self.base} has int8 weights, which take no adapter"
+        if kind := kind_of(self.decoder):
+            problem = f"{self.base} has {kind} weights, which take no adapter"
             raise ValueError(f"{problem}: use the model that it was made from")
         add_lora(self.decoder, names_of(self.config.json), config)
         self.lora = config
@@ -210,8 +210,8 @@ class Libra(nn.Module):
 
     def save_parts(self, folder):
         """Writes encoder and language model as stock ones, into folder/encoder and folder/decoder."""
-        if is_int8(self.decoder):
-            raise ValueError("other programs do not know these int8 weights: load the model in another dtype")
+        if kind := kind_of(self.decoder):
+            raise ValueError(f"other programs do not know these {kind} weights: load the model in another dtype")
         layout.write_encoder(self, Path(folder) / "encoder")
         layout.write_language_model(self, Path(folder) / "decoder")
 
@@ -410,8 +410,8 @@ def parse(arguments=None):
     add("--base", metavar="ID_OR_DIR", help="model under it, instead of the one that it records")
     add("--out", required=True, metavar="DIR", help="folder to write; an old checkpoint is replaced")
     add("--with-encoder", action="store_true", help="save the image encoder, too, in DIR/encoder")
-    text = "type of the weights; int8: those of the decoder in 8 bits, the rest as stored"
-    add("--dtype", default="stored", choices=("stored", *DTYPES, "int8"), help=text)
+    text = "type of the weights; int8, int4: those of the decoder in so many bits, the rest as stored"
+    add("--dtype", default="stored", choices=("stored", *DTYPES, *KINDS), help=text)
     return parser.parse_args(arguments)
 
 
@@ -421,7 +421,7 @@ def convert(arguments):
     libra = Libra.from_pretrained(arguments.model, **options)
     # computed in float32, saved as the rest of the checkpoint was
     stored = None
-    if arguments.dtype == "int8":
+    if arguments.dtype in KINDS:
         stored = find_dtype("stored", libra.device, libra.config.json)
     libra.save_pretrained(arguments.out, stored, with_encoder=arguments.with_encoder)
     count = sum(parameter.numel() for parameter in libra.parameters())

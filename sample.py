@@ -764,7 +764,7 @@ def parse(arguments=None):
     add("--num-return-sequences", type=int, default=1, metavar="R", help="reports: best beams, or samples")
     add("--chat", action="store_true", help="ask more questions about the same images; an empty line ends")
     add("--json", action="store_true", help="print one JSON object: prompt, ids, outputs, seconds")
-    add("--verbose", action="store_true", help="say on stderr which kernels compute attention and int8 layers")
+    add("--verbose", action="store_true", help="say on stderr which kernels compute attention, int8 and int4 layers")
     arguments = parser.parse_args(arguments)
     if len(arguments.images) > 2:
         parser.error(f"--images takes one or two images (current, prior), not {len(arguments.images)}")
@@ -804,7 +804,7 @@ def run(arguments):
     # 1) check everything that is quick to check
     if arguments.verbose:
         logging.basicConfig(format="sample.py: %(message)s")
-        for name in ("attention", "plumbing.int8"):
+        for name in ("attention", "plumbing.quantised"):
             logging.getLogger(name).setLevel(logging.INFO)
     options = options_of(arguments)
     scores = [read_scores(arguments.expert)] if arguments.expert is not None else None

@@ -44,9 +44,9 @@ from plumbing.distributed import World, init_distributed, is_sharded, shard, uns
 from plumbing.families import names_of
 from plumbing.fields import Count, CountOrZero, Positive, Range, Share, Size
 from plumbing.files import only_writer_in
-from plumbing.int8 import is_int8
 from plumbing.layout import find_device
 from plumbing.log import Log
+from plumbing.quantised import kind_of
 from plumbing.resume import Checkpoints, checkpoint_files
 from plumbing.settings import read_settings
 from sample import generate
@@ -360,8 +360,8 @@ def build(config: TrainConfig, show=lambda done, total: None) -> Libra:
     torch.manual_seed(config.seed)
     libra = load_model(config, show)
     find_template(libra.template)
-    if is_int8(libra.decoder):
-        raise ValueError(f"{libra.base} has int8 weights, which do not train: use the model that it was made from")
+    if kind := kind_of(libra.decoder):
+        raise ValueError(f"{libra.base} has {kind} weights, which do not train: use the model that it was made from")
     if "encoder" in config.train and libra.encoder_files.is_open_clip:
         raise ValueError("an open_clip encoder cannot be trained: published checkpoints have no place for it")
 

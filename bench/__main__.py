@@ -1,7 +1,7 @@
 """Measures this project beside its peers, and estimates what the work costs on other hardware.
 
     python -m bench [decode|train] [--size mid]       ours beside `transformers` and `peft`
-    python -m bench modes [--size mid]                int8, bfloat16, an expert, many studies, beside plain decoding
+    python -m bench modes [--size mid]                rounded weights, an expert, many studies, beside plain
     python -m bench load                              peak memory of loading 1 GB of 16 bits, on a CPU with Linux
     python -m bench attention                         the fused kernel beside PyTorch's attention, on a GPU
     python -m bench gpu --out FILE                    checks and measures everything that needs a GPU
@@ -122,7 +122,7 @@ def measure_loading(options):
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         model = options.model or write_random_model(Path(folder), *GIGABYTE, dtype="bfloat16")
-        for dtype in ("int8", "bfloat16", "float32"):
+        for dtype in ("int4", "int8", "bfloat16", "float32"):
             peak = measure_peak(partial(sides.load, dtype, model))
             rows.append(dict(dtype=dtype, model=peak.result, peak=peak.memory, ratio=peak.memory / peak.result))
     if options.json:

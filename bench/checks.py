@@ -39,8 +39,8 @@ from plumbing import fresh
 from plumbing.cli import follow_parent
 from plumbing.distributed import World, shard, unsharded
 from plumbing.families import decoder_config
-from plumbing.int8 import Int8Linear, plain_linear, quantise_linears
 from plumbing.log import read_log
+from plumbing.quantised import Int8Linear, plain_linear, quantise_linears
 from sample import Options, decode, generate, prefill
 from tac import TAC
 
@@ -361,7 +361,7 @@ def make_libra(card: Card, kind: str) -> Libra:
     libra.vocabulary = config.vocab_size
     libra.eos_token_ids = []  # every report has its full length
     if kind == "int8":
-        quantise_linears(decoder)
+        quantise_linears(decoder, kind)
     decoder.join()
     if is_trained:
         train.choose_learning(libra, train.TrainConfig(train=(kind,)))

@@ -39,6 +39,8 @@ class Mode(NamedTuple):
 MODES = {
     "greedy, int8": (Mode("int8"), Mode(), "float32"),
     "beams, int8": (Mode("int8", beams=10), Mode(beams=10), "float32"),
+    "greedy, int4": (Mode("int4"), Mode(), "float32"),
+    "beams, int4": (Mode("int4", beams=10), Mode(beams=10), "float32"),
     "greedy, bfloat16": (Mode("bfloat16"), Mode(), "float32"),
     "beams, bfloat16": (Mode("bfloat16", beams=10), Mode(beams=10), "float32"),
     "greedy, expert": (Mode(has_expert=True), Mode(), "no expert"),

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 from plumbing.fields import Range, check_value, shorten
 from plumbing.files import check_readable, finish_folder, read_json, write_json
-from plumbing.int8 import quantise_into
+from plumbing.quantised import quantise_into
 
 CONFIG_FILES = ("*.json", "tokenizer.model")  # small files, among them the indices of the weights
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")  # the first that exists counts
@@ -137,7 +137,13 @@ class StoredTensor(NamedTuple):
 
 # the types of weights, as safetensors and as torch name them
 FLOATS = ("F64", "F32", "F16", "BF16", "float64", "float32", "float16", "bfloat16")
-INT8 = ("I8", "int8")
+BYTES = {torch.int8: ("I8", "int8"), torch.uint8: ("U8", "uint8")}  # rounded weights of ours
+SMALLER = {  # what to try where memory is short
+    "float32": "--dtype bfloat16, int8 or int4, or ",
+    "bfloat16": "--dtype int8 or int4, or ",
+    "float16": "--dtype int8 or int4, or ",
+    "int8": "--dtype int4 or ",
+}
 
 
 def list_tensors(source: Source) -> dict[str, StoredTensor]:
@@ -304,8 +310,8 @@ def check_fit(parameters: dict[str, torch.Tensor], tensors: dict[str, StoredTens
         if sizes(stored.shape) != sizes(shape):
             wrong_shapes.append(f"{name} {list(stored.shape)} instead of {shape}")
         # whole numbers are packed weights, or something else, except in a model of ours that has them
-        if parameter.dtype == torch.int8:
-            if stored.dtype not in INT8:
+        if parameter.dtype in BYTES:
+            if stored.dtype not in BYTES[parameter.dtype]:
                 wrong_bytes.append(f"{name} {stored.dtype}")
         elif stored.dtype not in FLOATS:
             wrong_types.append(f"{name} {stored.dtype}")
@@ -314,7 +320,7 @@ def check_fit(parameters: dict[str, torch.Tensor], tensors: dict[str, StoredTens
         "unexpected": [name for name in tensors if name not in parameters],
         "wrongly shaped": wrong_shapes,
         "not floating-point": wrong_types,
-        "not int8": wrong_bytes,
+        "not int8 or uint8": wrong_bytes,
     }
 
     counts, examples = [], []
@@ -336,20 +342,20 @@ def load_tensors(
 ):
     """Copies tensors into the parameters of the same names, whatever their type and device. Call `check_fit` first.
 
-    A parameter X of type int8 takes the numbers of a floating-point tensor rounded, and X_scale takes their scales.
+    A parameter X of type int8 or uint8 takes the numbers of a floating-point tensor rounded, X_scale their scales.
     progress(bytes done, bytes in all) is called after each tensor. ValueError names a tensor with NaN or infinity.
     """
     total, done = sum(parameter.nbytes for parameter in parameters.values()), 0
     for name, stored in tensors.items():
         parameter = parameters[name]
-        tensor = read_tensor(stored).view_as(parameter)
-        if parameter.dtype == torch.int8 and tensor.is_floating_point():
+        tensor = read_tensor(stored)
+        if parameter.dtype in BYTES and tensor.is_floating_point():
             numbers = parameters[f"{name}_scale"]  # they show NaN and infinity
-            quantise_into(tensor, parameter, numbers)
+            quantise_into(tensor.flatten(1), parameter, numbers)
             done += numbers.nbytes
         else:
             numbers = parameter
-            parameter.copy_(tensor)
+            parameter.copy_(tensor.view_as(parameter))
         if not _is_finite(numbers):
             where = f"{stored.file}: {stored.name}"
             if _is_finite(tensor):
@@ -365,11 +371,11 @@ def _is_finite(tensor: torch.Tensor) -> bool:
     return not tensor.numel() or bool(torch.stack(torch.aminmax(tensor)).isfinite().all())
 
 
-def check_memory(needed: int, device: torch.device, dtype: torch.dtype):
-    """MemoryError if a device has fewer than `needed` bytes free."""
+def check_memory(needed: int, device: torch.device, dtype: str):
+    """MemoryError if a device has fewer than `needed` bytes free, which weights of this type take."""
     free = free_memory(device)
     if needed > free:
-        smaller = {4: "--dtype bfloat16 or int8, or ", 2: "--dtype int8 or "}.get(dtype.itemsize, "")
+        smaller = SMALLER.get(dtype, "")
         figures = f"{needed / 2**30:.1f} GiB in {dtype}, and {free / 2**30:.1f} GiB are free on {device}"
         raise MemoryError(f"the weights need {figures}: try {smaller}a smaller model")
 

@@ -55,8 +55,8 @@ def add_model_flags(add):
     add("--template", metavar="NAME", help="conversation template; default: the checkpoint's own")
     text = "show DICOM as the file says, or as MIMIC-CXR-JPG did; default: as the checkpoint was trained, else standard"
     add("--dicom-display", choices=("standard", "jpg"), help=text)
-    text = "auto: float32 on a CPU; int8: the decoder's weights in 8 bits, the rest as with auto"
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16", "int8"), help=text)
+    text = "auto: float32 on a CPU; int8, int4: the decoder's weights in so many bits, the rest as with auto"
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16", "int8", "int4"), help=text)
     add("--device", default="auto", help="auto, cpu, cuda or mps")
     add("--compile", action="store_true", help="compile the decoding step: a slow first report, then faster ones")
 

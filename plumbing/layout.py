@@ -16,6 +16,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -30,8 +31,8 @@ from plumbing.checkpoint import Source, StoredTensor
 from plumbing.families import check_family, decoder_config, family_of, names_of
 from plumbing.fields import Range, Share, check_fields, check_present, check_value, shorten
 from plumbing.files import atomic_folder, check_supported, read_json, read_json_if_present, write_json
-from plumbing.int8 import is_int8, quantise_linears
 from plumbing.pixels import PREPROCESSOR_FILES, PixelConfig, open_clip_pixels, read_pixel_config
+from plumbing.quantised import KINDS, Int4Linear, kind_of, pack_linears, quantise_linears
 from tac import make_connector
 from tokenizer import IMAGE_END, IMAGE_START, Tokenizer, template_of
 
@@ -75,7 +76,7 @@ class LibraConfig:
     mm_vision_tower_config: Name | None = None  # the two files of an open_clip encoder
     mm_vision_tower_checkpoint: Name | None = None
     mm_conversation_template: Name | None = None  # ours
-    mm_weights: Literal["int8"] | None = None  # ours: the decoder's linear layers are in 8 bits, plumbing/int8.py
+    mm_weights: Literal["int8", "int4"] | None = None  # ours: of the decoder's linear layers, plumbing/quantised.py
     unfreeze_mm_vision_tower: bool | None = False
     use_maira_feature_norm: bool | None = False
     torch_dtype: Name | None = None
@@ -314,17 +315,17 @@ def find_device(name: str) -> torch.device:
 def find_dtype(name: str, device: torch.device, config: dict) -> torch.dtype:
     """auto (float32 on the CPU, else the checkpoint's 16-bit type), stored (the checkpoint's) or a name -> a type.
 
-    int8 is the type of some weights: of the others it is auto's.
+    int8 and int4 are the type of some weights: of the others it is auto's.
     """
     recorded = str(config.get("torch_dtype") or config.get("dtype") or "float32")
     if name == "stored":
         name = recorded
-    elif name in ("auto", "int8") and device.type == "cpu":
+    elif name in ("auto", *KINDS) and device.type == "cpu":
         name = "float32"
-    elif name in ("auto", "int8"):
+    elif name in ("auto", *KINDS):
         name = recorded if recorded in ("float16", "bfloat16") else "bfloat16"
     if name not in DTYPES:
-        raise ValueError(f"dtype {name!r} is not one of auto, stored, int8, {', '.join(DTYPES)}")
+        raise ValueError(f"dtype {name!r} is not one of auto, stored, {', '.join([*KINDS, *DTYPES])}")
     return DTYPES[name]
 
 
@@ -344,14 +345,14 @@ def read_model(
     """Reads a model without its adapters; returns the arguments of `Libra`.
 
     fresh_connector: do not read the connector, keep torch's random initial values. changes: fields of config.json to
-    set, as a new model or a training run does; the config then names its template, too. dtype int8: weights are rounded
-    as they are read, unless an adapter has to be merged into them first.
+    set, as a new model or a training run does; the config then names its template, too. dtype int8, int4: weights are
+    rounded as they are read, unless an adapter has to be merged into them first.
     """
     # 1) configs
     device, folder = find_device(device), files.config_source.folder
     config = libra_config(files.config, folder)
-    has_int8 = find_int8(files, dtype)
-    makes_int8 = dtype == "int8" and not has_int8 and not files.adapters
+    has_kind = find_kind(files, dtype)
+    makes_kind = dtype if dtype in KINDS and not has_kind and not files.adapters else None
     dtype = find_dtype(dtype, device, files.config)
     decoder_settings = decoder_config(files.config, folder)
     tokenizer = Tokenizer(files.weights.folder, sentencepiece_first=files.config["model_type"] == "libra")
@@ -372,8 +373,8 @@ def read_model(
         modules["connector"] = _new_connector(config, encoder_settings, decoder_settings)
         modules["decoder"] = Decoder(decoder_settings)
     modules.to(dtype)
-    if has_int8:
-        quantise_linears(modules["decoder"])
+    if has_kind:
+        quantise_linears(modules["decoder"], has_kind)
     tensors["encoder"] = encoder_tensors(modules["encoder"], tower.tensors)
     tensors["decoder"] = checkpoint.rename_tensors(tensors["decoder"], names_of(files.config), modules["decoder"])
     if fresh_connector:
@@ -388,12 +389,13 @@ def read_model(
     checkpoint.check_fit(dict(modules.named_parameters()), stored, complaint)
 
     # 5) memory, then data
-    if makes_int8:
-        quantise_linears(modules["decoder"])
+    if makes_kind:
+        quantise_linears(modules["decoder"], makes_kind)
     needed = sum(parameter.nbytes for parameter in modules.parameters())
-    checkpoint.check_memory(needed, device, torch.int8 if has_int8 or makes_int8 else dtype)
+    checkpoint.check_memory(needed, device, has_kind or makes_kind or str(dtype).removeprefix("torch."))
     _allocate(modules, device)
     checkpoint.load_tensors(dict(modules.named_parameters()), stored, progress)
+    pack_linears(modules["decoder"])
     if fresh_connector:
         modules["connector"] = _new_connector(config, encoder_settings, decoder_settings).to(device, dtype)
 
@@ -428,14 +430,14 @@ def _allocate(modules: nn.ModuleDict, device: torch.device):
                 setattr(module, name, nn.Parameter(memory, parameter.requires_grad))
 
 
-def find_int8(files: ModelFiles, dtype: str) -> bool:
-    """Tells whether the weights were saved in 8 bits. ValueError if another type is wanted: the rest is lost."""
+def find_kind(files: ModelFiles, dtype: str) -> str | None:
+    """Returns int8 or int4 if weights were saved so. ValueError if another type is wanted: the rest is lost."""
     file = files.weights.folder / "config.json"
-    kind = check_value(read_json(file).get("mm_weights"), Literal["int8"] | None, "mm_weights", file)
-    if kind and dtype not in ("auto", "stored", "int8"):
-        problem = f"{files.weights} holds int8 weights, which do not become {dtype} again"
-        raise ValueError(f"{problem}: use --dtype int8, or the model that it was made from")
-    return kind is not None
+    kind = check_value(read_json(file).get("mm_weights"), Literal["int8", "int4"] | None, "mm_weights", file)
+    if kind and dtype not in ("auto", "stored", kind):
+        problem = f"{files.weights} holds {kind} weights, which do not become {dtype} again"
+        raise ValueError(f"{problem}: use --dtype {kind}, or the model that it was made from")
+    return kind
 
 
 def _tensors_by_part(files: ModelFiles) -> dict[str, dict[str, StoredTensor]]:
@@ -603,13 +605,13 @@ def write_model(libra, folder, dtype: torch.dtype | None, shard_size: int, with_
     """Writes a whole checkpoint with LoRA merged; see `Libra.save_pretrained`."""
     config = _config_for(libra, folder)
     config["torch_dtype"] = str(dtype or libra.dtype).removeprefix("torch.")
-    if is_int8(libra.decoder):
-        config["mm_weights"] = "int8"
+    if kind := kind_of(libra.decoder):
+        config["mm_weights"] = kind
     named = itertools.chain(_decoder_tensors(libra), _connector_tensors(libra), _trained_encoder_tensors(libra))
 
     def in_type(name: str, tensor):
-        # neither 8-bit weights nor their scales change
-        keeps = dtype is None or tensor.dtype == torch.int8 or name.endswith(".weight_scale")
+        # neither rounded weights nor their scales change
+        keeps = dtype is None or tensor.dtype in checkpoint.BYTES or name.endswith(".weight_scale")
         return tensor if keeps else tensor.to(dtype)
 
     tensors = ((name, in_type(name, tensor)) for name, tensor in named)
@@ -731,6 +733,11 @@ def _decoder_tensors(libra) -> Iterator[tuple[str, torch.Tensor]]:
             makers[f"{module}.weight"] = libra.decoder.get_submodule(module).merged
         elif ".lora_" not in name:
             makers[name.replace(".base_layer.", ".")] = lambda parameter=parameter: parameter
+
+    for module, layer in libra.decoder.named_modules():
+        if isinstance(layer, Int4Linear):
+            for name, _ in layer.named_parameters():
+                makers[f"{module}.{name}"] = partial(layer.stored, name)
 
     # 2) stack what the family fuses on disk: q_proj, k_proj, v_proj -> qkv_proj
     for fused, (first, *others) in names_of(libra.config.json).fused.items():

@@ -11,7 +11,7 @@ from conftest import attention_by_loops, random_tensor, relative
 import kernel
 from attention import attention, visible
 from kernel import constexpr, jit, tl, triton
-from plumbing import int8, int8_kernel
+from plumbing import int8_kernel, quantised
 
 DEVICE = torch.device("cpu" if kernel.interpreted() else "cuda")
 
@@ -166,10 +166,10 @@ def test_the_int8_kernel_computes_what_the_plain_version_does(rows, height, widt
     x = random_tensor(1, rows, width, dtype=dtype)
     weight = torch.randint(-127, 128, (height, width), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
     scale, bias = random_tensor(height, seed=1).abs(), random_tensor(height, dtype=dtype, seed=2)
-    out = int8.gpu_linear(*(tensor.to(DEVICE) for tensor in (x, weight, scale, bias)))
+    out = quantised.gpu_linear(*(tensor.to(DEVICE) for tensor in (x, weight, scale, bias)))
     assert out.dtype == dtype and out.shape == (1, rows, height)
     limit = 8e-3 if dtype == torch.float32 and not kernel.interpreted() else LIMITS[dtype]
-    assert error(out, int8.plain_linear(x.double(), weight, scale, bias)) < limit
+    assert error(out, quantised.plain_linear(x.double(), weight, scale, bias)) < limit
 
 
 def test_the_int8_kernel_multiplies_float16_as_it_is():

@@ -21,7 +21,7 @@ FOLDERS = ("plumbing", "sources", "phantom", "evaluation", "page", "bench")
 FLOORS = [  # a module imports only from the lines above its own
     {"plumbing.start", "plumbing.fields", "plumbing.distributed", "page.safety", "phantom.radiograph", "kernel"},
     {"plumbing.files", "plumbing.dicom", "plumbing.download", "plumbing.int8_kernel"},
-    {"plumbing.int8"},
+    {"plumbing.quantised"},
     {"plumbing.cli", "plumbing.settings", "plumbing.checkpoint", "plumbing.image", "plumbing.pixels", "plumbing.log",
      "plumbing.resume", "plumbing.sentencepiece", "attention", "phantom.history"},
     {"tokenizer", "encoder", "tac", "decoder"},

@@ -267,7 +267,7 @@ def test_what_does_not_fit_is_counted_and_named_before_data_is_read(tmp_path):
 
 
 def test_a_model_that_exceeds_the_memory_is_refused_with_its_size():
-    refused(MemoryError, "65536.0 GiB", checkpoint.check_memory, 2**46, torch.device("cpu"), torch.float32)
+    refused(MemoryError, "65536.0 GiB", checkpoint.check_memory, 2**46, torch.device("cpu"), "float32")
 
 
 # ----------------------------------------------------------------------------------------------- memory
