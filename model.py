@@ -27,12 +27,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from data import IGNORED, Batch
-from decoder import Cache, Decoder, DecodingStep, Prefill, WholeRows, names_of
+from decoder import Cache, Decoder, DecodingStep, Prefill, WholeRows
 from encoder import Encoder
 from lora import LoRAConfig, add_lora, merge_lora
 from plumbing import layout
 from plumbing.checkpoint import Source, locate
 from plumbing.cli import Parser, guard, progress
+from plumbing.families import names_of
 from plumbing.layout import DTYPES, EncoderFiles, LibraConfig, find_dtype
 from plumbing.pixels import PixelConfig, preprocess
 from plumbing.quantised import KINDS, kind_of, quantise_linears

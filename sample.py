@@ -169,6 +169,8 @@ def generate(
     if is_single:
         studies, expert = [studies], None if expert is None else [expert]
     contrast = make_contrast(expert, alpha=alpha, beta=beta, gamma=gamma)
+    if not studies:
+        return []
     prefix = prefill(libra, studies, template, options, contrast=contrast)
     outputs = decode(libra, prefix, options, on_text, should_stop)
     return outputs[0] if is_single else outputs

@@ -35,12 +35,13 @@ from PIL import Image
 from torch.distributed.checkpoint import state_dict as states
 
 from data import IGNORED, Batch, ImageCache, ImageFolder, Record, Records, StepLoader, Study, TrainingSet, check, ignore
-from decoder import Decoder, names_of
+from decoder import Decoder
 from lora import LoRAConfig, lora_targets
 from model import Libra
 from plumbing import fresh
 from plumbing.cli import Parser, guard, progress
 from plumbing.distributed import World, init_distributed, is_sharded, shard, unsharded
+from plumbing.families import names_of
 from plumbing.fields import Count, CountOrZero, Positive, Range, Share, Size
 from plumbing.files import only_writer_in
 from plumbing.layout import find_device

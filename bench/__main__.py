@@ -34,11 +34,11 @@ from bench import checks, costs, gpu, sides
 from bench.costs import RAD_DINO
 from bench.measure import measure, measure_peak
 from data import Study
-from decoder import decoder_config
 from encoder import encoder_config
 from model import Libra
 from plumbing import fresh
 from plumbing.cli import Parser, guard, print_table, progress
+from plumbing.families import decoder_config
 from plumbing.files import read_json
 from tokenizer import find_template
 

@@ -32,12 +32,13 @@ import train
 from attention import attention
 from bench import costs, sides
 from data import IGNORED, Study
-from decoder import Cache, Decoder, DecodingStep, decoder_config
+from decoder import Cache, Decoder, DecodingStep
 from encoder import Encoder, encoder_config
 from model import Libra
 from plumbing import fresh
 from plumbing.cli import follow_parent
 from plumbing.distributed import World, shard, unsharded
+from plumbing.families import decoder_config
 from plumbing.log import read_log
 from plumbing.quantised import Int8Linear, plain_linear, quantise_linears
 from sample import Options, decode, generate, prefill

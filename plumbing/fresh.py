@@ -13,9 +13,10 @@ from tokenizers import ByteLevelBPETokenizer
 from tokenizers.processors import TemplateProcessing
 from torch import nn
 
-from decoder import Decoder, decoder_config
+from decoder import Decoder
 from encoder import Encoder, encoder_config
 from plumbing import checkpoint
+from plumbing.families import decoder_config
 from plumbing.fields import check_value
 from plumbing.files import atomic_folder, write_json
 

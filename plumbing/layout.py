@@ -23,11 +23,12 @@ from typing import Annotated, Literal, NamedTuple
 import torch
 from torch import nn
 
-from decoder import Decoder, check_family, decoder_config, family_of, names_of
+from decoder import Decoder
 from encoder import Encoder, EncoderConfig, encoder_config, encoder_tensors
 from lora import LoRAConfig, lora_modules, lora_parameters, matches
 from plumbing import checkpoint
 from plumbing.checkpoint import Source, StoredTensor
+from plumbing.families import check_family, decoder_config, family_of, names_of
 from plumbing.fields import Range, Share, check_fields, check_present, check_value, shorten
 from plumbing.files import atomic_folder, check_supported, read_json, read_json_if_present, write_json
 from plumbing.pixels import PREPROCESSOR_FILES, PixelConfig, open_clip_pixels, read_pixel_config

@@ -14,20 +14,10 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
-from decoder import (
-    DROPOUTS,
-    FAMILIES,
-    Cache,
-    Decoder,
-    DecoderConfig,
-    DecodingStep,
-    Prefill,
-    decoder_config,
-    names_of,
-    rope_frequencies,
-)
+from decoder import FAMILIES, Cache, Decoder, DecoderConfig, DecodingStep, Prefill, rope_frequencies
 from lora import LoRAConfig, LoRALinear, add_lora, lora_parameters, merge_lora
 from plumbing import checkpoint
+from plumbing.families import DROPOUTS, decoder_config, names_of
 from plumbing.files import read_json
 
 LLAMA3 = dict(

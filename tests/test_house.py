@@ -25,7 +25,7 @@ FLOORS = [  # a module imports only from the lines above its own
     {"plumbing.cli", "plumbing.settings", "plumbing.checkpoint", "plumbing.image", "plumbing.pixels", "plumbing.log",
      "plumbing.resume", "plumbing.sentencepiece", "attention", "phantom.history"},
     {"tokenizer", "encoder", "tac", "decoder"},
-    {"data", "contrast", "phantom.reports", "evaluation.metrics"},
+    {"data", "contrast", "phantom.reports", "evaluation.metrics", "plumbing.families"},
     {"lora", "plumbing.fresh", "phantom.hospital", "evaluation.pairs", "bench.costs"},
     {"plumbing.layout", "sources.records", "evaluation.truth", "evaluation.page"},
     {"model", "sources.mimic", "sources.rrg", "sources.cache"},

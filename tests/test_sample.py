@@ -15,7 +15,8 @@ from conftest import FAMILIES, GOLDEN, ROOT, cases, load, read, study_of
 
 import sample
 from data import Study
-from decoder import Cache, Decoder, decoder_config
+from decoder import Cache, Decoder
+from plumbing.families import decoder_config
 from sample import Chat, Options, Prefix, Stops, Stream, counterfactuals, decode, generate, sample_tokens
 from tokenizer import Prompt
 
@@ -147,6 +148,11 @@ def test_beam_search_equals_transformers_over_random_settings():
             assert [o.score for o in ours] == pytest.approx(expected.sequences_scores.tolist(), 1e-5, 1e-4)
             ended_early |= {len(o.token_ids) < options.max_new_tokens for o in ours}
     assert ended_early == {True, False}  # the settings reach both ends: eos and the limit
+
+
+@pytest.mark.parametrize("options", [{}, dict(num_beams=3), dict(temperature=1.0)])
+def test_no_studies_give_no_reports(options):
+    assert generate(load("libra-7b"), [], **options) == []
 
 
 @pytest.mark.parametrize("options", [

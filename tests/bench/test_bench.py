@@ -14,9 +14,9 @@ from bench import __main__ as bench
 from bench import costs, sides
 from bench.measure import agree, measure, measure_peak
 from data import IGNORED
-from decoder import decoder_config
 from encoder import encoder_config
 from model import Libra
+from plumbing.families import decoder_config
 from train import TrainConfig, build
 
 ENCODER = bench.RAD_DINO | dict(image_size=56, hidden_size=64, num_hidden_layers=4, num_attention_heads=4)
