@@ -26,7 +26,7 @@ from data import ImageFolder, Question, Records, Study, check
 from model import Libra
 from plumbing.cli import progress
 from plumbing.distributed import World
-from plumbing.fields import Count, check_fields, check_value, shorten
+from plumbing.fields import Count, check_fields, check_value, printable, shorten
 from plumbing.files import atomic, check_writable, only_writer, read_json, read_text, resumable
 from plumbing.image import load_image
 from plumbing.layout import find_device
@@ -60,7 +60,8 @@ def choose(questions: list[Question], arguments, only_with_prior: bool = False) 
         wanted = read_ids(arguments.ids)
         unknown = wanted - {str(question.id) for question in questions}
         if unknown:
-            raise ValueError(f"{arguments.questions} has no {kind} {min(unknown)} ({len(unknown):,} such --ids in all)")
+            first = printable(min(unknown), 60)
+            raise ValueError(f"{arguments.questions} has no {kind} {first} ({len(unknown):,} such --ids in all)")
         questions = [question for question in questions if str(question.id) in wanted]
     return questions[: arguments.limit]
 
@@ -68,11 +69,12 @@ def choose(questions: list[Question], arguments, only_with_prior: bool = False) 
 def read_ids(ids: str) -> set[str]:
     """What --ids names: a file with an id on each line, or a list with commas. ValueError if there are none."""
     text = ids.replace(",", "\n")
-    if Path(ids).is_file():
+    # False, not an error, for a list that is too long for a file's name
+    if os.path.exists(ids) and not os.path.isdir(ids):
         text = read_text(ids)
     wanted = {line.strip() for line in text.splitlines()} - {""}
     if not wanted:
-        raise ValueError(f"--ids {ids!r} names no id: give a file with an id on each line, or a list with commas")
+        raise ValueError(f"--ids {shorten(ids)} names no id: give a file with an id on each line, or a list with commas")
     return wanted
 
 
@@ -405,7 +407,13 @@ def find_settings(arguments, questions: QuestionSet, answers: Path, sidecar: Pat
     if answers.exists() or read_work(answers):
         if not sidecar.exists():
             raise FileExistsError(f"{files[0]} exists, but no {sidecar.name} says how it was made: delete or move it")
-        begun = read_json(sidecar)
+        try:
+            begun = read_json(sidecar)
+        except ValueError:
+            begun = {}
+        if not begun:
+            delete = ", ".join(map(str, [*files, sidecar]))
+            raise ValueError(f"{sidecar} holds no settings: delete {delete}, and run this again")
 
     # 2) what this run asks for; a batch size need not be given again
     options, part = sample.options_of(arguments), part_of(arguments)
@@ -434,8 +442,11 @@ def find_settings(arguments, questions: QuestionSet, answers: Path, sidecar: Pat
         settings["expert"] = f"{arguments.expert} ({digest[:16]}, {weights})"
 
     # 3) both must be the same
-    changed = [f"{name} {begun.get(name)}, not {value}" for name, value in settings.items() if begun.get(name) != value]
-    if begun and changed:
+    changed = []
+    for name, value in settings.items():
+        if begun and begun.get(name) != value:
+            changed.append(f"{name} {printable(begun.get(name), 60)}, not {value}")
+    if changed:
         delete = ", ".join(map(str, [*files, sidecar]))
         raise ValueError(f"{answers} was made with {'; '.join(changed)}: give another file, or delete {delete}")
     return settings

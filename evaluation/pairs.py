@@ -11,7 +11,7 @@ import numpy as np
 from data import REFERENCES, Question, Records, image_names, question_id, tell
 from evaluation.metrics import VARIANTS, Groups, Table, statistics
 from plumbing.cli import progress
-from plumbing.fields import Range, check_value
+from plumbing.fields import Range, check_value, printable
 from plumbing.files import atomic, read_json
 
 
@@ -43,7 +43,8 @@ def read_pairs(references, predictions, chosen: Collection[str] | None = None) -
     if chosen is not None:
         unknown = set(chosen) - questions.keys()
         if unknown:
-            raise ValueError(f"{references} has no question {min(unknown)} ({len(unknown):,} such ids in all)")
+            first = printable(min(unknown), 60)
+            raise ValueError(f"{references} has no question {first} ({len(unknown):,} such ids in all)")
         # an answer to a question that is not chosen is no mistake
         ignored = questions.keys() - set(chosen)
         questions = {id: question for id, question in questions.items() if id not in ignored}

@@ -169,6 +169,24 @@ def test_ids_and_limit_choose(questions, tmp_path, capsys):
     assert "q.jsonl has no question 10" in one_line(capsys)
 
 
+@pytest.mark.parametrize(("ids", "culprit"), [
+    (" ", "--ids ' ' names no id"), ("," * 9999, "names no id"), ("word " * 9999, "no question word word"),
+    ("pipe", "pipe is a pipe"), ("q.jsonl", "has no question {"), ("empty", "--ids 'empty' names no id"),
+])  # fmt: skip
+def test_ids_that_name_nothing_are_one_short_line(questions, tmp_path, monkeypatch, capsys, ids, culprit):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    Path("empty").write_text("\n")
+    assert answer(questions, tmp_path / "a", "--ids", ids) == 2
+    line = one_line(capsys)
+    assert culprit in line and len(line) < 300
+
+
+def test_a_list_of_ids_may_be_longer_than_the_name_of_a_file(questions, tmp_path):
+    assert answer(questions, tmp_path / "a", "--ids", "q0,7," * 2000, "--max-new-tokens", 1) == 0
+    assert len(read_lines(tmp_path / "a")) == 2
+
+
 def test_the_batch_size_depends_on_the_beams_alone():
     assert [answering.default_batch_size(beams) for beams in (1, 4, 10, 100)] == [16, 16, 6, 1]
 
@@ -260,6 +278,21 @@ def test_a_work_file_of_something_else_is_named(questions, answered, tmp_path, c
     answered.unlink()
     assert answer(questions, answered, "--max-new-tokens", 2) == 2
     assert f"{tmp_path}/.a.0 holds a line that is no batch of answers" in one_line(capsys)
+
+
+@pytest.mark.parametrize(("text", "culprit"), [
+    ("{}", "a.settings.json holds no settings"),
+    ("[1]", "a.settings.json holds no settings"),
+    ('{"model": "tin', "a.settings.json holds no settings"),
+    ('{"model": 5, "seed": ' + "[" * 900 + "]" * 900 + "}", "was made with model 5, not"),
+    ('{"batch_size": "2"}', "batch_size is '2', expected a whole number"),
+])  # fmt: skip
+def test_damaged_settings_do_not_pass_for_the_same(questions, answered, tmp_path, capsys, text, culprit):
+    (tmp_path / "a.settings.json").write_text(text)
+    before = contents(tmp_path)
+    assert answer(questions, answered, "--max-new-tokens", 2) == 2
+    line = one_line(capsys)
+    assert culprit in line and len(line) < 1500 and contents(tmp_path) == before
 
 
 @pytest.mark.parametrize(("flags", "changed"), [
