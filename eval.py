@@ -69,7 +69,7 @@ def score(arguments):
 
     # 2) what shall be written later is looked at before the long work
     if arguments.csv:
-        tables.read_rows(arguments.csv, ["Model Name", *METRICS, *columns, *values])
+        tables.read_csv(arguments.csv, ["Model Name", *METRICS, *columns, *values])
     if arguments.html:
         check_writable(arguments.html)
 
@@ -129,7 +129,7 @@ def prior(arguments):
     chosen = choose(questions, arguments, only_with_prior=True)
     files = {condition: out / f"{condition}.jsonl" for condition in arguments.conditions}
     if arguments.csv:
-        tables.read_rows(arguments.csv, tables.PRIOR_COLUMNS)
+        tables.read_csv(arguments.csv, tables.PRIOR_COLUMNS)
     # a pair without texts knows its id and its images
     studies = [Pair(str(question.id), "", "", images=tuple(question.images)) for question in chosen]
     truths = read_truth(arguments.truth, studies) if arguments.truth else None

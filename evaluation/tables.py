@@ -1,6 +1,7 @@
 """Scores -> tables on stdout, JSON, and CSV files."""
 
 import csv
+import io
 import json
 from pathlib import Path
 
@@ -56,8 +57,8 @@ PRIOR_COLUMNS = ("Model Name", "score", "prior", *ENDS, *(f"difference {end}" fo
 
 def write_prior_csv(path, name: str, scores: dict[str, dict[str, Cell]]):
     """Write one row for each score and condition, in place of an older file with these columns."""
-    read_rows(path, PRIOR_COLUMNS)
     with atomic(path) as file:
+        read_csv(path, PRIOR_COLUMNS)
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(PRIOR_COLUMNS)
         for key, cells in scores.items():
@@ -68,28 +69,31 @@ def write_prior_csv(path, name: str, scores: dict[str, dict[str, Cell]]):
                 writer.writerow([name, key, condition, *numbers])
 
 
-def read_rows(path, columns) -> list[str]:
-    """The lines of a CSV file, which may be absent. ValueError if it has other columns: then it is somebody else's."""
+def read_csv(path, columns) -> str:
+    """The text of a CSV file, "" if it is absent. ValueError if it has other columns: then it is somebody else's."""
     check_writable(path)
     # nothing is to be read from a device
     if not Path(path).is_file():
-        return []
-    lines = read_text(path).removeprefix("\ufeff").splitlines()
+        return ""
+    text = read_text(path)
     try:
-        header = next(csv.reader(lines), list(columns))
+        header = next(csv.reader(io.StringIO(text.removeprefix("\ufeff"), newline="")), list(columns))
     except csv.Error as error:
         raise ValueError(f"{path} is no CSV file ({error}): give another file") from None
     if header != list(columns):
         raise ValueError(f"{path} has the columns {shorten(header)}, not {', '.join(columns)}: give another file")
-    return lines
+    return text
 
 
 def append_csv(path, row: dict):
-    """Add a row, with a header if the file is new. Errors as `read_rows`."""
-    lines = read_rows(path, row)
+    """Add a row, with a header if the file is new. Errors as `read_csv`."""
+    # read under the writer's lock, so that no row of another process is lost
     with atomic(path) as file:
-        file.writelines(f"{line}\n" for line in lines)
+        text = read_csv(path, row)
+        file.write(text)
+        if text and not text.endswith("\n"):
+            file.write("\n")
         writer = csv.writer(file, lineterminator="\n")
-        if not lines:
+        if not text:
             writer.writerow(row)
         writer.writerow(row.values())

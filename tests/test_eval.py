@@ -13,8 +13,9 @@ import pytest
 from conftest import GOLDEN, ROOT, one_line, read_lines, write_lines
 
 import eval as cli
-from evaluation import pairs
+from evaluation import pairs, tables
 from phantom import hospital
+from plumbing.files import atomic
 
 pytestmark = pytest.mark.usefixtures("no_meteor")
 
@@ -213,6 +214,36 @@ def test_a_csv_file_may_be_a_link_or_a_pipe(score, tmp_path):
     assert (tmp_path / "link.csv").is_symlink() and len((tmp_path / "real.csv").read_text().splitlines()) == 3
     assert os.read(reader, 10**6).startswith(b"Model Name") and (tmp_path / "pipe").is_fifo()
     os.close(reader)
+
+
+def test_a_row_is_added_to_what_is_there_as_it_is(score, tmp_path):
+    """A cell with line breaks of several kinds, a byte order mark, and no break at the end."""
+    table = tmp_path / "s.csv"
+    assert run(*score, "--csv", table, "--model-name", "a\nb\u2028c") == 0
+    before = f"\ufeff{table.read_text()}".removesuffix("\n")
+    table.write_text(before)
+    assert run(*score, "--csv", table) == 0
+    assert table.read_text().startswith(f"{before}\ntiny,")
+
+
+def test_a_csv_file_is_read_under_the_lock_under_which_it_is_written(score, tmp_path, capsys, monkeypatch):
+    """Another process cannot add a row between our reading and our writing."""
+    table, read, locked = tmp_path / "s.csv", tables.read_csv, []
+
+    def read_and_try(*arguments):
+        try:
+            with atomic(table):
+                raise InterruptedError
+        except (ValueError, InterruptedError) as error:
+            locked.append(isinstance(error, ValueError))
+        return read(*arguments)
+
+    monkeypatch.setattr(tables, "read_csv", read_and_try)
+    assert run(*score, "--csv", table) == 0
+    assert locked == [False, True]  # before the work, and for the row
+    with atomic(table):
+        assert run(*score, "--csv", table) == 2
+    assert "s.csv is being written by another process" in capsys.readouterr().err
 
 
 def test_a_csv_file_of_others_is_refused_and_left_alone(score, tmp_path, capsys):
