@@ -15,15 +15,25 @@ import functools
 import sys
 from pathlib import Path
 
+from data import ImageFolder
 from evaluation import answering, merging, metrics, page, tables
 from evaluation.answering import CONDITIONS, QuestionSet, choose, load_model, read_questions, write_answers
 from evaluation.metrics import FLOOR, METRICS, VARIANTS, Interval, published, temporal_f1_score
-from evaluation.pairs import Pair, count_empty, groups_of, read_merge, read_pairs, sizes_of, statistics_of, write_export
+from evaluation.pairs import (
+    EXPORT_START,
+    Pair,
+    count_empty,
+    groups_of,
+    read_merge,
+    read_pairs,
+    sizes_of,
+    statistics_of,
+    write_export,
+)
 from evaluation.prior import prior_scores
 from evaluation.truth import read_truth, truth_statistics
 from plumbing.cli import Parser, add_decoding_flags, add_expert_flags, add_model_flags, guard
 from plumbing.distributed import init_distributed
-from plumbing.files import check_writable
 
 __all__ = ["evaluate_report", "temporal_f1_score"]  # what others import, beside the command line
 
@@ -39,6 +49,7 @@ def evaluate_report(references, predictions, bertscore: bool = False) -> dict[st
 
 
 def answer(arguments):
+    tables.check_distinct(written(arguments.answers), [arguments.questions, arguments.ids, arguments.expert])
     questions = read_questions(arguments.questions)
     chosen = choose(questions, arguments)
     with init_distributed() as world:
@@ -47,7 +58,15 @@ def answer(arguments):
 
 
 def merge(arguments):
-    merging.merge(arguments.questions, Path(arguments.answers), list(map(Path, arguments.parts)))
+    parts = list(map(Path, arguments.parts))
+    read = [arguments.questions, *parts, *map(answering.sidecar_of, parts)]
+    tables.check_distinct(written(arguments.answers), read)
+    merging.merge(arguments.questions, Path(arguments.answers), parts)
+
+
+def written(answers) -> list:
+    """An answer file and its settings."""
+    return [answers, answering.sidecar_of(Path(answers))]
 
 
 def score(arguments):
@@ -56,7 +75,17 @@ def score(arguments):
     if arguments.compare:
         return compare(arguments)
 
-    # 1) pairs, and the scores of them that RadEval and the phantom hospital's truth give
+    # 1) what would be lost: a file that is read, or is no page or export
+    read = [arguments.references, arguments.predictions, arguments.ids, arguments.truth, *arguments.merge]
+    tables.check_distinct([arguments.csv, arguments.html, arguments.export], read)
+    if arguments.html:
+        tables.check_replaceable(arguments.html, page.START, "HTML page")
+    if arguments.export:
+        tables.check_replaceable(arguments.export, EXPORT_START, "file of --export")
+    if arguments.image_folder:
+        ImageFolder(arguments.image_folder, None)
+
+    # 2) pairs, and the scores of them that RadEval and the phantom hospital's truth give
     ids = answering.read_ids(arguments.ids) if arguments.ids is not None else None
     pairs = read_pairs(arguments.references, arguments.predictions, ids)
     if arguments.export:
@@ -67,11 +96,8 @@ def score(arguments):
         truths = read_truth(arguments.truth, pairs)
         columns |= truth_statistics([pair.prediction for pair in pairs], truths)
 
-    # 2) what shall be written later is looked at before the long work
     if arguments.csv:
         tables.read_csv(arguments.csv, ["Model Name", *METRICS, *columns, *values])
-    if arguments.html:
-        check_writable(arguments.html)
 
     # 3) scores and their intervals; RadEval's single values have none
     table = statistics_of(pairs, arguments.bertscore) | columns
@@ -128,6 +154,7 @@ def prior(arguments):
     questions, out = read_questions(arguments.questions), Path(arguments.out)
     chosen = choose(questions, arguments, only_with_prior=True)
     files = {condition: out / f"{condition}.jsonl" for condition in arguments.conditions}
+    tables.check_distinct([*files.values(), arguments.csv], [arguments.questions, arguments.ids, arguments.truth])
     if arguments.csv:
         tables.read_csv(arguments.csv, tables.PRIOR_COLUMNS)
     # a pair without texts knows its id and its images

@@ -354,7 +354,7 @@ def parse_answer(line: dict, place) -> dict:
 
 
 def sidecar_of(answers: Path) -> Path:
-    return answers.with_name(f"{answers.name}.settings.json")
+    return answers.parent / f"{answers.name}.settings.json"
 
 
 def part_ids(sidecar: Path) -> list[str]:

@@ -167,6 +167,9 @@ def statistics_of(pairs: list[Pair], bertscore: bool = False, label: str = "scor
     return statistics(predictions, references, bertscore, progress(label))
 
 
+EXPORT_START = '{\n "question_id": ['
+
+
 def write_export(path, pairs: list[Pair]):
     """Write what RadEval takes: aligned lists of the texts as they are; the ids are for the reader."""
     lists = {

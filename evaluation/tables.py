@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 from pathlib import Path
 
 from evaluation.answering import CONDITIONS
@@ -83,6 +84,34 @@ def read_csv(path, columns) -> str:
     if header != list(columns):
         raise ValueError(f"{path} has the columns {shorten(header)}, not {', '.join(columns)}: give another file")
     return text
+
+
+def check_distinct(outputs: list, inputs: list):
+    """ValueError if a file to write is also read, or written twice: one would be lost. None stands for no file."""
+    # pipes and devices keep nothing; --ids may be a list
+    taken = {os.path.realpath(path) for path in inputs if path is not None and os.path.isfile(path)}
+    for path in outputs:
+        if path is None or (os.path.exists(path) and not os.path.isfile(path)):
+            continue
+        target = os.path.realpath(path)
+        if target in taken:
+            raise ValueError(f"{path} is given twice, once to be written: give another file")
+        taken.add(target)
+
+
+def check_replaceable(path, start: str, kind: str):
+    """ValueError if a file holds something else than what we write there, which begins with `start`. Case is ignored.
+
+    An empty file, such as mktemp makes, may be replaced.
+    """
+    check_writable(path)
+    # nothing is to be read from a device
+    if not Path(path).is_file():
+        return
+    with open(path, "rb") as file:
+        begin = file.read(len(start))
+    if begin and begin.lower() != start.lower().encode():
+        raise ValueError(f"{path} is no {kind}, and would be replaced: give another file, or delete it")
 
 
 def append_csv(path, row: dict):

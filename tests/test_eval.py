@@ -205,6 +205,35 @@ def test_files_to_write_are_looked_at_before_the_scores_are_computed(score, tmp_
         assert problem in one_line(capsys)
 
 
+@pytest.mark.parametrize(("flags", "problem"), [
+    ("--html q.jsonl", "q.jsonl is given twice"), ("--export a.jsonl", "a.jsonl is given twice"),
+    ("--csv link", "link is given twice"), ("--merge r.json --export r.json", "r.json is given twice"),
+    ("--truth t --html ./t", "t is given twice"), ("--ids ids --csv ids", "ids is given twice"),
+    ("--html new --csv new", "new is given twice"), ("--export new --html new", "new is given twice"),
+    ("--html r.json", "r.json is no HTML page"), ("--export other.jsonl", "other.jsonl is no file of --export"),
+    ("--html p.html --image-folder nowhere", "no image folder nowhere"),
+])  # fmt: skip
+def test_what_is_written_replaces_no_other_file(score, answers, tmp_path, capsys, monkeypatch, flags, problem):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "statistics_of", None)
+    shutil.copy(answers, "other.jsonl")
+    Path("link").symlink_to("q.jsonl")
+    for name in ("r.json", "t", "ids"):
+        Path(name).write_text('{"x": 1}')
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert run(*score, *flags.split()) == 2
+    assert problem in one_line(capsys)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_page_an_export_and_an_empty_file_are_replaced(score, tmp_path):
+    for name in ("p", "e"):
+        (tmp_path / name).touch()
+    for _ in range(2):
+        assert run(*score, "--html", tmp_path / "p", "--export", tmp_path / "e") == 0
+    assert run(*score, "--html", "/dev/null", "--export", "/dev/null") == 0
+
+
 def test_a_csv_file_may_be_a_link_or_a_pipe(score, tmp_path):
     (tmp_path / "link.csv").symlink_to(tmp_path / "real.csv")
     os.mkfifo(tmp_path / "pipe")

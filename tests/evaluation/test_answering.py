@@ -158,6 +158,13 @@ def test_a_training_record_asks_its_first_question(tmp_path):
     assert [(pair.reference, pair.has_prior) for pair in pairs] == [("Stable.", True), ("No fracture.", False)]
 
 
+def test_answers_do_not_replace_what_is_read(questions, tmp_path, capsys):
+    file = write_lines(tmp_path / "scores", make_scores())
+    for name in (questions, file):
+        assert answer(questions, name, "--expert", file) == 2
+        assert f"{name} is given twice" in one_line(capsys)
+
+
 def test_ids_and_limit_choose(questions, tmp_path, capsys):
     chosen = lambda name: [line["question_id"] for line in read_lines(tmp_path / name)]
     (tmp_path / "ids").write_text("7\n\nq2 \nq18\n")

@@ -125,6 +125,14 @@ def test_parts_that_make_no_whole_are_refused(questions, parts, tmp_path, capsys
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_the_output_is_no_part_and_no_questions(questions, parts, capsys):
+    before = {path.name: path.read_bytes() for path in questions.parent.iterdir()}
+    for name in (parts[1], questions, sidecar(parts[0])):
+        assert merge(questions, name, *parts) == 2
+        assert f"{name} is given twice" in one_line(capsys)
+    assert {path.name: path.read_bytes() for path in questions.parent.iterdir()} == before
+
+
 def test_an_id_in_two_parts_is_named(questions, parts, tmp_path, capsys):
     """As if the parts were cut with two tokenizers."""
     first = read_lines(parts[0])[0]
