@@ -23,6 +23,7 @@ from evaluation.pairs import (
     EXPORT_START,
     Pair,
     count_empty,
+    count_empty_by_group,
     groups_of,
     read_merge,
     read_pairs,
@@ -115,21 +116,22 @@ def score(arguments):
         tables.append_csv(arguments.csv, row)
 
     # 5) a page
-    sizes = sizes_of(groups)
+    sizes, empty = sizes_of(groups), count_empty_by_group(pairs, groups)
     if arguments.html:
         subtitle = f"{Path(arguments.predictions).name} against {Path(arguments.references).name}"
+        if any(empty["all"].values()):
+            subtitle += f"; empty: {tables.describe_empty(empty)}"
         page.write(arguments.html, title=name, subtitle=subtitle, groups=sizes, scores=scores, notes=notes,
                    pairs=pairs, table=table, folder=arguments.image_folder)  # fmt: skip
 
     # 6) an object or a table on stdout
-    empty = count_empty(pairs)
     if arguments.json:
         variants = {key: VARIANTS[key] for key in scores if key in VARIANTS}
         result = {"model": name, "studies": sizes, "published": published(overall), "scores": scores}
-        return tables.print_json(result | {"variants": variants, "empty": empty})
+        return tables.print_json(result | {"variants": variants, "empty": empty["all"], "empty_by_group": empty})
     print(f"{name}: mean or corpus score × 100 [95 % interval]")
     tables.print_scores(scores, {group: f"{group} ({size:,})" for group, size in sizes.items()})
-    print(f"empty: {empty['answers']:,} answers, {empty['references']:,} references")
+    print(f"empty: {tables.describe_empty(empty)}")
     print(f"{FLOOR}: {VARIANTS[FLOOR]}")
 
 
@@ -143,10 +145,12 @@ def compare(arguments):
     rows_a, rows_b = (statistics_of(pairs, arguments.bertscore) for pairs in (a, b))
     scores = metrics.differences(rows_a, rows_b, groups, arguments.seed)
     names, sizes = dict(zip("ab", arguments.compare, strict=True)), sizes_of(groups)
+    empty = {name: count_empty_by_group(pairs, groups) for name, pairs in (("a", a), ("b", b))}
     if arguments.json:
-        return tables.print_json(names | {"studies": sizes, "scores": scores})
+        return tables.print_json(names | {"studies": sizes, "scores": scores, "empty_by_group": empty})
     print(f"A: {names['a']}\nB: {names['b']}")
     tables.print_differences(scores, sizes)
+    print(f"\nempty in A: {tables.describe_empty(empty['a'])}\nempty in B: {tables.describe_empty(empty['b'])}")
 
 
 def prior(arguments):
@@ -182,10 +186,12 @@ def prior(arguments):
     name = arguments.model or pairs["true"][0].model or out.name
     if arguments.csv:
         tables.write_prior_csv(arguments.csv, name, scores)
+    empty = {condition: count_empty(answered) for condition, answered in pairs.items()}
     if arguments.json:
-        return tables.print_json({"model": name, "studies": len(ids), "scores": scores})
+        return tables.print_json({"model": name, "studies": len(ids), "scores": scores, "empty": empty})
     print(f"{name}, {len(ids):,} studies with a prior: score × 100 [95 % interval], and its paired difference to true")
     tables.print_scores(scores, dict(zip(files, files, strict=True)))
+    print(f"empty: {tables.describe_empty(empty)}")
     tables.print_prior_notes(files)
 
 

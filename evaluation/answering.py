@@ -74,7 +74,8 @@ def read_ids(ids: str) -> set[str]:
         text = read_text(ids)
     wanted = {line.strip() for line in text.splitlines()} - {""}
     if not wanted:
-        raise ValueError(f"--ids {shorten(ids)} names no id: give a file with an id on each line, or a list with commas")
+        advice = "give a file with an id on each line, or a list with commas"
+        raise ValueError(f"--ids {shorten(ids)} names no id: {advice}")
     return wanted
 
 

@@ -4,15 +4,34 @@ import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 
 from data import REFERENCES, Question, Records, image_names, question_id, tell
 from evaluation.metrics import VARIANTS, Groups, Table, statistics
 from plumbing.cli import progress
-from plumbing.fields import Range, check_value, printable
+from plumbing.fields import Range, check_fields, check_value, printable
 from plumbing.files import atomic, read_json
+
+
+@dataclass
+class Texts:
+    """The fields of a line of a question or answer file that are scored or shown."""
+
+    text: str | None
+    reference: str | None
+    findings: str | None
+    impression: str | None
+    reference_report: str | None
+    model_id: str | None
+
+
+class Line(NamedTuple):
+    """A line of a question or answer file, and where it is: a file and a line number."""
+
+    raw: dict
+    place: str
 
 
 @dataclass(frozen=True)
@@ -50,7 +69,7 @@ def read_pairs(references, predictions, chosen: Collection[str] | None = None) -
         questions = {id: question for id, question in questions.items() if id not in ignored}
         answers = {id: answer for id, answer in answers.items() if id not in ignored}
     # an odd question is not asked
-    unasked = [id for id in questions if id not in answers and is_odd(questions[id])]
+    unasked = [id for id in questions if id not in answers and is_odd(questions[id].raw)]
     if unasked:
         tell(f"{references}: {len(unasked):,} odd questions without an answer are left out; the first: {unasked[0]}")
         questions = {id: question for id, question in questions.items() if id not in unasked}
@@ -60,23 +79,21 @@ def read_pairs(references, predictions, chosen: Collection[str] | None = None) -
 
     pairs = []
     for id, question in questions.items():
-        # an error in a line names its file and its id
-        file = references
+        answer = answers[id]
+        reference = text_of(question, REFERENCES)
+        # a question's text is its prompt
+        if is_question(answer.raw):
+            raise ValueError(f"{answer.place} is a question, not an answer: give the file that eval.py answer wrote")
+        prediction = text_of(answer, ("findings", "impression", "text"))
         try:
-            reference = text_of(question, REFERENCES)
-            images = tuple(image_names(question))
-            file = predictions
-            # a question's text is its prompt
-            is_question = "text" in answers[id] and "image" in answers[id]
-            if is_question:
-                raise ValueError("this is a question, not an answer: give the file that eval.py answer wrote")
-            prediction = text_of(answers[id], ("findings", "impression", "text"))
+            images = tuple(image_names(question.raw))
         except ValueError as error:
-            raise ValueError(f"{file}: {id}: {error}") from None
-        prompt, model = str(question.get("text") or ""), answers[id].get("model_id")
-        if not isinstance(model, str):
-            model = None
+            raise ValueError(f"{question.place}: {error}") from None
+        prompt, model = question.raw.get("text") or "", answer.raw.get("model_id")
         pairs.append(Pair(id, reference, prediction, prompt, images=images, model=model))
+    # a question file without images; no model says of every study what it was asked
+    if all(pair.prompt and pair.prediction == pair.prompt and pair.model is None for pair in pairs):
+        raise ValueError(f"{predictions} repeats the texts of the questions: give the file that eval.py answer wrote")
     empty = count_empty(pairs)
     if any(empty.values()):
         counts = ", ".join(f"{count:,} {kind}" for kind, count in empty.items())
@@ -91,17 +108,29 @@ def count_empty(pairs: list[Pair]) -> dict[str, int]:
     return {"answers": answers, "references": sum(is_empty(pair.reference) for pair in pairs)}
 
 
+def count_empty_by_group(pairs: list[Pair], groups: Groups) -> dict[str, dict[str, int]]:
+    """`count_empty` of each group of studies."""
+    members = {name: [pairs[i] for i in np.flatnonzero(rows)] for name, rows in groups.items()}
+    return {name: count_empty(some) for name, some in members.items()}
+
+
 def require_none(ids: list[str], problem: str):
     if ids:
         raise ValueError(f"questions and answers do not match: {len(ids):,} ids {problem} (first: {ids[0]})")
 
 
-def text_of(line: dict, fields: tuple[str, ...]) -> str:
-    """The text in the first of these fields that the line has."""
-    texts = [line[field] for field in fields if line.get(field) is not None]
-    if not texts or not isinstance(texts[0], str):
-        raise ValueError(f"there is no text in {', '.join(fields)}: add its report")
+def text_of(line: Line, names: tuple[str, ...]) -> str:
+    """The text in the first of these fields that the line has. ValueError, also if another of its `Texts` is wrong."""
+    fields = check_fields(line.raw, Texts, line.place)
+    texts = [fields[name] for name in names if fields.get(name) is not None]
+    if not texts:
+        raise ValueError(f"{line.place}: there is no text in {', '.join(names)}: add its report")
     return texts[0]
+
+
+def is_question(raw: dict) -> bool:
+    """Whether a line has what a question has, and nothing that `eval.py answer` writes beside it."""
+    return "image" in raw and "text" in raw and "prompt" not in raw and "model_id" not in raw
 
 
 def is_odd(question: dict) -> bool:
@@ -112,7 +141,7 @@ def is_odd(question: dict) -> bool:
     return False
 
 
-def read_lines(path, leaves_out: bool = False) -> dict[str, dict]:
+def read_lines(path, leaves_out: bool = False) -> dict[str, Line]:
     """{question_id: line} of a question or answer file, a training record as a question.
 
     leaves_out: an odd line, or one whose id was there already, is left out and counted; else ValueError names it.
@@ -134,7 +163,7 @@ def read_lines(path, leaves_out: bool = False) -> dict[str, dict]:
             continue
         if id in lines:
             repeated.append(id)
-        lines.setdefault(id, line)
+        lines.setdefault(id, Line(line, records.place(number)))
     if not leaves_out and odd:
         raise ValueError(odd[0])
     if not lines:

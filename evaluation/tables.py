@@ -44,6 +44,14 @@ def print_differences(scores: dict[str, dict[str, dict]], sizes: dict[str, int])
         print_table(lines)
 
 
+def describe_empty(empty: dict[str, dict[str, int]]) -> str:
+    """The counts of `pairs.count_empty_by_group` as a text; "all" comes first and is not named."""
+    texts = []
+    for group, counts in empty.items():
+        texts.append(f"{group}: {counts['answers']:,} answers, {counts['references']:,} references")
+    return "; ".join(texts).removeprefix("all: ")
+
+
 def print_prior_notes(conditions: list[str]):
     """Print what the conditions are and what `evaluation.prior` counts, as it is no published score."""
     print("; ".join(f"{condition}: {CONDITIONS[condition]}" for condition in conditions))

@@ -150,12 +150,18 @@ ANSWERS = [{"question_id": i, "text": text} for i, text in enumerate(PREDICTIONS
     ([*ANSWERS, ANSWERS[1]], "1 ids come twice .*first: 1"),
     ([*ANSWERS, {"question_id": "x", "text": ""}], "1 ids .*not in .*first: x"),
     (ANSWERS[:2], "3 ids .*missing .*first: 2"),
-    ([{"question_id": i} for i in range(5)], "a.jsonl: 0: .*findings, impression, text"),
-    ([{"question_id": i, "text": 3} for i in range(5)], "a.jsonl: 0: .*text"),
+    ([{"question_id": i} for i in range(5)], "a.jsonl line 1: .*findings, impression, text"),
+    ([{"question_id": i, "text": 3} for i in range(5)], "a.jsonl line 1: text is 3, expected a text or null"),
+    ([ANSWERS[0], ANSWERS[1] | {"impression": []}, *ANSWERS[2:]], r"a.jsonl line 2: impression is \[\], expected"),
+    ([*ANSWERS[:4], ANSWERS[4] | {"model_id": 7}], "a.jsonl line 5: model_id is 7, expected a text or null"),
     ([{"text": "a"}], "a.jsonl line 1 .*question_id"),
     ([12], "a.jsonl line 1"),
     # questions have a text, too: their prompt
-    ([{"question_id": i, "image": "a.png", "text": "Findings?"} for i in range(5)], "a.jsonl: 0: this is a question"),
+    ([{"question_id": i, "image": "a.png", "text": "Findings?"} for i in range(5)], "a.jsonl line 1 is a question"),
+    ([{"question_id": i, "text": "Findings?"} for i in range(5)], "a.jsonl repeats the texts of the questions"),
+    ([{"id": i, "image": "a.png", "conversations": [{"from": "human", "value": "<image>\nFindings?"},
+                                                    {"from": "gpt", "value": "x"}]} for i in range(5)],
+     "a.jsonl line 1 is a question"),
     ([], "a.jsonl is empty"),
 ])  # fmt: skip
 def test_wrong_answers_are_reported_in_one_line(score, answers, capsys, lines, culprit):
@@ -165,9 +171,10 @@ def test_wrong_answers_are_reported_in_one_line(score, answers, capsys, lines, c
 
 
 @pytest.mark.parametrize(("change", "culprit"), [
-    (lambda line: line.pop("reference"), "q.jsonl: 0: .*reference, findings, impression"),
-    (lambda line: line.update(reference=3), "q.jsonl: 0: .*reference"),
-    (lambda line: line.update(image=[1]), "q.jsonl: 0: image"),
+    (lambda line: line.pop("reference"), "q.jsonl line 1: .*reference, findings, impression"),
+    (lambda line: line.update(reference=3), "q.jsonl line 1: reference is 3, expected a text"),
+    (lambda line: line.update(image=[1]), "q.jsonl line 1: image"),
+    (lambda line: line.update(text={}), "q.jsonl line 1: text is {}, expected a text"),
 ])  # fmt: skip
 def test_wrong_questions_are_reported_in_one_line(score, questions, capsys, change, culprit):
     lines = read_lines(questions)
@@ -175,6 +182,13 @@ def test_wrong_questions_are_reported_in_one_line(score, questions, capsys, chan
     write_lines(questions, lines)
     assert run(*score) == 2
     assert re.search(culprit, one_line(capsys))
+
+
+def test_an_answer_may_name_its_images(score, answers, capsys):
+    lines = read_lines(answers)
+    for name in ("prompt", "model_id"):  # the other one says that it is an answer
+        write_lines(answers, [{key: line[key] for key in line if key != name} | {"image": "a.png"} for line in lines])
+        assert scored(capsys, *score)["studies"]["all"] == 5
 
 
 def test_empty_texts_are_counted(score, questions, answers, capsys):
@@ -186,6 +200,25 @@ def test_empty_texts_are_counted(score, questions, answers, capsys):
     assert "empty: 3 answers, 1 references" in printed.out
     assert "of 5 studies 3 answers, 1 references are empty" in printed.err
     assert scored(capsys, *score)["empty"] == {"answers": 3, "references": 1}
+
+
+def test_empty_texts_are_counted_in_each_group(questions, answers, tmp_path, capsys):
+    """Counted by hand: studies 0, 1 and 4 have a prior."""
+    lines = read_lines(questions)
+    write_lines(questions, [lines[0] | {"reference": ""}, *lines[1:]])
+    texts = ["Stable.", " \n", "", "", "Clear."]
+    made = write_lines(tmp_path / "b.jsonl", [{"question_id": i, "text": text} for i, text in enumerate(texts)])
+    score, page = ["score", "--references", questions], tmp_path / "p.html"
+    empty = {"all": {"answers": 3, "references": 1}, "with prior": {"answers": 1, "references": 1},
+             "without prior": {"answers": 2, "references": 0}}  # fmt: skip
+    text = "3 answers, 1 references; with prior: 1 answers, 1 references; without prior: 2 answers, 0 references"
+    assert scored(capsys, *score, "--predictions", made, "--html", page)["empty_by_group"] == empty
+    assert f"empty: {text}" in page.read_text()
+    assert run(*score, "--predictions", made) == 0
+    assert f"empty: {text}" in capsys.readouterr().out
+    assert scored(capsys, *score, "--compare", answers, made)["empty_by_group"]["b"] == empty
+    assert run(*score, "--compare", answers, made) == 0
+    assert f"empty in B: {text}" in capsys.readouterr().out
 
 
 def test_a_line_of_one_character_is_not_dropped(score, answers, capsys):
