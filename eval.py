@@ -154,35 +154,44 @@ def compare(arguments):
 
 
 def prior(arguments):
-    # 1) one answer file for each condition; without --model they are there already
+    # 1) mistakes show before the first question is answered
     questions, out = read_questions(arguments.questions), Path(arguments.out)
     chosen = choose(questions, arguments, only_with_prior=True)
     files = {condition: out / f"{condition}.jsonl" for condition in arguments.conditions}
     tables.check_distinct([*files.values(), arguments.csv], [arguments.questions, arguments.ids, arguments.truth])
     if arguments.csv:
         tables.read_csv(arguments.csv, tables.PRIOR_COLUMNS)
+    for question in chosen:
+        if question.reference is None:
+            raise ValueError(f"{arguments.questions}: question {question.id} has no reference to score answers with")
     # a pair without texts knows its id and its images
     studies = [Pair(str(question.id), "", "", images=tuple(question.images)) for question in chosen]
     truths = read_truth(arguments.truth, studies) if arguments.truth else None
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"{out} is a file: give a folder as --out")
+
+    # 2) one answer file for each condition; without --model they are there already
     if arguments.model:
         if not arguments.image_folder:
             raise ValueError("--model needs --image-folder, to answer the questions")
-        out.mkdir(parents=True, exist_ok=True)
+        sets = {condition: QuestionSet(arguments, questions, chosen, condition) for condition in files}
         with init_distributed() as world:
+            for condition, path in files.items():
+                answering.check_before(arguments, sets[condition], path)
+            out.mkdir(parents=True, exist_ok=True)
             # the model is loaded once, and only if there is something to answer
             load = functools.cache(lambda: load_model(arguments, world))
             for condition, path in files.items():
-                asked = QuestionSet(arguments, questions, chosen, condition)
-                write_answers(arguments, asked, path, load, world)
+                write_answers(arguments, sets[condition], path, load, world)
         if world.rank:
             return
 
-    # 2) scores under each condition, over the same studies
+    # 3) scores under each condition, over the same studies
     ids = [str(question.id) for question in chosen]
     pairs = {condition: read_pairs(arguments.questions, path, ids) for condition, path in files.items()}
     scores = prior_scores(pairs, truths, arguments.seed)
 
-    # 3) a CSV file, and stdout
+    # 4) a CSV file, and stdout
     name = arguments.model or pairs["true"][0].model or out.name
     if arguments.csv:
         tables.write_prior_csv(arguments.csv, name, scores)

@@ -272,6 +272,23 @@ def decode_batches(libra: Libra, questions: QuestionSet, batches: list[list[str]
         yield answers
 
 
+def check_before(arguments, questions: QuestionSet, answers: Path) -> tuple[dict, list[str] | None]:
+    """Returns the settings, and the ids of a finished answer file; None if there is something to answer.
+
+    ValueError or OSError for whatever is wrong and shows before the model is loaded, which takes longer. The answers'
+    folder may be absent.
+    """
+    settings = find_settings(arguments, questions, answers)
+    if not answers.exists():
+        questions.find_images()
+        return settings, None
+    ids = list(questions.by_id)
+    if part_of(arguments):
+        ids = part_ids(sidecar_of(answers))
+    check_answers(answers, ids)
+    return settings, ids
+
+
 def write_answers(arguments, questions: QuestionSet, answers: Path, load: Callable[[], Libra], world: World):
     """Write an answer file, or what an earlier run has left to do. load() returns the model.
 
@@ -280,16 +297,11 @@ def write_answers(arguments, questions: QuestionSet, answers: Path, load: Callab
     the part's ids as well, which only a model's tokenizer tells.
     """
     check_writable(answers)
-    is_complete, sidecar, part = answers.exists(), sidecar_of(answers), part_of(arguments)
-    settings = find_settings(arguments, questions, answers, sidecar)
-    ids = list(questions.by_id)
-    if is_complete:
-        if part:
-            ids = part_ids(sidecar)
-        check_answers(answers, ids)
-    else:
-        # 1) form the batches; missing images show before the model is loaded, which takes longer
-        questions.find_images()
+    settings, ids = check_before(arguments, questions, answers)
+    is_complete, part = ids is not None, part_of(arguments)
+    if not is_complete:
+        # 1) form the batches
+        ids = list(questions.by_id)
         libra = load()
         batches = questions.batches(libra, arguments, settings["batch_size"])
         if part:
@@ -305,7 +317,7 @@ def write_answers(arguments, questions: QuestionSet, answers: Path, load: Callab
             share = batches[world.rank :: world.size]
             world.barrier()
             if world.rank == 0:
-                with atomic(sidecar) as settings_file:
+                with atomic(sidecar_of(answers)) as settings_file:
                     settings_file.write(json.dumps(settings, indent=1) + "\n")
 
             # 3) answer it; a finished batch is a line of the work file
@@ -381,6 +393,8 @@ def check_answers(answers: Path, expected: list[str]) -> list[dict]:
 
 def work_files(answers: Path) -> list[Path]:
     name = re.compile(rf"\.{re.escape(answers.name)}\.\d+")
+    if not answers.parent.is_dir():
+        return []
     return sorted(path for path in answers.parent.iterdir() if name.fullmatch(path.name))
 
 
@@ -401,10 +415,11 @@ def read_work(answers: Path) -> dict[str, dict]:
     return done
 
 
-def find_settings(arguments, questions: QuestionSet, answers: Path, sidecar: Path) -> dict:
+def find_settings(arguments, questions: QuestionSet, answers: Path) -> dict:
     """All that the answers depend on. FileExistsError or ValueError if there are answers with other settings."""
     # 1) what the sidecar of earlier answers records
-    begun, files = {}, [path for path in (answers, *work_files(answers)) if path.exists()]
+    sidecar, begun = sidecar_of(answers), {}
+    files = [path for path in (answers, *work_files(answers)) if path.exists()]
     if answers.exists() or read_work(answers):
         if not sidecar.exists():
             raise FileExistsError(f"{files[0]} exists, but no {sidecar.name} says how it was made: delete or move it")

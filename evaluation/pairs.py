@@ -11,20 +11,8 @@ import numpy as np
 from data import REFERENCES, Question, Records, image_names, question_id, tell
 from evaluation.metrics import VARIANTS, Groups, Table, statistics
 from plumbing.cli import progress
-from plumbing.fields import Range, check_fields, check_value, printable
+from plumbing.fields import Range, check_value, printable
 from plumbing.files import atomic, read_json
-
-
-@dataclass
-class Texts:
-    """The fields of a line of a question or answer file that are scored or shown."""
-
-    text: str | None
-    reference: str | None
-    findings: str | None
-    impression: str | None
-    reference_report: str | None
-    model_id: str | None
 
 
 class Line(NamedTuple):
@@ -89,8 +77,9 @@ def read_pairs(references, predictions, chosen: Collection[str] | None = None) -
             images = tuple(image_names(question.raw))
         except ValueError as error:
             raise ValueError(f"{question.place}: {error}") from None
-        prompt, model = question.raw.get("text") or "", answer.raw.get("model_id")
-        pairs.append(Pair(id, reference, prediction, prompt, images=images, model=model))
+        prompt = check_value(question.raw.get("text"), str | None, "text", question.place)
+        model = check_value(answer.raw.get("model_id"), str | None, "model_id", answer.place)
+        pairs.append(Pair(id, reference, prediction, prompt or "", images=images, model=model))
     # a question file without images; no model says of every study what it was asked
     if all(pair.prompt and pair.prediction == pair.prompt and pair.model is None for pair in pairs):
         raise ValueError(f"{predictions} repeats the texts of the questions: give the file that eval.py answer wrote")
@@ -120,12 +109,11 @@ def require_none(ids: list[str], problem: str):
 
 
 def text_of(line: Line, names: tuple[str, ...]) -> str:
-    """The text in the first of these fields that the line has. ValueError, also if another of its `Texts` is wrong."""
-    fields = check_fields(line.raw, Texts, line.place)
-    texts = [fields[name] for name in names if fields.get(name) is not None]
-    if not texts:
-        raise ValueError(f"{line.place}: there is no text in {', '.join(names)}: add its report")
-    return texts[0]
+    """The text in the first of these fields that the line has."""
+    for name in names:
+        if line.raw.get(name) is not None:
+            return check_value(line.raw[name], str, name, line.place)
+    raise ValueError(f"{line.place}: there is no text in {', '.join(names)}: add its report")
 
 
 def is_question(raw: dict) -> bool:

@@ -151,7 +151,7 @@ ANSWERS = [{"question_id": i, "text": text} for i, text in enumerate(PREDICTIONS
     ([*ANSWERS, {"question_id": "x", "text": ""}], "1 ids .*not in .*first: x"),
     (ANSWERS[:2], "3 ids .*missing .*first: 2"),
     ([{"question_id": i} for i in range(5)], "a.jsonl line 1: .*findings, impression, text"),
-    ([{"question_id": i, "text": 3} for i in range(5)], "a.jsonl line 1: text is 3, expected a text or null"),
+    ([{"question_id": i, "text": 3} for i in range(5)], "a.jsonl line 1: text is 3, expected a text"),
     ([ANSWERS[0], ANSWERS[1] | {"impression": []}, *ANSWERS[2:]], r"a.jsonl line 2: impression is \[\], expected"),
     ([*ANSWERS[:4], ANSWERS[4] | {"model_id": 7}], "a.jsonl line 5: model_id is 7, expected a text or null"),
     ([{"text": "a"}], "a.jsonl line 1 .*question_id"),

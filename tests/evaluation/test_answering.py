@@ -434,6 +434,41 @@ def test_a_shuffled_prior_is_another_patient_s_and_anyone_s():
     assert len(set(answering.draw_other_priors(questions, 0).values())) > len(questions) / 2
 
 
+@pytest.mark.parametrize(("flags", "culprit"), [
+    (("--csv", "priors/true.jsonl"), "true.jsonl is given twice"),
+    (("--conditions", "shuffled", "--questions", "one.jsonl"), "all priors are of one patient"),
+    (("--conditions", "blank", "--questions", "bare.jsonl"), "question 19 has no reference"),
+    (("--conditions", "shuffled", "--questions", "lost.jsonl"), "question 19: no image 9.png"),
+    (("--out", "q.jsonl"), "q.jsonl is a file"),
+    (("--out", "torn", "--conditions", "dummy,blank"), "blank.jsonl line 1 is not JSON"),
+    (("--out", "other", "--conditions", "dummy,blank"), "blank.jsonl was made with max_new_tokens 2, not 1"),
+    (("--out", "none", "--conditions", "dummy,blank"), "blank.jsonl.settings.json holds no settings"),
+])  # fmt: skip
+def test_prior_looks_at_every_condition_before_it_answers(questions, tmp_path, monkeypatch, capsys, flags, culprit):
+    monkeypatch.chdir(tmp_path)
+    *others, last = lines = make_questions()
+    write_lines(Path("one.jsonl"), [line | {"image": ["p10000001/a.png", "p10000001/b.png"]} for line in lines])
+    write_lines(Path("bare.jsonl"), [*others, last | {"reference": None}])
+    write_lines(Path("lost.jsonl"), [*others, last | {"image": ["0.png", "9.png"]}])
+    # a blank.jsonl that another run has made, and what has become of it
+    short = ("--device", "cpu", "--max-new-tokens", 1)
+    with_prior = [line for line in lines if len(set(line["image"])) == 2]
+    for folder in ("torn", "other", "none"):
+        Path(folder).mkdir()
+        chosen = write_lines(Path("chosen.jsonl"), with_prior)
+        assert answer(chosen, Path(folder, "blank.jsonl"), "--prior", "blank", *short) == 0
+    Path("torn/blank.jsonl").write_text("{\n")
+    Path("none/blank.jsonl.settings.json").write_text("{}")
+    settings = Path("other/blank.jsonl.settings.json")
+    settings.write_text(settings.read_text().replace('"max_new_tokens": 1', '"max_new_tokens": 2'))
+    prior = ("prior", "--model", MODEL, "--image-folder", IMAGES, "--questions", questions, "--out", "priors", *short)
+    capsys.readouterr()
+    monkeypatch.setattr(cli, "write_answers", None)
+    assert cli.main(cli.parse([str(part) for part in (*prior, *flags)])) == 2
+    assert culprit in one_line(capsys)
+    assert not Path("priors").exists()
+
+
 def test_prior_answers_the_questions_that_have_one_and_resumes(questions, tmp_path, no_meteor, capsys):
     out, short = tmp_path / "new" / "priors", ("--device", "cpu", "--max-new-tokens", "4", "--batch-size", "8")
     files = ("--model", MODEL, "--image-folder", IMAGES, "--questions", questions, "--out", out, "--limit", 5)
