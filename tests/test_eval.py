@@ -380,7 +380,9 @@ def test_a_wrong_truth_is_refused(tmp_path, score, capsys):
     ("findings", {"edema": {"severity": math.nan}}), ("findings", {"edema": {"severity": 1, "side": 5}}),
     ("devices", "pacemaker"), ("changes", {"edema": None}), ("dicom_id", 7), ("study_id", None), ("study_id", [1]),
     ("changes", json.loads("[" * 400 + "]" * 400)),
-], ids=range(12))  # fmt: skip
+    ("findings", {"edemas": {"severity": 1, "side": None}}), ("devices", {"edema": {}}), ("changes", {"edema": "wors"}),
+    ("changes", {"oedema": "worse"}),
+], ids=range(16))  # fmt: skip
 def test_a_wrong_field_of_a_truth_is_named(tmp_path, capsys, field, value):
     *score, truth = write_phantom(tmp_path)
     lines = read_lines(truth)
@@ -388,6 +390,17 @@ def test_a_wrong_field_of_a_truth_is_named(tmp_path, capsys, field, value):
     assert run(*score, truth) == 2
     line = one_line(capsys)
     assert "t line 2" in line and "expected" in line and (field in line or "edema" in line)
+
+
+def test_a_study_has_one_line_of_truth(tmp_path, capsys):
+    *score, truth = write_phantom(tmp_path)
+    lines = read_lines(truth)
+    write_lines(truth, [*lines, lines[0]])
+    assert run(*score, truth) == 0
+    capsys.readouterr()
+    write_lines(truth, [*lines, lines[0] | {"changes": {}}])
+    assert run(*score, truth) == 2
+    assert "t line 4: 'd0' has another line before" in one_line(capsys)
 
 
 def test_a_truth_that_is_nested_without_end_is_one_line(tmp_path, capsys):
