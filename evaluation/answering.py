@@ -387,7 +387,7 @@ def check_answers(answers: Path, expected: list[str]) -> list[dict]:
         if ids != expected:
             raise ValueError(f"{answers} has {len(ids):,} answers to {len(expected):,} questions")
     except ValueError as error:
-        raise ValueError(f"{error}: it is damaged; delete it and run this again") from None
+        raise ValueError(f"{error}: it is damaged; delete it and run eval.py answer again") from None
     return lines
 
 

@@ -276,7 +276,7 @@ def test_a_finished_file_that_is_torn_does_not_count_as_answered(questions, answ
     before = contents(tmp_path)
     assert answer(questions, answered, "--max-new-tokens", 2) == 2
     line = one_line(capsys)
-    assert str(answered) in line and "delete it and run this again" in line and contents(tmp_path) == before
+    assert str(answered) in line and "delete it and run eval.py answer again" in line and contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("text", ['[{"question_id": 1}]', "[7]", '{"a": 1}'])
