@@ -15,15 +15,26 @@ import functools
 import sys
 from pathlib import Path
 
+from data import ImageFolder
 from evaluation import answering, merging, metrics, page, tables
 from evaluation.answering import CONDITIONS, QuestionSet, choose, load_model, read_questions, write_answers
 from evaluation.metrics import FLOOR, METRICS, VARIANTS, Interval, published, temporal_f1_score
-from evaluation.pairs import Pair, count_empty, groups_of, read_merge, read_pairs, sizes_of, statistics_of, write_export
+from evaluation.pairs import (
+    EXPORT_START,
+    Pair,
+    count_empty,
+    count_empty_by_group,
+    groups_of,
+    read_merge,
+    read_pairs,
+    sizes_of,
+    statistics_of,
+    write_export,
+)
 from evaluation.prior import prior_scores
 from evaluation.truth import read_truth, truth_statistics
 from plumbing.cli import Parser, add_decoding_flags, add_expert_flags, add_model_flags, guard
 from plumbing.distributed import init_distributed
-from plumbing.files import check_writable
 
 __all__ = ["evaluate_report", "temporal_f1_score"]  # what others import, beside the command line
 
@@ -39,6 +50,7 @@ def evaluate_report(references, predictions, bertscore: bool = False) -> dict[st
 
 
 def answer(arguments):
+    tables.check_distinct(written(arguments.answers), [arguments.questions, arguments.ids, arguments.expert])
     questions = read_questions(arguments.questions)
     chosen = choose(questions, arguments)
     with init_distributed() as world:
@@ -47,7 +59,15 @@ def answer(arguments):
 
 
 def merge(arguments):
-    merging.merge(arguments.questions, Path(arguments.answers), list(map(Path, arguments.parts)))
+    parts = list(map(Path, arguments.parts))
+    read = [arguments.questions, *parts, *map(answering.sidecar_of, parts)]
+    tables.check_distinct(written(arguments.answers), read)
+    merging.merge(arguments.questions, Path(arguments.answers), parts)
+
+
+def written(answers) -> list:
+    """An answer file and its settings."""
+    return [answers, answering.sidecar_of(Path(answers))]
 
 
 def score(arguments):
@@ -56,7 +76,17 @@ def score(arguments):
     if arguments.compare:
         return compare(arguments)
 
-    # 1) pairs, and the scores of them that RadEval and the phantom hospital's truth give
+    # 1) what would be lost: a file that is read, or is no page or export
+    read = [arguments.references, arguments.predictions, arguments.ids, arguments.truth, *arguments.merge]
+    tables.check_distinct([arguments.csv, arguments.html, arguments.export], read)
+    if arguments.html:
+        tables.check_replaceable(arguments.html, page.START, "HTML page")
+    if arguments.export:
+        tables.check_replaceable(arguments.export, EXPORT_START, "file of --export")
+    if arguments.image_folder:
+        ImageFolder(arguments.image_folder, None)
+
+    # 2) pairs, and the scores of them that RadEval and the phantom hospital's truth give
     ids = answering.read_ids(arguments.ids) if arguments.ids is not None else None
     pairs = read_pairs(arguments.references, arguments.predictions, ids)
     if arguments.export:
@@ -67,11 +97,8 @@ def score(arguments):
         truths = read_truth(arguments.truth, pairs)
         columns |= truth_statistics([pair.prediction for pair in pairs], truths)
 
-    # 2) what shall be written later is looked at before the long work
     if arguments.csv:
-        tables.read_rows(arguments.csv, ["Model Name", *METRICS, *columns, *values])
-    if arguments.html:
-        check_writable(arguments.html)
+        tables.read_csv(arguments.csv, ["Model Name", *METRICS, *columns, *values])
 
     # 3) scores and their intervals; RadEval's single values have none
     table = statistics_of(pairs, arguments.bertscore) | columns
@@ -89,21 +116,22 @@ def score(arguments):
         tables.append_csv(arguments.csv, row)
 
     # 5) a page
-    sizes = sizes_of(groups)
+    sizes, empty = sizes_of(groups), count_empty_by_group(pairs, groups)
     if arguments.html:
         subtitle = f"{Path(arguments.predictions).name} against {Path(arguments.references).name}"
+        if any(empty["all"].values()):
+            subtitle += f"; empty: {tables.describe_empty(empty)}"
         page.write(arguments.html, title=name, subtitle=subtitle, groups=sizes, scores=scores, notes=notes,
                    pairs=pairs, table=table, folder=arguments.image_folder)  # fmt: skip
 
     # 6) an object or a table on stdout
-    empty = count_empty(pairs)
     if arguments.json:
         variants = {key: VARIANTS[key] for key in scores if key in VARIANTS}
         result = {"model": name, "studies": sizes, "published": published(overall), "scores": scores}
-        return tables.print_json(result | {"variants": variants, "empty": empty})
+        return tables.print_json(result | {"variants": variants, "empty": empty["all"], "empty_by_group": empty})
     print(f"{name}: mean or corpus score × 100 [95 % interval]")
     tables.print_scores(scores, {group: f"{group} ({size:,})" for group, size in sizes.items()})
-    print(f"empty: {empty['answers']:,} answers, {empty['references']:,} references")
+    print(f"empty: {tables.describe_empty(empty)}")
     print(f"{FLOOR}: {VARIANTS[FLOOR]}")
 
 
@@ -117,48 +145,62 @@ def compare(arguments):
     rows_a, rows_b = (statistics_of(pairs, arguments.bertscore) for pairs in (a, b))
     scores = metrics.differences(rows_a, rows_b, groups, arguments.seed)
     names, sizes = dict(zip("ab", arguments.compare, strict=True)), sizes_of(groups)
+    empty = {name: count_empty_by_group(pairs, groups) for name, pairs in (("a", a), ("b", b))}
     if arguments.json:
-        return tables.print_json(names | {"studies": sizes, "scores": scores})
+        return tables.print_json(names | {"studies": sizes, "scores": scores, "empty_by_group": empty})
     print(f"A: {names['a']}\nB: {names['b']}")
     tables.print_differences(scores, sizes)
+    print(f"\nempty in A: {tables.describe_empty(empty['a'])}\nempty in B: {tables.describe_empty(empty['b'])}")
 
 
 def prior(arguments):
-    # 1) one answer file for each condition; without --model they are there already
+    # 1) mistakes show before the first question is answered
     questions, out = read_questions(arguments.questions), Path(arguments.out)
     chosen = choose(questions, arguments, only_with_prior=True)
     files = {condition: out / f"{condition}.jsonl" for condition in arguments.conditions}
+    tables.check_distinct([*files.values(), arguments.csv], [arguments.questions, arguments.ids, arguments.truth])
     if arguments.csv:
-        tables.read_rows(arguments.csv, tables.PRIOR_COLUMNS)
+        tables.read_csv(arguments.csv, tables.PRIOR_COLUMNS)
+    for question in chosen:
+        if question.reference is None:
+            raise ValueError(f"{arguments.questions}: question {question.id} has no reference to score answers with")
     # a pair without texts knows its id and its images
     studies = [Pair(str(question.id), "", "", images=tuple(question.images)) for question in chosen]
     truths = read_truth(arguments.truth, studies) if arguments.truth else None
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"{out} is a file: give a folder as --out")
+
+    # 2) one answer file for each condition; without --model they are there already
     if arguments.model:
         if not arguments.image_folder:
             raise ValueError("--model needs --image-folder, to answer the questions")
-        out.mkdir(parents=True, exist_ok=True)
+        sets = {condition: QuestionSet(arguments, questions, chosen, condition) for condition in files}
         with init_distributed() as world:
+            for condition, path in files.items():
+                answering.check_before(arguments, sets[condition], path)
+            out.mkdir(parents=True, exist_ok=True)
             # the model is loaded once, and only if there is something to answer
             load = functools.cache(lambda: load_model(arguments, world))
             for condition, path in files.items():
-                asked = QuestionSet(arguments, questions, chosen, condition)
-                write_answers(arguments, asked, path, load, world)
+                write_answers(arguments, sets[condition], path, load, world)
         if world.rank:
             return
 
-    # 2) scores under each condition, over the same studies
+    # 3) scores under each condition, over the same studies
     ids = [str(question.id) for question in chosen]
     pairs = {condition: read_pairs(arguments.questions, path, ids) for condition, path in files.items()}
     scores = prior_scores(pairs, truths, arguments.seed)
 
-    # 3) a CSV file, and stdout
+    # 4) a CSV file, and stdout
     name = arguments.model or pairs["true"][0].model or out.name
     if arguments.csv:
         tables.write_prior_csv(arguments.csv, name, scores)
+    empty = {condition: count_empty(answered) for condition, answered in pairs.items()}
     if arguments.json:
-        return tables.print_json({"model": name, "studies": len(ids), "scores": scores})
+        return tables.print_json({"model": name, "studies": len(ids), "scores": scores, "empty": empty})
     print(f"{name}, {len(ids):,} studies with a prior: score × 100 [95 % interval], and its paired difference to true")
     tables.print_scores(scores, dict(zip(files, files, strict=True)))
+    print(f"empty: {tables.describe_empty(empty)}")
     tables.print_prior_notes(files)
 
 

@@ -26,7 +26,7 @@ from data import ImageFolder, Question, Records, Study, check
 from model import Libra
 from plumbing.cli import progress
 from plumbing.distributed import World
-from plumbing.fields import Count, check_fields, check_value, shorten
+from plumbing.fields import Count, check_fields, check_value, printable, shorten
 from plumbing.files import atomic, check_writable, only_writer, read_json, read_text, resumable
 from plumbing.image import load_image
 from plumbing.layout import find_device
@@ -60,7 +60,8 @@ def choose(questions: list[Question], arguments, only_with_prior: bool = False) 
         wanted = read_ids(arguments.ids)
         unknown = wanted - {str(question.id) for question in questions}
         if unknown:
-            raise ValueError(f"{arguments.questions} has no {kind} {min(unknown)} ({len(unknown):,} such --ids in all)")
+            first = printable(min(unknown), 60)
+            raise ValueError(f"{arguments.questions} has no {kind} {first} ({len(unknown):,} such --ids in all)")
         questions = [question for question in questions if str(question.id) in wanted]
     return questions[: arguments.limit]
 
@@ -68,11 +69,13 @@ def choose(questions: list[Question], arguments, only_with_prior: bool = False) 
 def read_ids(ids: str) -> set[str]:
     """What --ids names: a file with an id on each line, or a list with commas. ValueError if there are none."""
     text = ids.replace(",", "\n")
-    if Path(ids).is_file():
+    # False, not an error, for a list that is too long for a file's name
+    if os.path.exists(ids) and not os.path.isdir(ids):
         text = read_text(ids)
     wanted = {line.strip() for line in text.splitlines()} - {""}
     if not wanted:
-        raise ValueError(f"--ids {ids!r} names no id: give a file with an id on each line, or a list with commas")
+        advice = "give a file with an id on each line, or a list with commas"
+        raise ValueError(f"--ids {shorten(ids)} names no id: {advice}")
     return wanted
 
 
@@ -269,6 +272,23 @@ def decode_batches(libra: Libra, questions: QuestionSet, batches: list[list[str]
         yield answers
 
 
+def check_before(arguments, questions: QuestionSet, answers: Path) -> tuple[dict, list[str] | None]:
+    """Returns the settings, and the ids of a finished answer file; None if there is something to answer.
+
+    ValueError or OSError for whatever is wrong and shows before the model is loaded, which takes longer. The answers'
+    folder may be absent.
+    """
+    settings = find_settings(arguments, questions, answers)
+    if not answers.exists():
+        questions.find_images()
+        return settings, None
+    ids = list(questions.by_id)
+    if part_of(arguments):
+        ids = part_ids(sidecar_of(answers))
+    check_answers(answers, ids)
+    return settings, ids
+
+
 def write_answers(arguments, questions: QuestionSet, answers: Path, load: Callable[[], Libra], world: World):
     """Write an answer file, or what an earlier run has left to do. load() returns the model.
 
@@ -277,16 +297,11 @@ def write_answers(arguments, questions: QuestionSet, answers: Path, load: Callab
     the part's ids as well, which only a model's tokenizer tells.
     """
     check_writable(answers)
-    is_complete, sidecar, part = answers.exists(), sidecar_of(answers), part_of(arguments)
-    settings = find_settings(arguments, questions, answers, sidecar)
-    ids = list(questions.by_id)
-    if is_complete:
-        if part:
-            ids = part_ids(sidecar)
-        check_answers(answers, ids)
-    else:
-        # 1) form the batches; missing images show before the model is loaded, which takes longer
-        questions.find_images()
+    settings, ids = check_before(arguments, questions, answers)
+    is_complete, part = ids is not None, part_of(arguments)
+    if not is_complete:
+        # 1) form the batches
+        ids = list(questions.by_id)
         libra = load()
         batches = questions.batches(libra, arguments, settings["batch_size"])
         if part:
@@ -302,7 +317,7 @@ def write_answers(arguments, questions: QuestionSet, answers: Path, load: Callab
             share = batches[world.rank :: world.size]
             world.barrier()
             if world.rank == 0:
-                with atomic(sidecar) as settings_file:
+                with atomic(sidecar_of(answers)) as settings_file:
                     settings_file.write(json.dumps(settings, indent=1) + "\n")
 
             # 3) answer it; a finished batch is a line of the work file
@@ -352,7 +367,7 @@ def parse_answer(line: dict, place) -> dict:
 
 
 def sidecar_of(answers: Path) -> Path:
-    return answers.with_name(f"{answers.name}.settings.json")
+    return answers.parent / f"{answers.name}.settings.json"
 
 
 def part_ids(sidecar: Path) -> list[str]:
@@ -372,12 +387,14 @@ def check_answers(answers: Path, expected: list[str]) -> list[dict]:
         if ids != expected:
             raise ValueError(f"{answers} has {len(ids):,} answers to {len(expected):,} questions")
     except ValueError as error:
-        raise ValueError(f"{error}: it is damaged; delete it and run this again") from None
+        raise ValueError(f"{error}: it is damaged; delete it and run eval.py answer again") from None
     return lines
 
 
 def work_files(answers: Path) -> list[Path]:
     name = re.compile(rf"\.{re.escape(answers.name)}\.\d+")
+    if not answers.parent.is_dir():
+        return []
     return sorted(path for path in answers.parent.iterdir() if name.fullmatch(path.name))
 
 
@@ -398,14 +415,21 @@ def read_work(answers: Path) -> dict[str, dict]:
     return done
 
 
-def find_settings(arguments, questions: QuestionSet, answers: Path, sidecar: Path) -> dict:
+def find_settings(arguments, questions: QuestionSet, answers: Path) -> dict:
     """All that the answers depend on. FileExistsError or ValueError if there are answers with other settings."""
     # 1) what the sidecar of earlier answers records
-    begun, files = {}, [path for path in (answers, *work_files(answers)) if path.exists()]
+    sidecar, begun = sidecar_of(answers), {}
+    files = [path for path in (answers, *work_files(answers)) if path.exists()]
     if answers.exists() or read_work(answers):
         if not sidecar.exists():
             raise FileExistsError(f"{files[0]} exists, but no {sidecar.name} says how it was made: delete or move it")
-        begun = read_json(sidecar)
+        try:
+            begun = read_json(sidecar)
+        except ValueError:
+            begun = {}
+        if not begun:
+            delete = ", ".join(map(str, [*files, sidecar]))
+            raise ValueError(f"{sidecar} holds no settings: delete {delete}, and run this again")
 
     # 2) what this run asks for; a batch size need not be given again
     options, part = sample.options_of(arguments), part_of(arguments)
@@ -434,8 +458,11 @@ def find_settings(arguments, questions: QuestionSet, answers: Path, sidecar: Pat
         settings["expert"] = f"{arguments.expert} ({digest[:16]}, {weights})"
 
     # 3) both must be the same
-    changed = [f"{name} {begun.get(name)}, not {value}" for name, value in settings.items() if begun.get(name) != value]
-    if begun and changed:
+    changed = []
+    for name, value in settings.items():
+        if begun and begun.get(name) != value:
+            changed.append(f"{name} {printable(begun.get(name), 60)}, not {value}")
+    if changed:
         delete = ", ".join(map(str, [*files, sidecar]))
         raise ValueError(f"{answers} was made with {'; '.join(changed)}: give another file, or delete {delete}")
     return settings

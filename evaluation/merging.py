@@ -8,8 +8,9 @@ from typing import Literal
 
 from evaluation import answering
 from evaluation.answering import CONDITIONS, Part, QuestionSet, part_ids, sidecar_of
-from plumbing.fields import check_value
+from plumbing.fields import Count, check_fields, check_value, printable
 from plumbing.files import atomic, check_writable, read_json
+from sample import Options
 
 
 def merge(questions, answers: Path, parts: list[Path]):
@@ -38,20 +39,30 @@ def merge(questions, answers: Path, parts: list[Path]):
         raise ValueError(f"{questions} gives {asked.digest()} but {answered}: give the file that was answered")
 
     # 3) write what one run writes
-    text = "".join(json.dumps(merged[id]) + "\n" for id in asked.by_id)
-    if answering.work_files(answers) or (answers.exists() and answers.read_text(encoding="utf-8") != text):
+    texts = {
+        sidecar_of(answers): json.dumps(settings, indent=1) + "\n",
+        answers: "".join(json.dumps(merged[id]) + "\n" for id in asked.by_id),
+    }
+    is_other = answers.exists() and not all(holds(path, text) for path, text in texts.items())
+    if answering.work_files(answers) or is_other:
         raise FileExistsError(f"{answers} holds other answers, or a run that has not ended: give another file")
-    with atomic(sidecar_of(answers)) as file:
-        file.write(json.dumps(settings, indent=1) + "\n")
-    with atomic(answers) as file:
-        file.write(text)
+    for path, text in texts.items():
+        with atomic(path) as file:
+            file.write(text)
     print(f"{answers}: {len(merged):,} answers from {len(parts):,} parts", file=sys.stderr)
+
+
+def holds(path: Path, text: str) -> bool:
+    # a pipe or a device holds nothing
+    return path.is_file() and path.read_bytes() == text.encode()
 
 
 def merge_settings(paths: list[Path]) -> dict:
     """The settings of the whole. ValueError if a part is missing, comes twice, or was made with other settings."""
     merged, found = {}, {}
     for path in paths:
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder: give the answer file of a part")
         # 1) which part it is; its sidecar is written when it begins, the file itself when it ends
         sidecar = sidecar_of(path)
         if not sidecar.exists():
@@ -73,8 +84,11 @@ def merge_settings(paths: list[Path]) -> dict:
         settings |= {"part": f"of {part.count}"}
         settings.pop("part_ids", None)
         merged = merged or settings
-        changed = [f"{name} {settings.get(name)}, not {merged.get(name)}"
-                   for name in merged | settings if settings.get(name) != merged.get(name)]  # fmt: skip
+        changed = []
+        for name in merged | settings:
+            here, there = settings.get(name), merged.get(name)
+            if here != there:
+                changed.append(f"{printable(name, 60)} {printable(here, 60)}, not {printable(there, 60)}")
         if changed:
             raise ValueError(f"{path} was made with {'; '.join(changed)} as in {paths[0]}: answer that part again")
 
@@ -85,4 +99,6 @@ def merge_settings(paths: list[Path]) -> dict:
     check_value(merged.get("prior"), Literal[tuple(CONDITIONS)], "prior", sidecar)
     check_value(merged.get("questions"), str, "questions", sidecar)
     check_value(merged.get("seed"), int, "seed", sidecar)
+    check_value(merged.get("batch_size"), Count, "batch_size", sidecar)
+    check_fields(merged, Options, sidecar)
     return merged | {"part": None}

@@ -19,6 +19,7 @@ from plumbing.cli import progress
 from plumbing.files import atomic
 from plumbing.image import load_image
 
+START = "<!doctype html>"  # of page.html
 SIDE = 224  # pixels of a thumbnail's longer side: some 6 kB each
 
 

@@ -4,15 +4,22 @@ import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import numpy as np
 
 from data import REFERENCES, Question, Records, image_names, question_id, tell
 from evaluation.metrics import VARIANTS, Groups, Table, statistics
 from plumbing.cli import progress
-from plumbing.fields import Range, check_value
+from plumbing.fields import Range, check_value, printable
 from plumbing.files import atomic, read_json
+
+
+class Line(NamedTuple):
+    """A line of a question or answer file, and where it is: a file and a line number."""
+
+    raw: dict
+    place: str
 
 
 @dataclass(frozen=True)
@@ -43,13 +50,14 @@ def read_pairs(references, predictions, chosen: Collection[str] | None = None) -
     if chosen is not None:
         unknown = set(chosen) - questions.keys()
         if unknown:
-            raise ValueError(f"{references} has no question {min(unknown)} ({len(unknown):,} such ids in all)")
+            first = printable(min(unknown), 60)
+            raise ValueError(f"{references} has no question {first} ({len(unknown):,} such ids in all)")
         # an answer to a question that is not chosen is no mistake
         ignored = questions.keys() - set(chosen)
         questions = {id: question for id, question in questions.items() if id not in ignored}
         answers = {id: answer for id, answer in answers.items() if id not in ignored}
     # an odd question is not asked
-    unasked = [id for id in questions if id not in answers and is_odd(questions[id])]
+    unasked = [id for id in questions if id not in answers and is_odd(questions[id].raw)]
     if unasked:
         tell(f"{references}: {len(unasked):,} odd questions without an answer are left out; the first: {unasked[0]}")
         questions = {id: question for id, question in questions.items() if id not in unasked}
@@ -59,23 +67,22 @@ def read_pairs(references, predictions, chosen: Collection[str] | None = None) -
 
     pairs = []
     for id, question in questions.items():
-        # an error in a line names its file and its id
-        file = references
+        answer = answers[id]
+        reference = text_of(question, REFERENCES)
+        # a question's text is its prompt
+        if is_question(answer.raw):
+            raise ValueError(f"{answer.place} is a question, not an answer: give the file that eval.py answer wrote")
+        prediction = text_of(answer, ("findings", "impression", "text"))
         try:
-            reference = text_of(question, REFERENCES)
-            images = tuple(image_names(question))
-            file = predictions
-            # a question's text is its prompt
-            is_question = "text" in answers[id] and "image" in answers[id]
-            if is_question:
-                raise ValueError("this is a question, not an answer: give the file that eval.py answer wrote")
-            prediction = text_of(answers[id], ("findings", "impression", "text"))
+            images = tuple(image_names(question.raw))
         except ValueError as error:
-            raise ValueError(f"{file}: {id}: {error}") from None
-        prompt, model = str(question.get("text") or ""), answers[id].get("model_id")
-        if not isinstance(model, str):
-            model = None
-        pairs.append(Pair(id, reference, prediction, prompt, images=images, model=model))
+            raise ValueError(f"{question.place}: {error}") from None
+        prompt = check_value(question.raw.get("text"), str | None, "text", question.place)
+        model = check_value(answer.raw.get("model_id"), str | None, "model_id", answer.place)
+        pairs.append(Pair(id, reference, prediction, prompt or "", images=images, model=model))
+    # a question file without images; no model says of every study what it was asked
+    if all(pair.prompt and pair.prediction == pair.prompt and pair.model is None for pair in pairs):
+        raise ValueError(f"{predictions} repeats the texts of the questions: give the file that eval.py answer wrote")
     empty = count_empty(pairs)
     if any(empty.values()):
         counts = ", ".join(f"{count:,} {kind}" for kind, count in empty.items())
@@ -90,17 +97,28 @@ def count_empty(pairs: list[Pair]) -> dict[str, int]:
     return {"answers": answers, "references": sum(is_empty(pair.reference) for pair in pairs)}
 
 
+def count_empty_by_group(pairs: list[Pair], groups: Groups) -> dict[str, dict[str, int]]:
+    """`count_empty` of each group of studies."""
+    members = {name: [pairs[i] for i in np.flatnonzero(rows)] for name, rows in groups.items()}
+    return {name: count_empty(some) for name, some in members.items()}
+
+
 def require_none(ids: list[str], problem: str):
     if ids:
         raise ValueError(f"questions and answers do not match: {len(ids):,} ids {problem} (first: {ids[0]})")
 
 
-def text_of(line: dict, fields: tuple[str, ...]) -> str:
+def text_of(line: Line, names: tuple[str, ...]) -> str:
     """The text in the first of these fields that the line has."""
-    texts = [line[field] for field in fields if line.get(field) is not None]
-    if not texts or not isinstance(texts[0], str):
-        raise ValueError(f"there is no text in {', '.join(fields)}: add its report")
-    return texts[0]
+    for name in names:
+        if line.raw.get(name) is not None:
+            return check_value(line.raw[name], str, name, line.place)
+    raise ValueError(f"{line.place}: there is no text in {', '.join(names)}: add its report")
+
+
+def is_question(raw: dict) -> bool:
+    """Whether a line has what a question has, and nothing that `eval.py answer` writes beside it."""
+    return "image" in raw and "text" in raw and "prompt" not in raw and "model_id" not in raw
 
 
 def is_odd(question: dict) -> bool:
@@ -111,7 +129,7 @@ def is_odd(question: dict) -> bool:
     return False
 
 
-def read_lines(path, leaves_out: bool = False) -> dict[str, dict]:
+def read_lines(path, leaves_out: bool = False) -> dict[str, Line]:
     """{question_id: line} of a question or answer file, a training record as a question.
 
     leaves_out: an odd line, or one whose id was there already, is left out and counted; else ValueError names it.
@@ -133,7 +151,7 @@ def read_lines(path, leaves_out: bool = False) -> dict[str, dict]:
             continue
         if id in lines:
             repeated.append(id)
-        lines.setdefault(id, line)
+        lines.setdefault(id, Line(line, records.place(number)))
     if not leaves_out and odd:
         raise ValueError(odd[0])
     if not lines:
@@ -164,6 +182,9 @@ def statistics_of(pairs: list[Pair], bertscore: bool = False, label: str = "scor
     """The rows of all metrics, see `metrics.statistics`."""
     predictions, references = [pair.prediction for pair in pairs], [pair.reference for pair in pairs]
     return statistics(predictions, references, bertscore, progress(label))
+
+
+EXPORT_START = '{\n "question_id": ['
 
 
 def write_export(path, pairs: list[Pair]):

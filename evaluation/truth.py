@@ -3,15 +3,18 @@
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from evaluation.metrics import Table
 from evaluation.pairs import Pair
-from phantom.history import DEVICES, FINDINGS
+from phantom.history import DEVICES, FINDINGS, VOCABULARY
 from phantom.reports import SIDED, level, read_report
-from plumbing.fields import Share, check_fields
+from plumbing.fields import Share, check_fields, shorten
 from plumbing.files import read_text
+
+CHANGES = tuple(dict.fromkeys(VOCABULARY["changes"].values()))  # "new", "worse", …
 
 
 @dataclass
@@ -22,7 +25,7 @@ class Truth:
     study_id: int | str
     findings: dict[str, dict]
     devices: dict[str, dict]
-    changes: dict[str, str]
+    changes: dict[str, Literal[CHANGES]]
 
 
 @dataclass
@@ -37,6 +40,11 @@ def parse_truth(text: str) -> dict:
     missing = [field.name for field in fields(Truth) if field.name not in truth]
     if missing:
         raise ValueError(f"it has no {missing[0]}")
+    # a name that no hospital draws would not be counted
+    for kind, known in (("findings", FINDINGS), ("devices", DEVICES), ("changes", FINDINGS | DEVICES)):
+        unknown = [name for name in truth[kind] if name not in known]
+        if unknown:
+            raise ValueError(f"{kind} has {shorten(unknown[0])}, expected {', '.join(known)}")
     for name, finding in truth["findings"].items():
         truth["findings"][name] = check_fields(dict(severity=None, side=None) | finding, Finding, name)
     return truth
@@ -52,7 +60,11 @@ def read_truth(path, pairs: list[Pair]) -> list[dict]:
         except (ValueError, TypeError, RecursionError) as error:
             problem = f"is no line of a phantom hospital's truth.jsonl ({error})"
             raise ValueError(f"{path} line {number} {problem}") from None
-        lines[truth["dicom_id"]] = lines[str(truth["study_id"])] = truth
+        names = truth["dicom_id"], str(truth["study_id"])
+        for name in names:
+            if lines.setdefault(name, truth) != truth:
+                problem = f"{shorten(name)} has another line before: leave one of them out"
+                raise ValueError(f"{path} line {number}: {problem}")
 
     truths, lost = [], []
     for pair in pairs:

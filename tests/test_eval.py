@@ -13,8 +13,9 @@ import pytest
 from conftest import GOLDEN, ROOT, one_line, read_lines, write_lines
 
 import eval as cli
-from evaluation import pairs
+from evaluation import pairs, tables
 from phantom import hospital
+from plumbing.files import atomic
 
 pytestmark = pytest.mark.usefixtures("no_meteor")
 
@@ -149,12 +150,18 @@ ANSWERS = [{"question_id": i, "text": text} for i, text in enumerate(PREDICTIONS
     ([*ANSWERS, ANSWERS[1]], "1 ids come twice .*first: 1"),
     ([*ANSWERS, {"question_id": "x", "text": ""}], "1 ids .*not in .*first: x"),
     (ANSWERS[:2], "3 ids .*missing .*first: 2"),
-    ([{"question_id": i} for i in range(5)], "a.jsonl: 0: .*findings, impression, text"),
-    ([{"question_id": i, "text": 3} for i in range(5)], "a.jsonl: 0: .*text"),
+    ([{"question_id": i} for i in range(5)], "a.jsonl line 1: .*findings, impression, text"),
+    ([{"question_id": i, "text": 3} for i in range(5)], "a.jsonl line 1: text is 3, expected a text"),
+    ([ANSWERS[0], ANSWERS[1] | {"impression": []}, *ANSWERS[2:]], r"a.jsonl line 2: impression is \[\], expected"),
+    ([*ANSWERS[:4], ANSWERS[4] | {"model_id": 7}], "a.jsonl line 5: model_id is 7, expected a text or null"),
     ([{"text": "a"}], "a.jsonl line 1 .*question_id"),
     ([12], "a.jsonl line 1"),
     # questions have a text, too: their prompt
-    ([{"question_id": i, "image": "a.png", "text": "Findings?"} for i in range(5)], "a.jsonl: 0: this is a question"),
+    ([{"question_id": i, "image": "a.png", "text": "Findings?"} for i in range(5)], "a.jsonl line 1 is a question"),
+    ([{"question_id": i, "text": "Findings?"} for i in range(5)], "a.jsonl repeats the texts of the questions"),
+    ([{"id": i, "image": "a.png", "conversations": [{"from": "human", "value": "<image>\nFindings?"},
+                                                    {"from": "gpt", "value": "x"}]} for i in range(5)],
+     "a.jsonl line 1 is a question"),
     ([], "a.jsonl is empty"),
 ])  # fmt: skip
 def test_wrong_answers_are_reported_in_one_line(score, answers, capsys, lines, culprit):
@@ -164,9 +171,10 @@ def test_wrong_answers_are_reported_in_one_line(score, answers, capsys, lines, c
 
 
 @pytest.mark.parametrize(("change", "culprit"), [
-    (lambda line: line.pop("reference"), "q.jsonl: 0: .*reference, findings, impression"),
-    (lambda line: line.update(reference=3), "q.jsonl: 0: .*reference"),
-    (lambda line: line.update(image=[1]), "q.jsonl: 0: image"),
+    (lambda line: line.pop("reference"), "q.jsonl line 1: .*reference, findings, impression"),
+    (lambda line: line.update(reference=3), "q.jsonl line 1: reference is 3, expected a text"),
+    (lambda line: line.update(image=[1]), "q.jsonl line 1: image"),
+    (lambda line: line.update(text={}), "q.jsonl line 1: text is {}, expected a text"),
 ])  # fmt: skip
 def test_wrong_questions_are_reported_in_one_line(score, questions, capsys, change, culprit):
     lines = read_lines(questions)
@@ -174,6 +182,13 @@ def test_wrong_questions_are_reported_in_one_line(score, questions, capsys, chan
     write_lines(questions, lines)
     assert run(*score) == 2
     assert re.search(culprit, one_line(capsys))
+
+
+def test_an_answer_may_name_its_images(score, answers, capsys):
+    lines = read_lines(answers)
+    for name in ("prompt", "model_id"):  # the other one says that it is an answer
+        write_lines(answers, [{key: line[key] for key in line if key != name} | {"image": "a.png"} for line in lines])
+        assert scored(capsys, *score)["studies"]["all"] == 5
 
 
 def test_empty_texts_are_counted(score, questions, answers, capsys):
@@ -185,6 +200,25 @@ def test_empty_texts_are_counted(score, questions, answers, capsys):
     assert "empty: 3 answers, 1 references" in printed.out
     assert "of 5 studies 3 answers, 1 references are empty" in printed.err
     assert scored(capsys, *score)["empty"] == {"answers": 3, "references": 1}
+
+
+def test_empty_texts_are_counted_in_each_group(questions, answers, tmp_path, capsys):
+    """Counted by hand: studies 0, 1 and 4 have a prior."""
+    lines = read_lines(questions)
+    write_lines(questions, [lines[0] | {"reference": ""}, *lines[1:]])
+    texts = ["Stable.", " \n", "", "", "Clear."]
+    made = write_lines(tmp_path / "b.jsonl", [{"question_id": i, "text": text} for i, text in enumerate(texts)])
+    score, page = ["score", "--references", questions], tmp_path / "p.html"
+    empty = {"all": {"answers": 3, "references": 1}, "with prior": {"answers": 1, "references": 1},
+             "without prior": {"answers": 2, "references": 0}}  # fmt: skip
+    text = "3 answers, 1 references; with prior: 1 answers, 1 references; without prior: 2 answers, 0 references"
+    assert scored(capsys, *score, "--predictions", made, "--html", page)["empty_by_group"] == empty
+    assert f"empty: {text}" in page.read_text()
+    assert run(*score, "--predictions", made) == 0
+    assert f"empty: {text}" in capsys.readouterr().out
+    assert scored(capsys, *score, "--compare", answers, made)["empty_by_group"]["b"] == empty
+    assert run(*score, "--compare", answers, made) == 0
+    assert f"empty in B: {text}" in capsys.readouterr().out
 
 
 def test_a_line_of_one_character_is_not_dropped(score, answers, capsys):
@@ -204,6 +238,35 @@ def test_files_to_write_are_looked_at_before_the_scores_are_computed(score, tmp_
         assert problem in one_line(capsys)
 
 
+@pytest.mark.parametrize(("flags", "problem"), [
+    ("--html q.jsonl", "q.jsonl is given twice"), ("--export a.jsonl", "a.jsonl is given twice"),
+    ("--csv link", "link is given twice"), ("--merge r.json --export r.json", "r.json is given twice"),
+    ("--truth t --html ./t", "t is given twice"), ("--ids ids --csv ids", "ids is given twice"),
+    ("--html new --csv new", "new is given twice"), ("--export new --html new", "new is given twice"),
+    ("--html r.json", "r.json is no HTML page"), ("--export other.jsonl", "other.jsonl is no file of --export"),
+    ("--html p.html --image-folder nowhere", "no image folder nowhere"),
+])  # fmt: skip
+def test_what_is_written_replaces_no_other_file(score, answers, tmp_path, capsys, monkeypatch, flags, problem):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "statistics_of", None)
+    shutil.copy(answers, "other.jsonl")
+    Path("link").symlink_to("q.jsonl")
+    for name in ("r.json", "t", "ids"):
+        Path(name).write_text('{"x": 1}')
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert run(*score, *flags.split()) == 2
+    assert problem in one_line(capsys)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_page_an_export_and_an_empty_file_are_replaced(score, tmp_path):
+    for name in ("p", "e"):
+        (tmp_path / name).touch()
+    for _ in range(2):
+        assert run(*score, "--html", tmp_path / "p", "--export", tmp_path / "e") == 0
+    assert run(*score, "--html", "/dev/null", "--export", "/dev/null") == 0
+
+
 def test_a_csv_file_may_be_a_link_or_a_pipe(score, tmp_path):
     (tmp_path / "link.csv").symlink_to(tmp_path / "real.csv")
     os.mkfifo(tmp_path / "pipe")
@@ -213,6 +276,36 @@ def test_a_csv_file_may_be_a_link_or_a_pipe(score, tmp_path):
     assert (tmp_path / "link.csv").is_symlink() and len((tmp_path / "real.csv").read_text().splitlines()) == 3
     assert os.read(reader, 10**6).startswith(b"Model Name") and (tmp_path / "pipe").is_fifo()
     os.close(reader)
+
+
+def test_a_row_is_added_to_what_is_there_as_it_is(score, tmp_path):
+    """A cell with line breaks of several kinds, a byte order mark, and no break at the end."""
+    table = tmp_path / "s.csv"
+    assert run(*score, "--csv", table, "--model-name", "a\nb\u2028c") == 0
+    before = f"\ufeff{table.read_text()}".removesuffix("\n")
+    table.write_text(before)
+    assert run(*score, "--csv", table) == 0
+    assert table.read_text().startswith(f"{before}\ntiny,")
+
+
+def test_a_csv_file_is_read_under_the_lock_under_which_it_is_written(score, tmp_path, capsys, monkeypatch):
+    """Another process cannot add a row between our reading and our writing."""
+    table, read, locked = tmp_path / "s.csv", tables.read_csv, []
+
+    def read_and_try(*arguments):
+        try:
+            with atomic(table):
+                raise InterruptedError
+        except (ValueError, InterruptedError) as error:
+            locked.append(isinstance(error, ValueError))
+        return read(*arguments)
+
+    monkeypatch.setattr(tables, "read_csv", read_and_try)
+    assert run(*score, "--csv", table) == 0
+    assert locked == [False, True]  # before the work, and for the row
+    with atomic(table):
+        assert run(*score, "--csv", table) == 2
+    assert "s.csv is being written by another process" in capsys.readouterr().err
 
 
 def test_a_csv_file_of_others_is_refused_and_left_alone(score, tmp_path, capsys):
@@ -287,7 +380,9 @@ def test_a_wrong_truth_is_refused(tmp_path, score, capsys):
     ("findings", {"edema": {"severity": math.nan}}), ("findings", {"edema": {"severity": 1, "side": 5}}),
     ("devices", "pacemaker"), ("changes", {"edema": None}), ("dicom_id", 7), ("study_id", None), ("study_id", [1]),
     ("changes", json.loads("[" * 400 + "]" * 400)),
-], ids=range(12))  # fmt: skip
+    ("findings", {"edemas": {"severity": 1, "side": None}}), ("devices", {"edema": {}}), ("changes", {"edema": "wors"}),
+    ("changes", {"oedema": "worse"}),
+], ids=range(16))  # fmt: skip
 def test_a_wrong_field_of_a_truth_is_named(tmp_path, capsys, field, value):
     *score, truth = write_phantom(tmp_path)
     lines = read_lines(truth)
@@ -295,6 +390,17 @@ def test_a_wrong_field_of_a_truth_is_named(tmp_path, capsys, field, value):
     assert run(*score, truth) == 2
     line = one_line(capsys)
     assert "t line 2" in line and "expected" in line and (field in line or "edema" in line)
+
+
+def test_a_study_has_one_line_of_truth(tmp_path, capsys):
+    *score, truth = write_phantom(tmp_path)
+    lines = read_lines(truth)
+    write_lines(truth, [*lines, lines[0]])
+    assert run(*score, truth) == 0
+    capsys.readouterr()
+    write_lines(truth, [*lines, lines[0] | {"changes": {}}])
+    assert run(*score, truth) == 2
+    assert "t line 4: 'd0' has another line before" in one_line(capsys)
 
 
 def test_a_truth_that_is_nested_without_end_is_one_line(tmp_path, capsys):

@@ -158,6 +158,13 @@ def test_a_training_record_asks_its_first_question(tmp_path):
     assert [(pair.reference, pair.has_prior) for pair in pairs] == [("Stable.", True), ("No fracture.", False)]
 
 
+def test_answers_do_not_replace_what_is_read(questions, tmp_path, capsys):
+    file = write_lines(tmp_path / "scores", make_scores())
+    for name in (questions, file):
+        assert answer(questions, name, "--expert", file) == 2
+        assert f"{name} is given twice" in one_line(capsys)
+
+
 def test_ids_and_limit_choose(questions, tmp_path, capsys):
     chosen = lambda name: [line["question_id"] for line in read_lines(tmp_path / name)]
     (tmp_path / "ids").write_text("7\n\nq2 \nq18\n")
@@ -167,6 +174,24 @@ def test_ids_and_limit_choose(questions, tmp_path, capsys):
     capsys.readouterr()
     assert answer(questions, tmp_path / "c", "--ids", "q18,8,9,10", "--max-new-tokens", 1) == 2
     assert "q.jsonl has no question 10" in one_line(capsys)
+
+
+@pytest.mark.parametrize(("ids", "culprit"), [
+    (" ", "--ids ' ' names no id"), ("," * 9999, "names no id"), ("word " * 9999, "no question word word"),
+    ("pipe", "pipe is a pipe"), ("q.jsonl", "has no question {"), ("empty", "--ids 'empty' names no id"),
+])  # fmt: skip
+def test_ids_that_name_nothing_are_one_short_line(questions, tmp_path, monkeypatch, capsys, ids, culprit):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    Path("empty").write_text("\n")
+    assert answer(questions, tmp_path / "a", "--ids", ids) == 2
+    line = one_line(capsys)
+    assert culprit in line and len(line) < 300
+
+
+def test_a_list_of_ids_may_be_longer_than_the_name_of_a_file(questions, tmp_path):
+    assert answer(questions, tmp_path / "a", "--ids", "q0,7," * 2000, "--max-new-tokens", 1) == 0
+    assert len(read_lines(tmp_path / "a")) == 2
 
 
 def test_the_batch_size_depends_on_the_beams_alone():
@@ -251,7 +276,7 @@ def test_a_finished_file_that_is_torn_does_not_count_as_answered(questions, answ
     before = contents(tmp_path)
     assert answer(questions, answered, "--max-new-tokens", 2) == 2
     line = one_line(capsys)
-    assert str(answered) in line and "delete it and run this again" in line and contents(tmp_path) == before
+    assert str(answered) in line and "delete it and run eval.py answer again" in line and contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("text", ['[{"question_id": 1}]', "[7]", '{"a": 1}'])
@@ -260,6 +285,21 @@ def test_a_work_file_of_something_else_is_named(questions, answered, tmp_path, c
     answered.unlink()
     assert answer(questions, answered, "--max-new-tokens", 2) == 2
     assert f"{tmp_path}/.a.0 holds a line that is no batch of answers" in one_line(capsys)
+
+
+@pytest.mark.parametrize(("text", "culprit"), [
+    ("{}", "a.settings.json holds no settings"),
+    ("[1]", "a.settings.json holds no settings"),
+    ('{"model": "tin', "a.settings.json holds no settings"),
+    ('{"model": 5, "seed": ' + "[" * 900 + "]" * 900 + "}", "was made with model 5, not"),
+    ('{"batch_size": "2"}', "batch_size is '2', expected a whole number"),
+])  # fmt: skip
+def test_damaged_settings_do_not_pass_for_the_same(questions, answered, tmp_path, capsys, text, culprit):
+    (tmp_path / "a.settings.json").write_text(text)
+    before = contents(tmp_path)
+    assert answer(questions, answered, "--max-new-tokens", 2) == 2
+    line = one_line(capsys)
+    assert culprit in line and len(line) < 1500 and contents(tmp_path) == before
 
 
 @pytest.mark.parametrize(("flags", "changed"), [
@@ -392,6 +432,41 @@ def test_a_shuffled_prior_is_another_patient_s_and_anyone_s():
     assert counts.sum() == 200 and (counts > 0).sum() > len(counts) / 2 and counts.max() < 8  # 1.4 each, on average
     assert answering.draw_other_priors(questions, 0) == answering.draw_other_priors(questions, 0)
     assert len(set(answering.draw_other_priors(questions, 0).values())) > len(questions) / 2
+
+
+@pytest.mark.parametrize(("flags", "culprit"), [
+    (("--csv", "priors/true.jsonl"), "true.jsonl is given twice"),
+    (("--conditions", "shuffled", "--questions", "one.jsonl"), "all priors are of one patient"),
+    (("--conditions", "blank", "--questions", "bare.jsonl"), "question 19 has no reference"),
+    (("--conditions", "shuffled", "--questions", "lost.jsonl"), "question 19: no image 9.png"),
+    (("--out", "q.jsonl"), "q.jsonl is a file"),
+    (("--out", "torn", "--conditions", "dummy,blank"), "blank.jsonl line 1 is not JSON"),
+    (("--out", "other", "--conditions", "dummy,blank"), "blank.jsonl was made with max_new_tokens 2, not 1"),
+    (("--out", "none", "--conditions", "dummy,blank"), "blank.jsonl.settings.json holds no settings"),
+])  # fmt: skip
+def test_prior_looks_at_every_condition_before_it_answers(questions, tmp_path, monkeypatch, capsys, flags, culprit):
+    monkeypatch.chdir(tmp_path)
+    *others, last = lines = make_questions()
+    write_lines(Path("one.jsonl"), [line | {"image": ["p10000001/a.png", "p10000001/b.png"]} for line in lines])
+    write_lines(Path("bare.jsonl"), [*others, last | {"reference": None}])
+    write_lines(Path("lost.jsonl"), [*others, last | {"image": ["0.png", "9.png"]}])
+    # a blank.jsonl that another run has made, and what has become of it
+    short = ("--device", "cpu", "--max-new-tokens", 1)
+    with_prior = [line for line in lines if len(set(line["image"])) == 2]
+    for folder in ("torn", "other", "none"):
+        Path(folder).mkdir()
+        chosen = write_lines(Path("chosen.jsonl"), with_prior)
+        assert answer(chosen, Path(folder, "blank.jsonl"), "--prior", "blank", *short) == 0
+    Path("torn/blank.jsonl").write_text("{\n")
+    Path("none/blank.jsonl.settings.json").write_text("{}")
+    settings = Path("other/blank.jsonl.settings.json")
+    settings.write_text(settings.read_text().replace('"max_new_tokens": 1', '"max_new_tokens": 2'))
+    prior = ("prior", "--model", MODEL, "--image-folder", IMAGES, "--questions", questions, "--out", "priors", *short)
+    capsys.readouterr()
+    monkeypatch.setattr(cli, "write_answers", None)
+    assert cli.main(cli.parse([str(part) for part in (*prior, *flags)])) == 2
+    assert culprit in one_line(capsys)
+    assert not Path("priors").exists()
 
 
 def test_prior_answers_the_questions_that_have_one_and_resumes(questions, tmp_path, no_meteor, capsys):

@@ -1,6 +1,7 @@
 """Oracle: the bytes of the file that one run writes. Parts that do not make a whole are refused; nothing is written."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,11 @@ def set_field(path: Path, **fields):
     sidecar(path).write_text(json.dumps(settings | fields))
 
 
+def write_settings(parts: list[Path], **fields):
+    for path in parts:
+        set_field(path, **fields)
+
+
 def changed_questions() -> list[dict]:
     *others, last = make_questions()
     return [*others, last | {"text": "Another question?"}]
@@ -111,18 +117,59 @@ def changed_questions() -> list[dict]:
     (lambda parts: set_field(parts[1], part="x"), (0, 1, 2), "x is no part K/N"),
     (lambda parts: set_field(parts[1], num_beams=2), (0, 1, 2), "part2 was made with num_beams 2, not 1"),
     (lambda parts: set_field(parts[1], part_ids=7), (0, 1, 2), "part_ids is 7"),
+    (lambda parts: set_field(parts[1], part=2), (0, 1, 2), "part is 2, expected a text"),
+    (lambda parts: set_field(parts[1], model="x" * 9999), (0, 1, 2), "part2 was made with model xxx"),
+    (lambda parts: sidecar(parts[1]).write_text("{}"), (0, 1, 2), "part2 is no part"),
+    (lambda parts: sidecar(parts[1]).write_text('{"a'), (0, 1, 2), "part2.settings.json is not JSON"),
+    (lambda parts: write_settings(parts, seed="0"), (0, 1, 2), "seed is '0', expected a whole number"),
+    (lambda parts: write_settings(parts, prior=["true"]), (0, 1, 2), "prior is ['true']"),
+    (lambda parts: write_settings(parts, questions=20), (0, 1, 2), "questions is 20"),
+    (lambda parts: write_settings(parts, batch_size=None), (0, 1, 2), "batch_size is None"),
+    (lambda parts: write_settings(parts, num_beams="1"), (0, 1, 2), "num_beams is '1', expected a whole number"),
+    (lambda parts: (parts[1].unlink(), parts[1].mkdir()), (0, 1, 2), "part2 is a folder"),
+    (lambda parts: parts[1].write_bytes(b"\xff\n"), (0, 1, 2), "part2 line 1"),
+    (lambda parts: parts[1].write_text(""), (0, 1, 2), "part2 is empty"),
     (lambda parts: parts[1].write_text(parts[1].read_text()[:-9]), (0, 1, 2), "part2"),
     (lambda parts: write_lines(parts[1].with_name("q.jsonl"), make_questions()[:-1]), (0, 1, 2), "20 questions"),
     (lambda parts: write_lines(parts[1].with_name("q.jsonl"), changed_questions()), (0, 1, 2), "20 questions"),
     (lambda parts: parts[1].with_name("out").write_text("{}"), (0, 1, 2), "holds other answers"),
     (lambda parts: parts[1].with_name(".out.0").write_text(""), (0, 1, 2), "a run that has not ended"),
-], ids=range(14))  # fmt: skip
+    (lambda parts: parts[1].with_name("out").write_bytes(b"\xff"), (0, 1, 2), "holds other answers"),
+], ids=range(27))  # fmt: skip
 def test_parts_that_make_no_whole_are_refused(questions, parts, tmp_path, capsys, change, chosen, problem):
     change(parts)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     assert merge(questions, tmp_path / "out", *(parts[k] for k in chosen)) == 2
-    assert problem in one_line(capsys)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    line = one_line(capsys)
+    assert problem in line and len(line) < 700
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+def test_the_output_is_no_pipe_and_has_no_other_settings(questions, parts, tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    assert merge(questions, tmp_path / "pipe", *parts) == 2
+    assert "pipe holds other answers" in one_line(capsys)
+    assert merge(questions, tmp_path / "out", *parts) == 0
+    set_field(tmp_path / "out", num_beams=2)
+    before = sidecar(tmp_path / "out").read_bytes()
+    capsys.readouterr()
+    assert merge(questions, tmp_path / "out", *parts) == 2
+    assert "holds other answers" in one_line(capsys) and sidecar(tmp_path / "out").read_bytes() == before
+
+
+def test_a_folder_is_no_part(questions, parts, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for out, part in (("out", "."), (".", "part1"), ("out", "..")):
+        assert merge(questions, out, part) == 2
+        assert "is a folder: give" in one_line(capsys)
+
+
+def test_the_output_is_no_part_and_no_questions(questions, parts, capsys):
+    before = {path.name: path.read_bytes() for path in questions.parent.iterdir()}
+    for name in (parts[1], questions, sidecar(parts[0])):
+        assert merge(questions, name, *parts) == 2
+        assert f"{name} is given twice" in one_line(capsys)
+    assert {path.name: path.read_bytes() for path in questions.parent.iterdir()} == before
 
 
 def test_an_id_in_two_parts_is_named(questions, parts, tmp_path, capsys):

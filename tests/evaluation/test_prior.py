@@ -96,6 +96,7 @@ def test_scores_and_reactions_of_answers_made_by_hand(files, capsys):
     assert value("directions flipped") == {"reversed": 66.67, "dummy": 0}
     assert value("Temporal_entity_score") == {"true": 100, "reversed": 50, "dummy": 25}
     assert value("Temporal_floor") == {"true": 0}
+    assert result["empty"]["dummy"] == {"answers": 0, "references": 0}
 
 
 def test_differences_are_those_of_compare(files, tmp_path, capsys):
