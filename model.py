@@ -36,7 +36,7 @@ from plumbing.cli import Parser, guard, progress
 from plumbing.int8 import is_int8, quantise_linears
 from plumbing.layout import DTYPES, EncoderFiles, LibraConfig, find_dtype
 from plumbing.pixels import PixelConfig, preprocess
-from tac import MLPConnector
+from tac import MLPConnector, TACPart
 from tokenizer import IMAGE, IMAGE_END, IMAGE_START, IMAGE_TEXT, Tokenizer, template_of
 
 # positions whose logits are in memory at once in training; 1024 positions × 32,000 ids take 131 MB
@@ -144,6 +144,7 @@ class Libra(nn.Module):
         connector: str = "TAC",
         *,
         connector_weights=None,
+        without: tuple[TACPart, ...] = (),
         select_layer: int = -2,
         template: str | None = None,
         pad: str = "black",
@@ -157,6 +158,7 @@ class Libra(nn.Module):
         decoder, encoder: folders or hub ids.
         connector: TAC (reads every encoder layer), or linear, mlp2x_gelu, … (read select_layer, as LLaVA's).
         connector_weights: an `mm_*projector*` file, instead of torch's random initial values.
+        without: parts that TAC does not have; config.json records them.
         template: conversation template, instead of the family's. pad: how images become square.
         device, dtype, changes, progress: as for `from_pretrained`.
         """
@@ -165,6 +167,8 @@ class Libra(nn.Module):
         json = layout.new_config(source, tower, connector, select_layer, pad)
         if template:
             json["mm_conversation_template"] = template
+        if without:
+            json["mm_tac_without"] = list(without)
         # read the parts; a connector without weights keeps torch's random state
         overlays = (Path(connector_weights),) if connector_weights else ()
         files = layout.ModelFiles(source, json, source, overlays)

@@ -32,6 +32,7 @@ import torch
 # shuts down.
 import torch._dynamo
 from PIL import Image
+from torch import nn
 from torch.distributed.checkpoint import state_dict as states
 
 from data import IGNORED, Batch, ImageCache, ImageFolder, Record, Records, StepLoader, Study, TrainingSet, check, ignore
@@ -49,6 +50,7 @@ from plumbing.log import Log
 from plumbing.resume import Checkpoints, checkpoint_files
 from plumbing.settings import read_settings
 from sample import generate
+from tac import TAC, TACPart
 from tokenizer import IMAGE_TEXT, find_template
 
 # types of settings, with their bounds
@@ -71,6 +73,7 @@ class TrainConfig:
     connector: str = "TAC"  # the new model's connector: TAC, linear, mlp2x_gelu, …
     connector_weights: str = ""  # weights that this connector starts from: an mm_*projector* file
     select_layer: Annotated[int, Range(-1000, 1000)] = -2  # the encoder layer that an MLP connector reads
+    tac_without: tuple[TACPart, ...] = ()  # parts that a new TAC does not have, as tac.py names them, for ablations
     template: str = ""  # conversation template; by default the model's own
     pad: Literal["black", "mean", "none"] = "black"  # how images become square, also after training
     dicom_display: Literal["", "standard", "jpg"] = ""  # jpg: show DICOM as MIMIC-CXR-JPG did; by default the model's
@@ -81,6 +84,7 @@ class TrainConfig:
     lora_alpha: Positive = 256.0  # LoRA's scale is lora_alpha / lora_r
     lora_dropout: Annotated[float, Range(0, 0.99)] = 0.05  # dropout before LoRA's first matrix
     lora_targets: tuple[str, ...] = ()  # projections that get a LoRA; by default all of them
+    tac_dropout: Annotated[float, Range(0, 0.99)] = 0.1  # dropout in a TAC that learns; 0.1 is the published one
 
     # what it learns from
     records: tuple[str, ...] = ()  # training records: JSON lists or JSONL
@@ -139,6 +143,8 @@ def check_config(config: TrainConfig):
     # 1) the model, and what learns of it
     has_parts = (config.decoder and config.encoder) or (config.new_decoder and config.new_encoder)
     require(config.model or has_parts, "the config names no model, nor both a decoder and an encoder")
+    if config.model and config.tac_without:
+        raise ValueError("tac_without is for a new connector: what the TAC of a model has, its config.json records")
     if config.template:
         find_template(config.template)
     require(config.train, "train names nothing that learns")
@@ -374,6 +380,12 @@ def build(config: TrainConfig, show=lambda done, total: None) -> Libra:
         else:
             getattr(libra, part).requires_grad_(True).train()
     libra.decoder.gradient_checkpointing = config.gradient_checkpointing
+    # an MLP connector has no dropout
+    if config.tac_dropout != DEFAULTS["tac_dropout"] and not isinstance(libra.connector, TAC):
+        raise ValueError(f"tac_dropout {config.tac_dropout}: {libra.config.mm_projector_type} has no dropout")
+    for module in libra.connector.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = config.tac_dropout
 
     # 3) 16 bits are too few to add up small updates
     for parameter in trainable_parameters(libra).values():
@@ -400,6 +412,7 @@ def load_model(config: TrainConfig, show) -> Libra:
     if config.new_decoder:
         decoder, encoder = new_parts(config)
     options |= dict(connector_weights=config.connector_weights or None, select_layer=config.select_layer)
+    options |= dict(without=config.tac_without)
     return Libra.from_parts(decoder, encoder, config.connector, **options)
 
 

@@ -470,6 +470,27 @@ def test_how_dicom_is_shown_is_recorded_and_kept_by_a_later_stage(tmp_path, reco
     assert Libra.from_pretrained(tmp_path / "three" / "last", device="cpu").pixels.dicom_display == "standard"
 
 
+def test_a_tac_without_a_part_is_read_again_as_such_and_learns_on(tmp_path, records):
+    parts = dict(decoder=SEVEN, encoder=str(GOLDEN / "libra-7b" / "encoder-dinov2"), model="", batch_size=23)
+    run(tmp_path / "one", records, tac_without=("extractor", "self_attention"), **parts)
+    again = Libra.from_pretrained(tmp_path / "one" / "last", device="cpu")
+    assert again.config.mm_tac_without == ("extractor", "self_attention")
+    names = {name.split(".")[0] for name, _ in again.connector.named_parameters()}
+    assert "cros_attention" in names and not names & {"LFE", "cur_self_attention", "prior_self_attention"}
+    run(tmp_path / "two", records, "--train=connector,lora", model=str(tmp_path / "one" / "last"), batch_size=23)
+    last = Libra.from_pretrained(tmp_path / "two" / "last", device="cpu")
+    assert last.config.mm_tac_without == ("extractor", "self_attention")
+
+
+def test_dropout_of_a_tac_is_a_setting():
+    for rate in (0.1, 0.0):
+        libra = build(replace(GOLDEN_RUN, tac_dropout=rate))
+        rates = [module.p for module in libra.connector.modules() if isinstance(module, torch.nn.Dropout)]
+        assert rates == 5 * [rate]
+    with pytest.raises(ValueError, match="mlp2x_gelu has no dropout"):
+        build(replace(GOLDEN_RUN, model=str(GOLDEN / "llava-med-mistral" / "model"), tac_dropout=0.0))
+
+
 def test_fresh_parts_learn_and_become_stock_parts(tmp_path, records):
     sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
     values = run(
@@ -517,7 +538,8 @@ def assert_mistake(capsys, arguments, culprit):
     ("--log_every=0", "log_every"), ("--batch_size=0", "batch_size"), ("--epochs=0", "epochs"), ("--pad=white", "pad"),
     ("--warmup=1.5", "warmup"), ("--seed=0.5", "seed"), ("--metrics=nowhere:f", "nowhere"),
     ("--metrics=math:nothing", "nothing"), ("--metrics=math:pi", "math:pi"), ("--metrics=:", "metrics"),
-    ("--dtype=float16", "float16"),
+    ("--dtype=float16", "float16"), ("--tac_without=extractor", "tac_without"), ("--tac_without=lfe", "tac_without"),
+    ("--tac_dropout=1", "tac_dropout"),
     # types and names
     ("--lr=much", "lr"), ("--keep=1.5", "keep"), ("--epoch=1", "--epochs"), ("lr=1", "lr=1"), ("--lr", "--lr"),
 ])  # fmt: skip
