@@ -39,9 +39,7 @@ TACPart = Literal["extractor", "prior_bias", "self_attention", "cross_attention"
 class TAC(nn.Module):
     """features [B, 2, L, N, C] of (current, prior) -> image embeddings [B, N, hidden]."""
 
-    def __init__(
-        self, num_layers: int, width: int, heads: int, hidden_size: int, without: tuple[TACPart, ...] = ()
-    ):
+    def __init__(self, num_layers: int, width: int, heads: int, hidden_size: int, without: tuple[TACPart, ...] = ()):
         """num_layers and width are the encoder's, heads (which must divide the width) and hidden_size the decoder's.
 
         without: parts that are left out, with their parameters.

@@ -3,13 +3,17 @@
 Run this after configs/phantom_pretrain.py: python train.py configs/phantom_align.py
 """
 
+import os
+
+_hospital = f"runs/{os.environ.get('HOSPITAL', 'hospital')}"  # `make ablation HOSPITAL=aligned` takes another
+
 decoder = "runs/phantom_pretrain/last/parts/decoder"
 encoder = "runs/phantom_pretrain/last/parts/encoder"
 template = "libra_v1"
 train = ("connector",)
-records = ("runs/hospital/data/findings_train.jsonl", "runs/hospital/data/diff_vqa_train.jsonl")
-validation = ("runs/hospital/data/findings_validate.jsonl",)
-image_folder = "runs/hospital"
+records = (f"{_hospital}/data/findings_train.jsonl", f"{_hospital}/data/diff_vqa_train.jsonl")
+validation = (f"{_hospital}/data/findings_validate.jsonl",)
+image_folder = _hospital
 batch_size, max_shared, micro_batch = 256, 12, 16  # a batch is about 46 rows
 max_steps = 450  # 0.9 passes over the records
 lr = 2e-3

@@ -6,11 +6,15 @@ never leaves that solution again.
 Run this after configs/phantom_align.py: python train.py configs/phantom_difference.py
 """
 
+import os
+
+_hospital = f"runs/{os.environ.get('HOSPITAL', 'hospital')}"  # `make ablation HOSPITAL=aligned` takes another
+
 model = "runs/phantom_align/last"
 train = ("lora", "connector")
 lora_r, lora_alpha, lora_dropout = 32, 64.0, 0.05
-records = ("runs/hospital/data/difference_train.jsonl",)
-image_folder = "runs/hospital"
+records = (f"{_hospital}/data/difference_train.jsonl",)
+image_folder = _hospital
 batch_size, micro_batch = 32, 16
 max_steps, epochs = 4000, 9.0
 lr = 2e-3

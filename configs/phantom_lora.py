@@ -4,15 +4,19 @@ Run this after configs/phantom_difference.py, whose result `make phantom` merges
 python train.py configs/phantom_lora.py
 """
 
+import os
+
+_hospital = f"runs/{os.environ.get('HOSPITAL', 'hospital')}"  # `make ablation HOSPITAL=aligned` takes another
+
 model = "runs/phantom_difference/merged"
 train = ("lora", "connector")
 lora_r, lora_alpha, lora_dropout = 32, 64.0, 0.05
 records = (
-    "runs/hospital/data/findings_train.jsonl", "runs/hospital/data/findings_no_context_train.jsonl",
-    "runs/hospital/data/difference_train.jsonl",
+    f"{_hospital}/data/findings_train.jsonl", f"{_hospital}/data/findings_no_context_train.jsonl",
+    f"{_hospital}/data/difference_train.jsonl",
 )
-validation = ("runs/hospital/data/findings_validate.jsonl",)
-image_folder = "runs/hospital"
+validation = (f"{_hospital}/data/findings_validate.jsonl",)
+image_folder = _hospital
 batch_size, micro_batch = 128, 16  # a batch is about 48 rows
 max_steps, epochs = 2000, 5.0
 lr = 1.5e-3

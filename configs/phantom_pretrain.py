@@ -7,6 +7,10 @@ times faster than reports alone.
 Run this after the hospital is drawn, as `make phantom` does: python train.py configs/phantom_pretrain.py
 """
 
+import os
+
+_hospital = f"runs/{os.environ.get('HOSPITAL', 'hospital')}"  # `make ablation HOSPITAL=aligned` takes another
+
 new_encoder = dict(
     image_size=96, patch_size=12, hidden_size=96, num_hidden_layers=4, num_attention_heads=4, mlp_ratio=3
 )
@@ -17,9 +21,9 @@ new_decoder = dict(
 connector, select_layer = "mlp2x_gelu", -1  # reads the current image alone
 template = "libra_v1"
 train = ("connector", "decoder", "encoder")
-records = ("runs/hospital/data/findings_train.jsonl", "runs/hospital/data/diff_vqa_train.jsonl")
-validation = ("runs/hospital/data/findings_validate.jsonl",)
-image_folder = "runs/hospital"
+records = (f"{_hospital}/data/findings_train.jsonl", f"{_hospital}/data/diff_vqa_train.jsonl")
+validation = (f"{_hospital}/data/findings_validate.jsonl",)
+image_folder = _hospital
 batch_size, max_shared, micro_batch = 256, 12, 16  # a batch is about 46 rows
 epochs = 6.0
 lr = 1.5e-3
