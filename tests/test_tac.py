@@ -175,6 +175,34 @@ def test_fresh_weights_are_those_of_torch_modules():
         assert torch.equal(ours[name], value), name
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("L", [12, 4])
+def test_the_start_at_the_mean_of_the_layers(L):
+    torch.manual_seed(3)
+    published = TAC(L, 24, 2, 10)
+    torch.manual_seed(3)
+    ours = TAC(L, 24, 2, 10)
+    ours.start(("layer_mean",))
+    features = random_features(2, 2, L, 7, 24).float()
+    mean = features.mean(2)
+    assert relative(ours.extract(features), mean) < 0.4 < 0.6 < relative(published.extract(features), mean)
+    others = {name for name, value in ours.state_dict().items() if not torch.equal(value, published.state_dict()[name])}
+    assert others == {"LFE.1.weight", "LFE.3.weight", "LFE.5.weight"}
+
+
+@torch.no_grad()
+def test_the_start_at_the_same_place():
+    """One head, by hand: a place of the current image looks at the place of the prior that it resembles."""
+    torch.manual_seed(3)
+    tac = TAC(5, 24, 1, 10)
+    tac.start(("same_place",))
+    c1 = F.layer_norm(torch.randn(7, 24), (24,))
+    p1 = F.layer_norm(c1 + 0.3 * torch.randn(7, 24), (24,))
+    queries, keys, _ = tac.cros_attention.in_proj_weight.chunk(3)
+    shares = (F.linear(c1, queries) @ F.linear(p1, keys).T / 24**0.5).softmax(-1)
+    assert shares.argmax(-1).tolist() == list(range(7))
+
+
 def test_dropout_acts_in_training_only_and_where_the_equations_have_it():
     """The same seed drops the same elements, as both draw in the order current, prior, cross, mlp."""
     ours, theirs = randomised(TAC(5, 24, 2, 10), PlainTAC(5, 24, 2, 10))
