@@ -53,7 +53,7 @@ ablation: runs/$(HOSPITAL)/data/.ready
 	$(call SHORT,tac_without_prior_bias,--tac_without=prior_bias)
 	$(call SHORT,tac_without_self_attention,--tac_without=self_attention)
 	$(call SHORT,tac_without_cross_attention,--tac_without=cross_attention)
-	.venv/bin/python assets/ablation_table.py $(ABLATION)_*_priors/scores.csv
+	.venv/bin/python assets/ablation_table.py $(ABLATION)_*.csv
 
 # stage, prefix of the runs, settings; what was stopped goes on
 TRAIN = OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=16777216 .venv/bin/torchrun --nproc-per-node 2 train.py configs/phantom_$(1).py \
@@ -78,7 +78,7 @@ define SHORT
 	$(call TRAIN,lora,ablation_$(HOSPITAL)_$(1),--model=$(ABLATION)_$(1)_difference/merged --max_steps=250)
 	.venv/bin/python eval.py prior --model $(ABLATION)_$(1)_lora/last --questions runs/$(HOSPITAL)/data/findings_test_questions.jsonl \
 		--image-folder runs/$(HOSPITAL) --truth runs/$(HOSPITAL)/truth.jsonl --limit 300 --conditions true,dummy,reversed \
-		--out $(ABLATION)_$(1)_priors --csv $(ABLATION)_$(1)_priors/scores.csv
+		--out $(ABLATION)_$(1)_priors --csv $(ABLATION)_$(1).csv
 endef
 
 VQA = .venv/bin/python prepare.py diff-vqa --root runs/$* --questions runs/$*/mimic_pair_questions.csv --out runs/$*/data

@@ -1,6 +1,6 @@
 """Prints one table in Markdown from the CSV files of `eval.py prior`, a line for each. `make ablation` ends with it.
 
-python assets/ablation_table.py runs/ablation_hospital_*_priors/scores.csv
+    python assets/ablation_table.py runs/ablation_hospital_*.csv
 """
 
 import csv
@@ -21,8 +21,8 @@ print("|---" * (1 + len(COLUMNS)) + "|")
 for file in map(Path, sys.argv[1:]):
     with file.open(newline="") as lines:
         scores = {(row["score"], row["prior"]): row for row in csv.DictReader(lines)}
-    cells = [file.parent.name.removeprefix("ablation_").removesuffix("_priors").replace("_", " ")]
+    cells = [file.stem.removeprefix("ablation_").replace("_", " ")]
     for key in COLUMNS.values():
-        numbers = [100 * float(scores[key][name]) for name in ("value", "low", "high")]
+        numbers = [float(scores[key][name]) for name in ("value", "low", "high")]
         cells.append("{:.1f} [{:.1f}, {:.1f}]".format(*numbers))
     print("|", " | ".join(cells), "|")

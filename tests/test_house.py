@@ -243,11 +243,10 @@ def test_the_commands_of_make_ablation_can_be_parsed():
 def test_the_table_of_make_ablation(tmp_path):
     keys = {"Temporal_entity_score": ("true", "dummy"), "direction of change": ("true",), "findings F1": ("true",)}
     keys["severity changes turned round"] = ("reversed",)
-    scores = {key: {name: Cell(0.5, 0.25, 0.75) for name in names} for key, names in keys.items()}
-    folder = tmp_path / "ablation_hospital_tac_without_extractor_priors"
-    folder.mkdir()
-    write_prior_csv(folder / "scores.csv", "x", scores)
-    command = [sys.executable, ROOT / "assets" / "ablation_table.py", folder / "scores.csv"]
+    scores = {key: {name: Cell(50.0, 25.0, 75.0) for name in names} for key, names in keys.items()}
+    file = tmp_path / "ablation_hospital_tac_without_extractor.csv"
+    write_prior_csv(file, "x", scores)
+    command = [sys.executable, ROOT / "assets" / "ablation_table.py", file]
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     assert lines[2] == "| hospital tac without extractor |" + 5 * " 50.0 [25.0, 75.0] |"
     assert {line.count("|") for line in lines} == {7}
