@@ -34,8 +34,6 @@ from attention import attention
 
 # what TAC can do without
 TACPart = Literal["extractor", "prior_bias", "self_attention", "cross_attention"]
-# how a fresh TAC can start instead of as torch's modules do, which is the published way
-TACStart = Literal["layer_mean", "same_place"]
 
 
 class TAC(nn.Module):
@@ -86,20 +84,18 @@ class TAC(nn.Module):
             self.cros_attention = SamePlace()
 
     @torch.no_grad()
-    def start(self, ways: tuple[TACStart, ...]):
-        """Sets other initial values than torch's; docs/phantom.md, "What TAC needs to start", says what they do.
+    def start(self, gain: float = 1.0, same_place: float = 0.0):
+        """Changes fresh weights; docs/phantom.md, "What TAC needs to start", says why. The defaults are published.
 
-        layer_mean: the extractor returns nearly the mean of the layers. Torch's values return a hundredth of it.
-        same_place: the keys of the cross-attention are its queries, doubled, so a place first looks where the prior
-            resembles it most. If the features tell their place, that is the same place.
+        gain: the extractor returns this many times more. With torch's values it returns about 1 % of what it reads.
+        same_place: the keys of the cross-attention are its queries times this, so a place first looks where the prior
+            resembles it. If the features tell their place, that is the same place.
         """
-        if "layer_mean" in ways and self.LFE is not None:
-            for convolution in self.LFE[1::2]:
-                # each layer comes through a gate that is half open
-                nn.init.constant_(convolution.weight, 2 / convolution.in_channels)
-        if "same_place" in ways and isinstance(self.cros_attention, BiasKVAttention):
+        if self.LFE is not None:
+            self.LFE[-1].weight.mul_(gain)
+        if same_place and isinstance(self.cros_attention, BiasKVAttention):
             queries, keys, _ = self.cros_attention.in_proj_weight.chunk(3)
-            keys.copy_(2 * queries)
+            keys.copy_(same_place * queries)
 
     def forward(self, features):
         current, prior = self.extract(features).unbind(1)  # each [B, N, C]

@@ -50,7 +50,7 @@ from plumbing.log import Log
 from plumbing.resume import Checkpoints, checkpoint_files
 from plumbing.settings import read_settings
 from sample import generate
-from tac import TAC, TACPart, TACStart
+from tac import TAC, TACPart
 from tokenizer import IMAGE_TEXT, find_template
 
 # types of settings, with their bounds
@@ -74,7 +74,8 @@ class TrainConfig:
     connector_weights: str = ""  # weights that this connector starts from: an mm_*projector* file
     select_layer: Annotated[int, Range(-1000, 1000)] = -2  # the encoder layer that an MLP connector reads
     tac_without: tuple[TACPart, ...] = ()  # parts that a new TAC does not have, as tac.py names them, for ablations
-    tac_start: tuple[TACStart, ...] = ()  # other initial values of a new TAC than the published: layer_mean, same_place
+    tac_gain: Positive = 1.0  # a new TAC's extractor returns this many times more than the published one at the start
+    tac_same_place: Annotated[float, Range(0, 100)] = 0.0  # if not 0: its keys are its queries times this at the start
     template: str = ""  # conversation template; by default the model's own
     pad: Literal["black", "mean", "none"] = "black"  # how images become square, also after training
     dicom_display: Literal["", "standard", "jpg"] = ""  # jpg: show DICOM as MIMIC-CXR-JPG did; by default the model's
@@ -144,10 +145,11 @@ def check_config(config: TrainConfig):
     # 1) the model, and what learns of it
     has_parts = (config.decoder and config.encoder) or (config.new_decoder and config.new_encoder)
     require(config.model or has_parts, "the config names no model, nor both a decoder and an encoder")
-    if config.model and (config.tac_without or config.tac_start):
-        raise ValueError("tac_without and tac_start are for a new TAC, but the config names a model, which has its own")
-    if config.tac_start and (config.connector != "TAC" or config.connector_weights):
-        raise ValueError("tac_start is for a TAC with fresh weights: the config names another one, or its weights")
+    is_new_tac = config.connector == "TAC" and not config.model
+    is_fresh_tac = is_new_tac and not config.connector_weights
+    for name, fits in (("tac_without", is_new_tac), ("tac_gain", is_fresh_tac), ("tac_same_place", is_fresh_tac)):
+        is_default = getattr(config, name) == DEFAULTS[name]
+        require(is_default or fits, f"{name} is for a new TAC, but the config names another connector or its weights")
     if config.template:
         find_template(config.template)
     require(config.train, "train names nothing that learns")
@@ -417,8 +419,8 @@ def load_model(config: TrainConfig, show) -> Libra:
     options |= dict(connector_weights=config.connector_weights or None, select_layer=config.select_layer)
     options |= dict(without=config.tac_without)
     libra = Libra.from_parts(decoder, encoder, config.connector, **options)
-    if config.tac_start:
-        libra.connector.start(config.tac_start)
+    if config.connector == "TAC" and not config.connector_weights:
+        libra.connector.start(config.tac_gain, config.tac_same_place)
     return libra
 
 
