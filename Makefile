@@ -1,7 +1,7 @@
 PYTHON ?= python3
 PIP = .venv/bin/pip install --quiet --disable-pip-version-check
 
-.PHONY: demo app test test-long test-fuzz test-kernel phantom phantom-pair
+.PHONY: demo app test test-long test-fuzz test-kernel phantom phantom-pair ablation
 
 # a report on a drawn patient beside the previous image, and the same with the two images exchanged
 demo: .venv/ready
@@ -30,18 +30,42 @@ test-fuzz: .venv/installed
 test-kernel: .venv/installed
 	.venv/bin/python -m bench.kernel_proofs
 
+# the drawn hospital, a folder in runs/: HOSPITAL=aligned has bodies that all lie nearly alike
+HOSPITAL = hospital
+DATA = runs/$(HOSPITAL)/data
+
 # a hospital is drawn, a model learns it from nothing in four runs of two processes, and its scores are printed
-phantom: runs/hospital/data/.ready
+phantom: runs/$(HOSPITAL)/data/.ready
 	$(call TRAIN,pretrain,phantom)
 	$(call STAGES,phantom)
 
 # the same from the same stage 0 with the plainest connector that sees both images, to compare: runs/pair
-phantom-pair: runs/hospital/data/.ready
+phantom-pair: runs/$(HOSPITAL)/data/.ready
 	$(call STAGES,pair,--connector=mlp2x_gelu_pair --select_layer=-1)
+
+# the paper's ablations in about an hour, on a short schedule from one stage 0: connectors, and TAC without its parts
+ABLATION = runs/ablation_$(HOSPITAL)
+ablation: runs/$(HOSPITAL)/data/.ready
+	$(call TRAIN,pretrain,ablation_$(HOSPITAL),--epochs=2.0)
+	$(call SHORT,current,--connector=mlp2x_gelu --select_layer=-1)
+	$(call SHORT,pair,--connector=mlp2x_gelu_pair --select_layer=-1)
+	$(call SHORT,tac)
+	$(call SHORT,tac_without_extractor,--tac_without=extractor)
+	$(call SHORT,tac_without_prior_bias,--tac_without=prior_bias)
+	$(call SHORT,tac_without_self_attention,--tac_without=self_attention)
+	$(call SHORT,tac_without_cross_attention,--tac_without=cross_attention)
+	.venv/bin/python assets/ablation_table.py $(ABLATION)_*.csv
+
+# the records of each stage, as its config has them
+RECORDS_pretrain = --records=$(DATA)/findings_train.jsonl,$(DATA)/diff_vqa_train.jsonl --validation=$(DATA)/findings_validate.jsonl
+RECORDS_align = $(RECORDS_pretrain)
+RECORDS_difference = --records=$(DATA)/difference_train.jsonl
+RECORDS_lora = --records=$(DATA)/findings_train.jsonl,$(DATA)/findings_no_context_train.jsonl,$(DATA)/difference_train.jsonl \
+	--validation=$(DATA)/findings_validate.jsonl
 
 # stage, prefix of the runs, settings; what was stopped goes on
 TRAIN = OMP_NUM_THREADS=1 MALLOC_MMAP_THRESHOLD_=16777216 .venv/bin/torchrun --nproc-per-node 2 train.py configs/phantom_$(1).py \
-	--out_dir=runs/$(2)_$(1) $(3) $(if $(wildcard runs/$(2)_$(1)/checkpoints/*.pt),--resume)
+	--out_dir=runs/$(2)_$(1) --image_folder=runs/$(HOSPITAL) $(RECORDS_$(1)) $(3) $(if $(wildcard runs/$(2)_$(1)/checkpoints/*.pt),--resume)
 
 # prefix of the runs, settings of the connector
 define STAGES
@@ -50,18 +74,29 @@ define STAGES
 	.venv/bin/python model.py --model runs/$(1)_difference/last --out runs/$(1)_difference/merged
 	$(call TRAIN,lora,$(1),--model=runs/$(1)_difference/merged)
 	.venv/bin/python model.py --model runs/$(1)_lora/last --with-encoder --out runs/$(1)
-	.venv/bin/python eval.py prior --model runs/$(1) --questions runs/hospital/data/findings_test_questions.jsonl \
-		--image-folder runs/hospital --truth runs/hospital/truth.jsonl --limit 1000 --out runs/$(1)_priors
+	.venv/bin/python eval.py prior --model runs/$(1) --questions runs/$(HOSPITAL)/data/findings_test_questions.jsonl \
+		--image-folder runs/$(HOSPITAL) --truth runs/$(HOSPITAL)/truth.jsonl --limit 1000 --out runs/$(1)_priors
 endef
 
-VQA = .venv/bin/python prepare.py diff-vqa --root runs/hospital --questions runs/hospital/mimic_pair_questions.csv
-FINDINGS = .venv/bin/python prepare.py mimic-cxr --root runs/hospital --section findings --context indication,history
-runs/hospital/data/.ready: .venv/ready
-	.venv/bin/python prepare.py phantom --out runs/hospital --patients 10000 --size 96 --aligned
-	$(FINDINGS) --out runs/hospital/data
-	$(FINDINGS) --out runs/hospital/data --no-context
-	$(VQA) --out runs/hospital/data
-	$(VQA) --out runs/hospital/data --type difference
+# name of the connector, its settings
+define SHORT
+	$(call TRAIN,difference,ablation_$(HOSPITAL)_$(1),--model= --decoder=$(ABLATION)_pretrain/last/parts/decoder \
+		--encoder=$(ABLATION)_pretrain/last/parts/encoder --template=libra_v1 --max_steps=600 $(2))
+	.venv/bin/python model.py --model $(ABLATION)_$(1)_difference/last --out $(ABLATION)_$(1)_difference/merged
+	$(call TRAIN,lora,ablation_$(HOSPITAL)_$(1),--model=$(ABLATION)_$(1)_difference/merged --max_steps=250)
+	.venv/bin/python eval.py prior --model $(ABLATION)_$(1)_lora/last --questions runs/$(HOSPITAL)/data/findings_test_questions.jsonl \
+		--image-folder runs/$(HOSPITAL) --truth runs/$(HOSPITAL)/truth.jsonl --limit 300 --conditions true,dummy,reversed \
+		--out $(ABLATION)_$(1)_priors --csv $(ABLATION)_$(1).csv
+endef
+
+VQA = .venv/bin/python prepare.py diff-vqa --root runs/$* --questions runs/$*/mimic_pair_questions.csv --out runs/$*/data
+FINDINGS = .venv/bin/python prepare.py mimic-cxr --root runs/$* --section findings --out runs/$*/data
+runs/%/data/.ready: .venv/ready
+	.venv/bin/python prepare.py phantom --out runs/$* --patients 10000 --size 96 $(if $(filter aligned,$*),--aligned)
+	$(FINDINGS)
+	$(FINDINGS) --no-context
+	$(VQA)
+	$(VQA) --type difference
 	touch $@
 
 .venv/ready: requirements.txt

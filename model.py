@@ -37,7 +37,7 @@ from plumbing.families import names_of
 from plumbing.layout import DTYPES, EncoderFiles, LibraConfig, find_dtype
 from plumbing.pixels import PixelConfig, preprocess
 from plumbing.quantised import KINDS, kind_of, quantise_linears
-from tac import MLPConnector
+from tac import MLPConnector, TACPart
 from tokenizer import IMAGE, IMAGE_END, IMAGE_START, IMAGE_TEXT, Tokenizer, template_of
 
 # positions whose logits are in memory at once in training; 1024 positions × 32,000 ids take 131 MB
@@ -145,6 +145,7 @@ class Libra(nn.Module):
         connector: str = "TAC",
         *,
         connector_weights=None,
+        without: tuple[TACPart, ...] = (),
         select_layer: int = -2,
         template: str | None = None,
         pad: str = "black",
@@ -158,6 +159,7 @@ class Libra(nn.Module):
         decoder, encoder: folders or hub ids.
         connector: TAC (reads every encoder layer), or linear, mlp2x_gelu, … (read select_layer, as LLaVA's).
         connector_weights: an `mm_*projector*` file, instead of torch's random initial values.
+        without: parts that TAC does not have; config.json records them.
         template: conversation template, instead of the family's. pad: how images become square.
         device, dtype, changes, progress: as for `from_pretrained`.
         """
@@ -166,6 +168,8 @@ class Libra(nn.Module):
         json = layout.new_config(source, tower, connector, select_layer, pad)
         if template:
             json["mm_conversation_template"] = template
+        if without:
+            json["mm_tac_without"] = list(without)
         # read the parts; a connector without weights keeps torch's random state
         overlays = (Path(connector_weights),) if connector_weights else ()
         files = layout.ModelFiles(source, json, source, overlays)

@@ -12,11 +12,19 @@ into one, then relates the current image c to the prior p. With L layers of N pa
     x     =  norm3(c1 + cros_attention(c1, p1))        query c1; key and value p1
     out   =  mlp_final(norm4(c + mlp_attn(x)))          the residual is c, not c1
 
+For ablations, TAC works without some of its parts. No published checkpoint does.
+
+    without extractor           c, p  =  the encoder's last layer
+    without prior_bias          p     =  as the extractor gives it
+    without self_attention      c1    =  norm1(c),  p1 = norm2(p)
+    without cross_attention     x     =  norm3(c1 + p1)        each place sees the same place of the prior
+
 LLaVA's connectors (linear, mlp2x_gelu) read the current image only. An MLP whose name ends in `_pair` reads each
 patch of both images side by side: the plainest connector that sees the prior.
 """
 
 import re
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,12 +32,18 @@ from torch import nn
 
 from attention import attention
 
+# what TAC can do without
+TACPart = Literal["extractor", "prior_bias", "self_attention", "cross_attention"]
+
 
 class TAC(nn.Module):
     """features [B, 2, L, N, C] of (current, prior) -> image embeddings [B, N, hidden]."""
 
-    def __init__(self, num_layers: int, width: int, heads: int, hidden_size: int):
-        """num_layers and width are the encoder's, heads (which must divide the width) and hidden_size the decoder's."""
+    def __init__(self, num_layers: int, width: int, heads: int, hidden_size: int, without: tuple[TACPart, ...] = ()):
+        """num_layers and width are the encoder's, heads (which must divide the width) and hidden_size the decoder's.
+
+        without: parts that are left out, with their parameters.
+        """
         super().__init__()
         if width % heads:
             raise ValueError(f"TAC: the decoder's {heads} heads do not divide the encoder's width {width}")
@@ -56,6 +70,32 @@ class TAC(nn.Module):
             nn.Linear(width, width), nn.Dropout(0.1),
         )  # fmt: skip
         self.mlp_final = mlp(4, width, hidden_size)
+        self.leave_out(without)
+
+    def leave_out(self, parts: tuple[TACPart, ...]):
+        """Replaces parts by what the equations have in their place."""
+        if "extractor" in parts:
+            self.LFE = None
+        if "prior_bias" in parts:
+            self.LFE_prior_bias = None
+        if "self_attention" in parts:
+            self.cur_self_attention = self.prior_self_attention = Nothing()
+        if "cross_attention" in parts:
+            self.cros_attention = SamePlace()
+
+    @torch.no_grad()
+    def start(self, gain: float = 1.0, same_place: float = 0.0):
+        """Changes fresh weights; docs/phantom.md, "What TAC needs to start", says why. The defaults are published.
+
+        gain: the extractor returns this many times more. With torch's values it returns about 1 % of what it reads.
+        same_place: the keys of the cross-attention are its queries times this, so a place first looks where the prior
+            resembles it. If the features tell their place, that is the same place.
+        """
+        if self.LFE is not None:
+            self.LFE[-1].weight.mul_(gain)
+        if same_place and isinstance(self.cros_attention, BiasKVAttention):
+            queries, keys, _ = self.cros_attention.in_proj_weight.chunk(3)
+            keys.copy_(same_place * queries)
 
     def forward(self, features):
         current, prior = self.extract(features).unbind(1)  # each [B, N, C]
@@ -67,6 +107,8 @@ class TAC(nn.Module):
         A gate scales whole layers and a 1×1 convolution mixes whole layers, so the result is one weighted sum of the L
         layers, and the gates need only their means: two passes over the features, not three per stage.
         """
+        if self.LFE is None:
+            return features[..., -1, :, :]
         # 1) follow the layers' means through the three stages; each stage is a matrix
         means = features.mean((-2, -1))  # [..., L]
         stages = []
@@ -83,13 +125,14 @@ class TAC(nn.Module):
 
     def fuse(self, c, p):
         """Temporal fusion module: current and prior [B, N, C] -> image embeddings [B, N, hidden]."""
-        # a prior that resembles the current image gets more of the learned bias
-        # in float32, because the eighth power of a cosine near 1 needs the digits
-        current = c.float().flatten(1)  # [B, N * C]
-        prior = p.float().flatten(1)
-        cosine = F.cosine_similarity(current, prior, dim=1)
-        likeness = ((cosine + 1) / 2) ** 8  # [B]
-        p = p + likeness.to(p.dtype)[:, None, None] * self.LFE_prior_bias
+        if self.LFE_prior_bias is not None:
+            # a prior that resembles the current image gets more of the learned bias
+            # in float32, because the eighth power of a cosine near 1 needs the digits
+            current = c.float().flatten(1)  # [B, N * C]
+            prior = p.float().flatten(1)
+            cosine = F.cosine_similarity(current, prior, dim=1)
+            likeness = ((cosine + 1) / 2) ** 8  # [B]
+            p = p + likeness.to(p.dtype)[:, None, None] * self.LFE_prior_bias
 
         # each image attends to itself, then the current image to the prior
         c1 = self.norm1(c + self.cur_self_attention(c, c))
@@ -149,6 +192,20 @@ class BiasKVAttention(nn.MultiheadAttention):
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
 
+class Nothing(nn.Module):
+    """In place of an attention: nothing is added to the query."""
+
+    def forward(self, query, source):
+        return torch.zeros_like(query)
+
+
+class SamePlace(nn.Module):
+    """In place of an attention: each place of the query sees the same place of the source."""
+
+    def forward(self, query, source):
+        return source
+
+
 class MLPConnector(nn.Module):
     """features [B, 2, 1, N, C] of (current, prior) -> image embeddings [B, N, hidden]."""
 
@@ -171,14 +228,18 @@ def mlp(depth: int, width: int, hidden_size: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-def make_connector(kind: str, num_layers: int, width: int, heads: int, hidden_size: int) -> nn.Module:
+def make_connector(
+    kind: str, num_layers: int, width: int, heads: int, hidden_size: int, without: tuple[TACPart, ...] = ()
+) -> nn.Module:
     """Return the connector that `mm_projector_type` names: TAC, linear, mlp2x_gelu, …, mlp2x_gelu_pair, ….
 
-    num_layers and width are those of the selected features, heads and hidden_size the decoder's.
-    Raises a ValueError if there is no such connector, or if its sizes do not fit.
+    num_layers and width are those of the selected features, heads and hidden_size the decoder's. without: parts that
+    TAC does not have. Raises a ValueError if there is no such connector, or if its sizes do not fit.
     """
     if kind == "TAC":
-        return TAC(num_layers, width, heads, hidden_size)
+        return TAC(num_layers, width, heads, hidden_size, without)
+    if without:
+        raise ValueError(f"mm_projector_type {kind!r} has no {' and no '.join(without)} to leave out: only TAC has")
     name = re.fullmatch(r"linear|mlp(?P<depth>[1-9]\d?)x_gelu(?P<pair>_pair)?", str(kind))
     if not name:
         raise ValueError(f"mm_projector_type {kind!r} is not one of TAC, linear, mlp2x_gelu, …, mlp2x_gelu_pair, …")

@@ -32,6 +32,7 @@ import torch
 # shuts down.
 import torch._dynamo
 from PIL import Image
+from torch import nn
 from torch.distributed.checkpoint import state_dict as states
 
 from data import IGNORED, Batch, ImageCache, ImageFolder, Record, Records, StepLoader, Study, TrainingSet, check, ignore
@@ -50,6 +51,7 @@ from plumbing.quantised import kind_of
 from plumbing.resume import Checkpoints, checkpoint_files
 from plumbing.settings import read_settings
 from sample import generate
+from tac import TAC, TACPart
 from tokenizer import IMAGE_TEXT, find_template
 
 # types of settings, with their bounds
@@ -72,6 +74,9 @@ class TrainConfig:
     connector: str = "TAC"  # the new model's connector: TAC, linear, mlp2x_gelu, …
     connector_weights: str = ""  # weights that this connector starts from: an mm_*projector* file
     select_layer: Annotated[int, Range(-1000, 1000)] = -2  # the encoder layer that an MLP connector reads
+    tac_without: tuple[TACPart, ...] = ()  # parts that a new TAC does not have, as tac.py names them, for ablations
+    tac_gain: Positive = 1.0  # a new TAC's extractor returns this many times more than the published one at the start
+    tac_same_place: Annotated[float, Range(0, 100)] = 0.0  # if not 0: its keys are its queries times this at the start
     template: str = ""  # conversation template; by default the model's own
     pad: Literal["black", "mean", "none"] = "black"  # how images become square, also after training
     dicom_display: Literal["", "standard", "jpg"] = ""  # jpg: show DICOM as MIMIC-CXR-JPG did; by default the model's
@@ -82,6 +87,7 @@ class TrainConfig:
     lora_alpha: Positive = 256.0  # LoRA's scale is lora_alpha / lora_r
     lora_dropout: Annotated[float, Range(0, 0.99)] = 0.05  # dropout before LoRA's first matrix
     lora_targets: tuple[str, ...] = ()  # projections that get a LoRA; by default all of them
+    tac_dropout: Annotated[float, Range(0, 0.99)] = 0.1  # dropout in a TAC that learns; 0.1 is the published one
 
     # what it learns from
     records: tuple[str, ...] = ()  # training records: JSON lists or JSONL
@@ -140,6 +146,11 @@ def check_config(config: TrainConfig):
     # 1) the model, and what learns of it
     has_parts = (config.decoder and config.encoder) or (config.new_decoder and config.new_encoder)
     require(config.model or has_parts, "the config names no model, nor both a decoder and an encoder")
+    is_new_tac = config.connector == "TAC" and not config.model
+    is_fresh_tac = is_new_tac and not config.connector_weights
+    for name, fits in (("tac_without", is_new_tac), ("tac_gain", is_fresh_tac), ("tac_same_place", is_fresh_tac)):
+        is_default = getattr(config, name) == DEFAULTS[name]
+        require(is_default or fits, f"{name} is for a new TAC, but the config names another connector or its weights")
     if config.template:
         find_template(config.template)
     require(config.train, "train names nothing that learns")
@@ -381,6 +392,12 @@ def choose_learning(libra: Libra, config: TrainConfig):
         else:
             getattr(libra, part).requires_grad_(True).train()
     libra.decoder.gradient_checkpointing = config.gradient_checkpointing
+    # an MLP connector has no dropout
+    if config.tac_dropout != DEFAULTS["tac_dropout"] and not isinstance(libra.connector, TAC):
+        raise ValueError(f"tac_dropout {config.tac_dropout}: {libra.config.mm_projector_type} has no dropout")
+    for module in libra.connector.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = config.tac_dropout
 
     # 2) 16 bits are too few to add up small updates
     for parameter in trainable_parameters(libra).values():
@@ -406,7 +423,11 @@ def load_model(config: TrainConfig, show) -> Libra:
     if config.new_decoder:
         decoder, encoder = new_parts(config)
     options |= dict(connector_weights=config.connector_weights or None, select_layer=config.select_layer)
-    return Libra.from_parts(decoder, encoder, config.connector, **options)
+    options |= dict(without=config.tac_without)
+    libra = Libra.from_parts(decoder, encoder, config.connector, **options)
+    if config.connector == "TAC" and not config.connector_weights:
+        libra.connector.start(config.tac_gain, config.tac_same_place)
+    return libra
 
 
 def new_parts(config: TrainConfig) -> tuple[Path, Path]:

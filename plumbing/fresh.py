@@ -34,7 +34,11 @@ DINOV2_NAMES = {
 
 
 def init_weights(module: nn.Module, seed: int):
-    """Set weights to normal values with a standard deviation of 0.02, biases to 0, norms and layer scales to 1."""
+    """Set weights to normal values with a standard deviation of 0.02, biases to 0, norms and layer scales to 1.
+
+    That of position embeddings is 1: otherwise the features of a small encoder hardly tell their place, by which TAC
+    finds the same place of the prior (docs/phantom.md, "What TAC needs to start").
+    """
     random = torch.Generator().manual_seed(seed)
     for name, parameter in module.named_parameters():
         if name.endswith("bias"):
@@ -42,7 +46,8 @@ def init_weights(module: nn.Module, seed: int):
         elif "norm" in name or re.search(r"\.scale[12]$", name):
             nn.init.ones_(parameter)
         else:
-            nn.init.normal_(parameter, 0, 0.02, generator=random)
+            deviation = 1 if name == "position_embeddings" else 0.02
+            nn.init.normal_(parameter, 0, deviation, generator=random)
 
 
 def write_encoder(folder: Path, fields: dict, mean: float = 0.5, std: float = 0.25, seed: int = 0):

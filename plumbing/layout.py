@@ -33,7 +33,7 @@ from plumbing.fields import Range, Share, check_fields, check_present, check_val
 from plumbing.files import atomic_folder, check_supported, read_json, read_json_if_present, write_json
 from plumbing.pixels import PREPROCESSOR_FILES, PixelConfig, open_clip_pixels, read_pixel_config
 from plumbing.quantised import KINDS, Int4Linear, kind_of, pack_linears, quantise_linears
-from tac import make_connector
+from tac import TACPart, make_connector
 from tokenizer import IMAGE_END, IMAGE_START, Tokenizer, template_of
 
 CONNECTOR_FILES = ("mm_projector.safetensors", "mm_tac_projector.bin", "mm_projector.bin")
@@ -76,6 +76,7 @@ class LibraConfig:
     mm_vision_tower_config: Name | None = None  # the two files of an open_clip encoder
     mm_vision_tower_checkpoint: Name | None = None
     mm_conversation_template: Name | None = None  # ours
+    mm_tac_without: tuple[TACPart, ...] | None = None  # ours: the parts that TAC does not have, for ablations
     mm_weights: Literal["int8", "int4"] | None = None  # ours: of the decoder's linear layers, plumbing/quantised.py
     unfreeze_mm_vision_tower: bool | None = False
     use_maira_feature_norm: bool | None = False
@@ -477,7 +478,8 @@ def _new_connector(config: LibraConfig, encoder: EncoderConfig, decoder) -> nn.M
     if layer != "all" and not -depth - 1 <= layer <= depth:
         raise ValueError(f"mm_vision_select_layer {layer} is none of the encoder's {depth} layers")
     layers = depth if layer == "all" else 1
-    return make_connector(config.mm_projector_type, layers, encoder.hidden_size, heads, decoder.hidden_size)
+    sizes = dict(num_layers=layers, width=encoder.hidden_size, heads=heads, hidden_size=decoder.hidden_size)
+    return make_connector(config.mm_projector_type, without=config.mm_tac_without or (), **sizes)
 
 
 def _add_image_tokens(tokenizer: Tokenizer, config: LibraConfig, rows: int, folder: Path):

@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from glob import glob
 
 import numpy as np
@@ -14,8 +15,13 @@ from conftest import GOLDEN, ROOT, picture
 from PIL import Image
 from pyarrow import parquet
 
+import eval as eval_program
+import model
 import prepare
 import sample
+import train
+from evaluation.prior import Cell
+from evaluation.tables import write_prior_csv
 
 FOLDERS = ("plumbing", "sources", "phantom", "evaluation", "page", "bench")
 FLOORS = [  # a module imports only from the lines above its own
@@ -218,3 +224,30 @@ def test_every_file_that_readme_and_docs_name_exists():
 def test_the_commands_of_the_readme_are_in_the_makefile():
     for target in ("test", "demo", "app"):
         assert f"make {target}" in TEXTS[0] and f"\n{target}:" in (ROOT / "Makefile").read_text()
+
+
+def test_the_commands_of_make_ablation_can_be_parsed():
+    """One stage 0, then seven connectors with the same two stages and the same scores."""
+    dry = ["make", "--dry-run", "--always-make", "ablation", "HOSPITAL=aligned"]
+    printed = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    programs = {"train.py": train, "eval.py": eval_program, "model.py": model, "prepare.py": prepare}
+    counts = Counter()
+    for line in printed.replace("\\\n", " ").splitlines():
+        name, _, flags = line.partition(".py ")
+        name = f"{name.split()[-1].split('/')[-1]}.py"
+        if name in programs:
+            programs[name].parse(shlex.split(flags))
+            counts[name] += 1
+    assert counts == {"prepare.py": 5, "train.py": 1 + 7 * 2, "model.py": 7, "eval.py": 7}
+
+
+def test_the_table_of_make_ablation(tmp_path):
+    keys = {"Temporal_entity_score": ("true", "dummy"), "direction of change": ("true",), "findings F1": ("true",)}
+    keys["severity changes turned round"] = ("reversed",)
+    scores = {key: {name: Cell(50.0, 25.0, 75.0) for name in names} for key, names in keys.items()}
+    file = tmp_path / "ablation_hospital_tac_without_extractor.csv"
+    write_prior_csv(file, "x", scores)
+    command = [sys.executable, ROOT / "assets" / "ablation_table.py", file]
+    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert lines[2] == "| hospital tac without extractor |" + 5 * " 50.0 [25.0, 75.0] |"
+    assert {line.count("|") for line in lines} == {7}

@@ -1,5 +1,7 @@
 """The oracles: golden values, and the equations of TAC as they are written, in torch's own modules."""
 
+from typing import get_args
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ from conftest import cases, load, read, relative
 from safetensors.torch import load_file
 from torch import nn
 
-from tac import TAC, BiasKVAttention, make_connector
+from tac import TAC, BiasKVAttention, TACPart, make_connector
 
 
 class PlainSqueezeExcite(nn.Module):
@@ -124,6 +126,46 @@ def test_the_connector_equals_its_equations(sizes):
     assert_same(ours, theirs, ours, theirs, random_features(2, 2, sizes[0], 7, sizes[1]))
 
 
+class PlainAblation(PlainTAC):
+    """TAC without a part, by the equations for it."""
+
+    def forward(self, features):  # [B, 2, L, N, C]
+        if self.part == "extractor":
+            c, p = features[:, 0, -1], features[:, 1, -1]
+        else:
+            c, p = self.LFE(features[:, 0])[:, 0], self.LFE(features[:, 1])[:, 0]
+        if self.part != "prior_bias":
+            cosine = F.cosine_similarity(c.flatten(1), p.flatten(1))
+            p = p + ((cosine + 1) / 2)[:, None, None] ** 8 * self.LFE_prior_bias
+        own, others = attend(self.cur_self_attention, c, c), attend(self.prior_self_attention, p, p)
+        if self.part == "self_attention":
+            own = others = 0
+        c1, p1 = self.norm1(c + own), self.norm2(p + others)
+        seen = p1 if self.part == "cross_attention" else attend(self.cros_attention, c1, p1)
+        return self.mlp_final(self.norm4(c + self.mlp_attn(self.norm3(c1 + seen))))
+
+
+@pytest.mark.parametrize("part", get_args(TACPart))
+def test_tac_without_a_part_equals_its_equations_and_has_no_parameters_for_it(part):
+    whole, theirs = randomised(TAC(5, 24, 2, 10), PlainAblation(5, 24, 2, 10))
+    whole, theirs.part = dict(whole.named_parameters()), part
+    ours = TAC(5, 24, 2, 10, without=(part,)).double().eval()
+    ours.load_state_dict({name: whole[name] for name, _ in ours.named_parameters()})
+    assert len(list(ours.parameters())) < len(whole)
+    features = random_features(2, 2, 5, 7, 24)
+    with torch.no_grad():
+        assert relative(ours(features), theirs(features)) < 1e-6
+
+
+def test_tac_without_all_of_these_parts_compares_the_images_place_by_place():
+    tac = TAC(5, 24, 2, 10, without=get_args(TACPart)).eval()
+    features = random_features(1, 2, 5, 7, 24).float()
+    other = features.clone()
+    other[0, 1, :, 3] += torch.randn(24)
+    changed = (tac(features) != tac(other)).any(-1)[0]
+    assert changed.tolist() == [place == 3 for place in range(7)]
+
+
 def test_fresh_weights_are_those_of_torch_modules():
     torch.manual_seed(3)
     theirs = PlainTAC(5, 24, 2, 10).state_dict()
@@ -131,6 +173,27 @@ def test_fresh_weights_are_those_of_torch_modules():
     ours = TAC(5, 24, 2, 10).state_dict()
     for name, value in theirs.items():
         assert torch.equal(ours[name], value), name
+
+
+@torch.no_grad()
+def test_the_gain_of_a_fresh_extractor():
+    tac, features = TAC(5, 24, 2, 10), random_features(2, 2, 5, 7, 24).float()
+    published = tac.extract(features)
+    tac.start(gain=16)
+    assert relative(tac.extract(features), 16 * published) < 1e-5
+
+
+@torch.no_grad()
+def test_the_start_at_the_same_place():
+    """One head, by hand: a place of the current image looks at the place of the prior that it resembles."""
+    torch.manual_seed(3)
+    tac = TAC(5, 24, 1, 10)
+    tac.start(same_place=2)
+    c1 = F.layer_norm(torch.randn(7, 24), (24,))
+    p1 = F.layer_norm(c1 + 0.3 * torch.randn(7, 24), (24,))
+    queries, keys, _ = tac.cros_attention.in_proj_weight.chunk(3)
+    shares = (F.linear(c1, queries) @ F.linear(p1, keys).T / 24**0.5).softmax(-1)
+    assert shares.argmax(-1).tolist() == list(range(7))
 
 
 def test_dropout_acts_in_training_only_and_where_the_equations_have_it():
@@ -173,6 +236,11 @@ def test_an_mlp_takes_each_patch_alone_of_the_current_image_or_of_both(kind, ima
 def test_a_connector_that_does_not_fit_is_refused(kind, layers, width, culprit):
     with pytest.raises(ValueError, match=culprit):
         make_connector(kind, layers, width, 2, 10)
+
+
+def test_only_tac_has_parts_to_leave_out():
+    with pytest.raises(ValueError, match="mlp2x_gelu' has no extractor"):
+        make_connector("mlp2x_gelu", 1, 24, 2, 10, without=("extractor",))
 
 
 def test_parameters_have_the_published_names():

@@ -470,6 +470,35 @@ def test_how_dicom_is_shown_is_recorded_and_kept_by_a_later_stage(tmp_path, reco
     assert Libra.from_pretrained(tmp_path / "three" / "last", device="cpu").pixels.dicom_display == "standard"
 
 
+def test_a_tac_without_a_part_is_read_again_as_such_and_learns_on(tmp_path, records):
+    parts = dict(decoder=SEVEN, encoder=str(GOLDEN / "libra-7b" / "encoder-dinov2"), model="", batch_size=23)
+    run(tmp_path / "one", records, tac_without=("extractor", "self_attention"), **parts)
+    again = Libra.from_pretrained(tmp_path / "one" / "last", device="cpu")
+    assert again.config.mm_tac_without == ("extractor", "self_attention")
+    names = {name.split(".")[0] for name, _ in again.connector.named_parameters()}
+    assert "cros_attention" in names and not names & {"LFE", "cur_self_attention", "prior_self_attention"}
+    run(tmp_path / "two", records, "--train=connector,lora", model=str(tmp_path / "one" / "last"), batch_size=23)
+    last = Libra.from_pretrained(tmp_path / "two" / "last", device="cpu")
+    assert last.config.mm_tac_without == ("extractor", "self_attention")
+
+
+def test_how_a_new_tac_starts_is_a_setting():
+    parts = replace(GOLDEN_RUN, model="", decoder=SEVEN, encoder=str(GOLDEN / "libra-7b" / "encoder-dinov2"))
+    published, ours = build(parts), build(replace(parts, tac_gain=16.0, tac_same_place=2.0))
+    changed = [name for (name, value), other in zip(published.named_parameters(), ours.parameters(), strict=True)
+               if not torch.equal(value, other)]  # fmt: skip
+    assert changed == ["connector.LFE.5.weight", "connector.cros_attention.in_proj_weight"]
+
+
+def test_dropout_of_a_tac_is_a_setting():
+    for rate in (0.1, 0.0):
+        libra = build(replace(GOLDEN_RUN, tac_dropout=rate))
+        rates = [module.p for module in libra.connector.modules() if isinstance(module, torch.nn.Dropout)]
+        assert rates == 5 * [rate]
+    with pytest.raises(ValueError, match="mlp2x_gelu has no dropout"):
+        build(replace(GOLDEN_RUN, model=str(GOLDEN / "llava-med-mistral" / "model"), tac_dropout=0.0))
+
+
 def test_fresh_parts_learn_and_become_stock_parts(tmp_path, records):
     sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
     values = run(
@@ -517,7 +546,8 @@ def assert_mistake(capsys, arguments, culprit):
     ("--log_every=0", "log_every"), ("--batch_size=0", "batch_size"), ("--epochs=0", "epochs"), ("--pad=white", "pad"),
     ("--warmup=1.5", "warmup"), ("--seed=0.5", "seed"), ("--metrics=nowhere:f", "nowhere"),
     ("--metrics=math:nothing", "nothing"), ("--metrics=math:pi", "math:pi"), ("--metrics=:", "metrics"),
-    ("--dtype=float16", "float16"),
+    ("--dtype=float16", "float16"), ("--tac_without=extractor", "tac_without"), ("--tac_without=lfe", "tac_without"),
+    ("--tac_dropout=1", "tac_dropout"), ("--tac_gain=16", "tac_gain"), ("--tac_same_place=-1", "tac_same_place"),
     # types and names
     ("--lr=much", "lr"), ("--keep=1.5", "keep"), ("--epoch=1", "--epochs"), ("lr=1", "lr=1"), ("--lr", "--lr"),
 ])  # fmt: skip
