@@ -203,10 +203,11 @@ def read_merge(paths, count: int) -> tuple[Table, dict[str, float]]:
     columns, values = {}, {}
     for path in paths:
         for key, value in read_json(Path(path)).items():
+            name = printable(key, 60)
             if key in VARIANTS or key in columns or key in values:
-                raise ValueError(f"{path}: there is a score {key} already: rename it or leave the file out")
+                raise ValueError(f"{path}: there is a score {name} already: rename it or leave the file out")
             # a number for all pairs, or a list of one for each
-            value = check_value(value, float | Annotated[list[float], Range(count, count)], key, path)
+            value = check_value(value, float | Annotated[list[float], Range(count, count)], name, path)
             if isinstance(value, list):
                 columns[key] = np.array(value)[:, None]  # [N, 1]
             else:
