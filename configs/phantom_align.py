@@ -11,6 +11,7 @@ decoder = "runs/phantom_pretrain/last/parts/decoder"
 encoder = "runs/phantom_pretrain/last/parts/encoder"
 template = "libra_v1"
 train = ("connector",)
+tac_layer_mean = 1.0  # with some seeds torch's initial values let TAC see next to nothing
 records = (f"{_hospital}/data/findings_train.jsonl", f"{_hospital}/data/diff_vqa_train.jsonl")
 validation = (f"{_hospital}/data/findings_validate.jsonl",)
 image_folder = _hospital
