@@ -84,15 +84,19 @@ class TAC(nn.Module):
             self.cros_attention = SamePlace()
 
     @torch.no_grad()
-    def start(self, gain: float = 1.0, same_place: float = 0.0):
-        """Changes fresh weights; docs/phantom.md, "What TAC needs to start", says why. The defaults are published.
+    def start(self, layer_mean: float = 0.0, same_place: float = 0.0):
+        """Changes fresh weights; docs/phantom.md, "What TAC needs to start", says why. 0 keeps torch's, as published.
 
-        gain: the extractor returns this many times more. With torch's values it returns about 1 % of what it reads.
+        layer_mean: the extractor returns nearly the mean of the layers times this. With torch's values it returns about
+            1 % of what it reads, or 0.1 %, or 10 %, as the seed has it.
         same_place: the keys of the cross-attention are its queries times this, so a place first looks where the prior
             resembles it. If the features tell their place, that is the same place.
         """
-        if self.LFE is not None:
-            self.LFE[-1].weight.mul_(gain)
+        if layer_mean and self.LFE is not None:
+            for convolution in self.LFE[1::2]:
+                # each layer comes through a gate that is half open
+                nn.init.constant_(convolution.weight, 2 / convolution.in_channels)
+            self.LFE[-1].weight.mul_(layer_mean)
         if same_place and isinstance(self.cros_attention, BiasKVAttention):
             queries, keys, _ = self.cros_attention.in_proj_weight.chunk(3)
             keys.copy_(same_place * queries)

@@ -75,7 +75,7 @@ class TrainConfig:
     connector_weights: str = ""  # weights that this connector starts from: an mm_*projector* file
     select_layer: Annotated[int, Range(-1000, 1000)] = -2  # the encoder layer that an MLP connector reads
     tac_without: tuple[TACPart, ...] = ()  # parts that a new TAC does not have, as tac.py names them, for ablations
-    tac_gain: Positive = 1.0  # a new TAC's extractor returns this many times more than the published one at the start
+    tac_layer_mean: Annotated[float, Range(0, 100)] = 0.0  # if not 0: its extractor starts as this times the mean layer
     tac_same_place: Annotated[float, Range(0, 100)] = 0.0  # if not 0: its keys are its queries times this at the start
     template: str = ""  # conversation template; by default the model's own
     pad: Literal["black", "mean", "none"] = "black"  # how images become square, also after training
@@ -148,7 +148,7 @@ def check_config(config: TrainConfig):
     require(config.model or has_parts, "the config names no model, nor both a decoder and an encoder")
     is_new_tac = config.connector == "TAC" and not config.model
     is_fresh_tac = is_new_tac and not config.connector_weights
-    for name, fits in (("tac_without", is_new_tac), ("tac_gain", is_fresh_tac), ("tac_same_place", is_fresh_tac)):
+    for name, fits in (("tac_without", is_new_tac), ("tac_layer_mean", is_fresh_tac), ("tac_same_place", is_fresh_tac)):
         is_default = getattr(config, name) == DEFAULTS[name]
         require(is_default or fits, f"{name} is for a new TAC, but the config names another connector or its weights")
     if config.template:
@@ -426,7 +426,7 @@ def load_model(config: TrainConfig, show) -> Libra:
     options |= dict(without=config.tac_without)
     libra = Libra.from_parts(decoder, encoder, config.connector, **options)
     if config.connector == "TAC" and not config.connector_weights:
-        libra.connector.start(config.tac_gain, config.tac_same_place)
+        libra.connector.start(config.tac_layer_mean, config.tac_same_place)
     return libra
 
 

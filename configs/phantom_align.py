@@ -7,6 +7,7 @@ decoder = "runs/phantom_pretrain/last/parts/decoder"
 encoder = "runs/phantom_pretrain/last/parts/encoder"
 template = "libra_v1"
 train = ("connector",)
+tac_layer_mean = 1.0  # with some seeds torch's initial values let TAC see next to nothing
 records = ("runs/hospital/data/findings_train.jsonl", "runs/hospital/data/diff_vqa_train.jsonl")
 validation = ("runs/hospital/data/findings_validate.jsonl",)
 image_folder = "runs/hospital"

@@ -226,9 +226,13 @@ def test_the_commands_of_the_readme_are_in_the_makefile():
         assert f"make {target}" in TEXTS[0] and f"\n{target}:" in (ROOT / "Makefile").read_text()
 
 
-def test_the_commands_of_make_ablation_can_be_parsed():
-    """One stage 0, then seven connectors with the same two stages and the same scores."""
-    dry = ["make", "--dry-run", "--always-make", "ablation", "HOSPITAL=aligned"]
+PHANTOMS = [("phantom", 4, 1), ("phantom-pair", 3, 1), ("ablation", 15, 7)]
+
+
+@pytest.mark.parametrize(("target", "trainings", "models"), PHANTOMS)
+def test_the_commands_that_train_phantoms_fit_their_programs(target, trainings, models):
+    """Ablation: one stage 0, then seven connectors with the same two stages and the same scores."""
+    dry = ["make", "--dry-run", "--always-make", target, "HOSPITAL=aligned"]
     printed = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     programs = {"train.py": train, "eval.py": eval_program, "model.py": model, "prepare.py": prepare}
     counts = Counter()
@@ -236,9 +240,11 @@ def test_the_commands_of_make_ablation_can_be_parsed():
         name, _, flags = line.partition(".py ")
         name = f"{name.split()[-1].split('/')[-1]}.py"
         if name in programs:
-            programs[name].parse(shlex.split(flags))
+            settings = programs[name].parse(shlex.split(flags))
             counts[name] += 1
-    assert counts == {"prepare.py": 5, "train.py": 1 + 7 * 2, "model.py": 7, "eval.py": 7}
+        if name == "train.py":
+            train.check_config(settings[0])
+    assert (counts["train.py"], counts["eval.py"], counts["prepare.py"]) == (trainings, models, 5)
 
 
 def test_the_table_of_make_ablation(tmp_path):

@@ -484,10 +484,11 @@ def test_a_tac_without_a_part_is_read_again_as_such_and_learns_on(tmp_path, reco
 
 def test_how_a_new_tac_starts_is_a_setting():
     parts = replace(GOLDEN_RUN, model="", decoder=SEVEN, encoder=str(GOLDEN / "libra-7b" / "encoder-dinov2"))
-    published, ours = build(parts), build(replace(parts, tac_gain=16.0, tac_same_place=2.0))
+    published, ours = build(parts), build(replace(parts, tac_layer_mean=1.0, tac_same_place=2.0))
     changed = [name for (name, value), other in zip(published.named_parameters(), ours.parameters(), strict=True)
                if not torch.equal(value, other)]  # fmt: skip
-    assert changed == ["connector.LFE.5.weight", "connector.cros_attention.in_proj_weight"]
+    convolutions = [f"connector.LFE.{number}.weight" for number in (1, 3, 5)]
+    assert changed == [*convolutions, "connector.cros_attention.in_proj_weight"]
 
 
 def test_dropout_of_a_tac_is_a_setting():
@@ -547,7 +548,8 @@ def assert_mistake(capsys, arguments, culprit):
     ("--warmup=1.5", "warmup"), ("--seed=0.5", "seed"), ("--metrics=nowhere:f", "nowhere"),
     ("--metrics=math:nothing", "nothing"), ("--metrics=math:pi", "math:pi"), ("--metrics=:", "metrics"),
     ("--dtype=float16", "float16"), ("--tac_without=extractor", "tac_without"), ("--tac_without=lfe", "tac_without"),
-    ("--tac_dropout=1", "tac_dropout"), ("--tac_gain=16", "tac_gain"), ("--tac_same_place=-1", "tac_same_place"),
+    ("--tac_dropout=1", "tac_dropout"), ("--tac_layer_mean=1", "tac_layer_mean"),
+    ("--tac_same_place=-1", "tac_same_place"),
     # types and names
     ("--lr=much", "lr"), ("--keep=1.5", "keep"), ("--epoch=1", "--epochs"), ("lr=1", "lr=1"), ("--lr", "--lr"),
 ])  # fmt: skip
