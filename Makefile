@@ -49,11 +49,11 @@ ablation: runs/$(HOSPITAL)/data/.ready
 	$(call TRAIN,pretrain,ablation_$(HOSPITAL),--epochs=2.0)
 	$(call SHORT,current,--connector=mlp2x_gelu --select_layer=-1)
 	$(call SHORT,pair,--connector=mlp2x_gelu_pair --select_layer=-1)
-	$(call SHORT,tac,--tac_layer_mean=1)
-	$(call SHORT,tac_without_extractor,--tac_layer_mean=1 --tac_without=extractor)
-	$(call SHORT,tac_without_prior_bias,--tac_layer_mean=1 --tac_without=prior_bias)
-	$(call SHORT,tac_without_self_attention,--tac_layer_mean=1 --tac_without=self_attention)
-	$(call SHORT,tac_without_cross_attention,--tac_layer_mean=1 --tac_without=cross_attention)
+	$(call SHORT,tac,--tac_layer_mean=0.15)
+	$(call SHORT,tac_without_extractor,--tac_layer_mean=0.15 --tac_without=extractor)
+	$(call SHORT,tac_without_prior_bias,--tac_layer_mean=0.15 --tac_without=prior_bias)
+	$(call SHORT,tac_without_self_attention,--tac_layer_mean=0.15 --tac_without=self_attention)
+	$(call SHORT,tac_without_cross_attention,--tac_layer_mean=0.15 --tac_without=cross_attention)
 	.venv/bin/python assets/ablation_table.py $(ABLATION)_*.csv
 
 # the records of each stage, as its config has them
