@@ -151,10 +151,10 @@ def prepare_mode(mode: Mode, model: str, device: str):
     return write
 
 
-def load(dtype: str, model: str) -> int:
-    """Loads a model on the CPU; returns the bytes of its weights."""
+def load(dtype: str, model: str) -> tuple[Libra, int]:
+    """Loads a model on the CPU; returns it and the bytes of its weights."""
     libra = Libra.from_pretrained(model, device="cpu", dtype=dtype)
-    return sum(parameter.nbytes for parameter in libra.parameters())
+    return libra, sum(parameter.nbytes for parameter in libra.parameters())
 
 
 def prepare(side: type[Ours] | type[Peer], work: str, model: str, device: str):

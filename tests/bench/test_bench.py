@@ -65,7 +65,7 @@ def test_anonymous_memory_is_what_a_process_writes():
 
 
 def fill(count):
-    return len(bytes(1) * count)
+    return bytes(1) * count, count
 
 
 def side(values):
