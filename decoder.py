@@ -560,8 +560,15 @@ class Cache:
         B, H, _, D = self.prefix[0][0].shape
         self.suffix = [keys.new_empty(2, B, H, continuations, 0, D) for keys, _ in self.prefix]
 
-    def leave(self, study: int):
-        """Takes a study that has ended out of the steps."""
+    def leave(self, ended: list[int]) -> list[int]:
+        """Takes studies that have ended out of the steps. Returns the studies that are left as places in `studies`
+        before: what else has a row for each study keeps these."""
+        before = self.studies
+        for study in ended:
+            self._put_last(study)
+        return [before.index(study) for study in self.studies]
+
+    def _put_last(self, study: int):
         place, last = self.order.index(study), self.num_active - 1
         self.num_active = last
         self.order[place], self.order[last] = self.order[last], study

@@ -422,9 +422,7 @@ def greedy_or_sample(libra: Libra, prefix: Prefix, options: Options, stream, sho
         # 3) stop if all sequences have ended; a study that has leaves the batch
         if len(ended) == len(studies) or step + 1 == options.max_new_tokens or should_stop():
             break
-        for b in ended:
-            cache.leave(b)
-        rows_left = [studies.index(b) for b in cache.studies]
+        rows_left = cache.leave(ended)
         studies = cache.studies
         repeats.append(rows_left, [tokens[b] for b in studies])
 
@@ -523,9 +521,7 @@ def beam_search(libra: Libra, prefix: Prefix, options: Options, should_stop) -> 
         ended = [b for b in studies if searches[b].has_ended]
         if len(ended) == len(studies):
             break
-        for b in ended:
-            cache.leave(b)
-        rows_left = [studies.index(b) for b in cache.studies]
+        rows_left = cache.leave(ended)
         studies = cache.studies
 
         # 4) each suffix moves to the beams that extend it; then one decoding step computes all of them
