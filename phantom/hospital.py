@@ -108,8 +108,6 @@ def _dicom(pixels: np.ndarray, state: State, view: str) -> bytes:
     data.Modality, data.ViewPosition = "DX", view
     data.set_pixel_data(pixels, "MONOCHROME2", bits_stored=8, generate_instance_uid=False)
     data["PixelData"].VR = "OW"
-    data["PixelData"].VR = "OW"
-    data["PixelData"].VR = "OW"
     file = io.BytesIO()
     data.save_as(file, enforce_file_format=True)
     return file.getvalue()
