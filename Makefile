@@ -41,19 +41,20 @@ phantom: runs/$(HOSPITAL)/data/.ready
 
 # the same from the same stage 0 with the plainest connector that sees both images, to compare: runs/pair
 phantom-pair: runs/$(HOSPITAL)/data/.ready
-	$(call STAGES,pair,--connector=mlp2x_gelu_pair --select_layer=-1 --tac_layer_mean=0)
+	$(call STAGES,pair,--connector=mlp2x_gelu_pair --select_layer=-1 --tac_layer_mean=0 --tac_shallow=False)
 
 # the paper's ablations in about an hour, on a short schedule from one stage 0: connectors, and TAC without its parts
 ABLATION = runs/ablation_$(HOSPITAL)
+START = --tac_layer_mean=0.15 --tac_shallow=True
 ablation: runs/$(HOSPITAL)/data/.ready
 	$(call TRAIN,pretrain,ablation_$(HOSPITAL),--epochs=2.0)
 	$(call SHORT,current,--connector=mlp2x_gelu --select_layer=-1)
 	$(call SHORT,pair,--connector=mlp2x_gelu_pair --select_layer=-1)
-	$(call SHORT,tac,--tac_layer_mean=0.15)
-	$(call SHORT,tac_without_extractor,--tac_layer_mean=0.15 --tac_without=extractor)
-	$(call SHORT,tac_without_prior_bias,--tac_layer_mean=0.15 --tac_without=prior_bias)
-	$(call SHORT,tac_without_self_attention,--tac_layer_mean=0.15 --tac_without=self_attention)
-	$(call SHORT,tac_without_cross_attention,--tac_layer_mean=0.15 --tac_without=cross_attention)
+	$(call SHORT,tac,$(START))
+	$(call SHORT,tac_without_extractor,$(START) --tac_without=extractor)
+	$(call SHORT,tac_without_prior_bias,$(START) --tac_without=prior_bias)
+	$(call SHORT,tac_without_self_attention,$(START) --tac_without=self_attention)
+	$(call SHORT,tac_without_cross_attention,$(START) --tac_without=cross_attention)
 	.venv/bin/python assets/ablation_table.py $(ABLATION)_*.csv
 
 # the records of each stage, as its config has them

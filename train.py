@@ -77,6 +77,7 @@ class TrainConfig:
     tac_without: tuple[TACPart, ...] = ()  # parts that a new TAC does not have, as tac.py names them, for ablations
     tac_layer_mean: Annotated[float, Range(0, 100)] = 0.0  # if not 0: its extractor starts as this times the mean layer
     tac_same_place: Annotated[float, Range(0, 100)] = 0.0  # if not 0: its keys are its queries times this at the start
+    tac_shallow: bool = False  # its last MLP starts as if it had two layers instead of four
     template: str = ""  # conversation template; by default the model's own
     pad: Literal["black", "mean", "none"] = "black"  # how images become square, also after training
     dicom_display: Literal["", "standard", "jpg"] = ""  # jpg: show DICOM as MIMIC-CXR-JPG did; by default the model's
@@ -148,7 +149,8 @@ def check_config(config: TrainConfig):
     require(config.model or has_parts, "the config names no model, nor both a decoder and an encoder")
     is_new_tac = config.connector == "TAC" and not config.model
     is_fresh_tac = is_new_tac and not config.connector_weights
-    for name, fits in (("tac_without", is_new_tac), ("tac_layer_mean", is_fresh_tac), ("tac_same_place", is_fresh_tac)):
+    for name in ("tac_without", "tac_layer_mean", "tac_same_place", "tac_shallow"):
+        fits = is_new_tac if name == "tac_without" else is_fresh_tac
         is_default = getattr(config, name) == DEFAULTS[name]
         require(is_default or fits, f"{name} is for a new TAC, but the config names another connector or its weights")
     if config.template:
@@ -426,7 +428,7 @@ def load_model(config: TrainConfig, show) -> Libra:
     options |= dict(without=config.tac_without)
     libra = Libra.from_parts(decoder, encoder, config.connector, **options)
     if config.connector == "TAC" and not config.connector_weights:
-        libra.connector.start(config.tac_layer_mean, config.tac_same_place)
+        libra.connector.start(config.tac_layer_mean, config.tac_same_place, config.tac_shallow)
     return libra
 
 

@@ -203,6 +203,23 @@ def test_the_start_at_the_same_place():
     assert shares.argmax(-1).tolist() == list(range(7))
 
 
+@torch.no_grad()
+def test_the_shallow_start_lets_the_images_through():
+    """What differs between inputs is more of the output than before, and it is what two layers alone would say."""
+    x = torch.randn(500, 24, generator=torch.Generator().manual_seed(1))
+    share = lambda out: float(out.std(0).norm() / out.mean(0).norm())
+    for seed in range(5):
+        torch.manual_seed(seed)
+        tac = TAC(5, 24, 2, 10)
+        published = share(tac.mlp_final(x))
+        tac.start(shallow=True)
+        out = tac.mlp_final(x)
+        two_layers = tac.mlp_final[-1](F.gelu(tac.mlp_final[0](x)))
+        both = torch.stack((out - out.mean(0), two_layers - two_layers.mean(0))).flatten(1)
+        assert share(out) > 2 * published
+        assert torch.corrcoef(both)[0, 1] > 0.95
+
+
 def test_dropout_acts_in_training_only_and_where_the_equations_have_it():
     """The same seed drops the same elements, as both draw in the order current, prior, cross, mlp."""
     ours, theirs = randomised(TAC(5, 24, 2, 10), PlainTAC(5, 24, 2, 10))

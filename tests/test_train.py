@@ -484,11 +484,13 @@ def test_a_tac_without_a_part_is_read_again_as_such_and_learns_on(tmp_path, reco
 
 def test_how_a_new_tac_starts_is_a_setting():
     parts = replace(GOLDEN_RUN, model="", decoder=SEVEN, encoder=str(GOLDEN / "libra-7b" / "encoder-dinov2"))
-    published, ours = build(parts), build(replace(parts, tac_layer_mean=1.0, tac_same_place=2.0))
+    published = build(parts)
+    ours = build(replace(parts, tac_layer_mean=1.0, tac_same_place=2.0, tac_shallow=True))
     changed = [name for (name, value), other in zip(published.named_parameters(), ours.parameters(), strict=True)
                if not torch.equal(value, other)]  # fmt: skip
     convolutions = [f"connector.LFE.{number}.weight" for number in (1, 3, 5)]
-    assert changed == [*convolutions, "connector.cros_attention.in_proj_weight"]
+    layers = [f"connector.mlp_final.{number}.{name}" for number in (0, 2, 4) for name in ("weight", "bias")]
+    assert changed == [*convolutions, "connector.cros_attention.in_proj_weight", *layers]
 
 
 def test_dropout_of_a_tac_is_a_setting():
@@ -549,7 +551,7 @@ def assert_mistake(capsys, arguments, culprit):
     ("--metrics=math:nothing", "nothing"), ("--metrics=math:pi", "math:pi"), ("--metrics=:", "metrics"),
     ("--dtype=float16", "float16"), ("--tac_without=extractor", "tac_without"), ("--tac_without=lfe", "tac_without"),
     ("--tac_dropout=1", "tac_dropout"), ("--tac_layer_mean=1", "tac_layer_mean"),
-    ("--tac_same_place=-1", "tac_same_place"),
+    ("--tac_same_place=-1", "tac_same_place"), ("--tac_shallow=True", "tac_shallow"),
     # types and names
     ("--lr=much", "lr"), ("--keep=1.5", "keep"), ("--epoch=1", "--epochs"), ("lr=1", "lr=1"), ("--lr", "--lr"),
 ])  # fmt: skip
