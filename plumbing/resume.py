@@ -31,7 +31,7 @@ def checkpoint_files(out_dir) -> list[Path]:
 class Checkpoints:
     """out_dir/checkpoints/step-N.pt. `config` is a run's dataclass with `out_dir` and `keep`, the number of files."""
 
-    config: object
+    config: object  # every field has a default
     may_change: tuple[str, ...]  # fields of the config in which a resumed run may differ
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -70,11 +70,11 @@ class Checkpoints:
         if self.world.rank == 0:
             # a process may have been killed between saving and this
             self._remove_old()
-        # 1) refuse another run's checkpoint
+        # 1) refuse another run's checkpoint; a setting that is newer than the file had its default
+        before = asdict(type(self.config)()) | state["config"]
         for name, value in asdict(self.config).items():
-            before = state["config"].get(name)
-            if before != value and name not in self.may_change:
-                raise ValueError(f"{file} was made with {name}={before!r}, not {value!r}: use another out_dir")
+            if before[name] != value and name not in self.may_change:
+                raise ValueError(f"{file} was made with {name}={before[name]!r}, not {value!r}: use another out_dir")
         ours = states.get_model_state_dict(self.model, options=LEARNING)
         if list_shapes(ours) != list_shapes(state["weights"]):
             raise ValueError(f"{file} holds other weights than this config trains: use another out_dir")

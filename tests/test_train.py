@@ -606,6 +606,17 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(tmp_path, 
     assert_mistake(capsys, [config, "--resume", "--lr=1e-4"], "lr=")
 
 
+def test_a_setting_that_is_newer_than_a_checkpoint_had_its_default(tmp_path, records, capsys):
+    config = write_config(tmp_path / "run", records)
+    assert train.main([config]) == 0
+    file = checkpoints(tmp_path / "run")[-1]
+    state = torch.load(file, weights_only=True)
+    del state["config"]["max_shared"]
+    torch.save(state, file)
+    assert_mistake(capsys, [config, "--resume", "--max_shared=7"], "max_shared=8, not 7")
+    assert train.main([config, "--resume"]) == 0
+
+
 def test_an_image_that_goes_missing_names_its_record(tmp_path, records, capsys, monkeypatch):
     read, calls = train.ImageFolder.frame, iter(range(100))
 
