@@ -39,15 +39,17 @@ phantom: runs/$(HOSPITAL)/data/.ready
 	$(call TRAIN,pretrain,phantom)
 	$(call STAGES,phantom)
 
-# the same from the same stage 0 with the plainest connector that sees both images, to compare: runs/pair
-phantom-pair: runs/$(HOSPITAL)/data/.ready
-	$(call STAGES,pair,--connector=mlp2x_gelu_pair --select_layer=-1 --tac_layer_mean=0 --tac_shallow=False)
+# what stage 0 left before the toy in assets/ was trained on, so that other connectors can start where its TAC did
+STAGE0 = --decoder=assets/stage0/decoder --encoder=assets/stage0/encoder
 
-# the paper's ablations in about an hour, on a short schedule from one stage 0: connectors, and TAC without its parts
+# stages 1 and 2 with the plainest connector that sees both images, to compare: runs/pair
+phantom-pair: runs/$(HOSPITAL)/data/.ready
+	$(call STAGES,pair,$(STAGE0) --connector=mlp2x_gelu_pair --select_layer=-1 --tac_layer_mean=0 --tac_shallow=False)
+
+# the paper's ablations in about an hour, on a short schedule: connectors, and TAC without its parts
 ABLATION = runs/ablation_$(HOSPITAL)
 START = --tac_layer_mean=0.15 --tac_shallow=True
 ablation: runs/$(HOSPITAL)/data/.ready
-	$(call TRAIN,pretrain,ablation_$(HOSPITAL),--epochs=2.0)
 	$(call SHORT,current,--connector=mlp2x_gelu --select_layer=-1)
 	$(call SHORT,pair,--connector=mlp2x_gelu_pair --select_layer=-1)
 	$(call SHORT,tac,$(START))
@@ -81,8 +83,8 @@ endef
 
 # name of the connector, its settings
 define SHORT
-	$(call TRAIN,difference,ablation_$(HOSPITAL)_$(1),--model= --decoder=$(ABLATION)_pretrain/last/parts/decoder \
-		--encoder=$(ABLATION)_pretrain/last/parts/encoder --template=libra_v1 --max_steps=600 $(2))
+	$(call TRAIN,difference,ablation_$(HOSPITAL)_$(1),--model= $(STAGE0) --template=libra_v1 \
+		--max_steps=600 $(2))
 	.venv/bin/python model.py --model $(ABLATION)_$(1)_difference/last --out $(ABLATION)_$(1)_difference/merged
 	$(call TRAIN,lora,ablation_$(HOSPITAL)_$(1),--model=$(ABLATION)_$(1)_difference/merged --max_steps=250)
 	.venv/bin/python eval.py prior --model $(ABLATION)_$(1)_lora/last --questions runs/$(HOSPITAL)/data/findings_test_questions.jsonl \
