@@ -12,7 +12,9 @@ if __name__ == "__main__":
 
 import argparse
 import functools
+import re
 import sys
+import warnings
 from pathlib import Path
 
 from data import ImageFolder
@@ -169,6 +171,7 @@ def prior(arguments):
     truths = read_truth(arguments.truth, studies) if arguments.truth else None
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"{out} is a file: give a folder as --out")
+    warn_of_comparison(chosen)
 
     # 2) one answer file for each condition; without --model they are there already
     if arguments.model:
@@ -202,6 +205,14 @@ def prior(arguments):
     tables.print_scores(scores, dict(zip(files, files, strict=True)))
     print(f"empty: {tables.describe_empty(empty)}")
     tables.print_prior_notes(files)
+
+
+def warn_of_comparison(questions: list):
+    """Warns of questions whose clinical context says that there is a prior image; "None." says that there is none."""
+    telling = [question for question in questions if re.search(r"\bComparison: (?!none)", question.text, re.I)]
+    if telling:
+        some = f"{len(telling):,} of {len(questions):,} questions repeat what the report says under Comparison"
+        warnings.warn(f"{some}, so a model can know of a prior without seeing one: see docs/scores.md", stacklevel=3)
 
 
 def positive(text: str) -> int:

@@ -111,6 +111,18 @@ def test_differences_are_those_of_compare(files, tmp_path, capsys):
         assert ours[key]["reversed"]["difference"] == theirs[key]["with prior"]["difference"], key
 
 
+def test_questions_that_tell_of_the_prior_are_counted(files, tmp_path, capsys):
+    assert run(*files) == 0
+    assert "Comparison" not in capsys.readouterr().err
+    lines = read_lines(tmp_path / "q")
+    for line, said in zip(lines, ["___.", "None.", "Radiograph from ___.", "NONE.", "___."], strict=True):
+        line["text"] = f"? Following clinical context: History: Asthma. Comparison: {said}"
+    write_lines(tmp_path / "q", lines)
+    assert run(*files) == 0
+    # the fifth question has no prior
+    assert "2 of 4 questions repeat what the report says under Comparison" in capsys.readouterr().err
+
+
 def test_the_csv_file_has_a_row_for_each_score_and_condition(files, tmp_path):
     assert run(*files, "--csv", tmp_path / "p.csv") == 0
     header, *rows = csv.reader((tmp_path / "p.csv").read_text().splitlines())
