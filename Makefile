@@ -92,14 +92,14 @@ define SHORT
 		--out $(ABLATION)_$(1)_priors --csv $(ABLATION)_$(1).csv
 endef
 
-VQA = .venv/bin/python prepare.py diff-vqa --root runs/$* --questions runs/$*/mimic_pair_questions.csv --out runs/$*/data
+VQA = .venv/bin/python prepare.py diff-vqa --root runs/$* --out runs/$*/data --questions runs/$*
 FINDINGS = .venv/bin/python prepare.py mimic-cxr --root runs/$* --section findings --out runs/$*/data
 runs/%/data/.ready: .venv/ready
 	.venv/bin/python prepare.py phantom --out runs/$* --patients 10000 --size 96 $(if $(filter aligned,$*),--aligned)
 	$(FINDINGS)
 	$(FINDINGS) --no-context
-	$(VQA)
-	$(VQA) --type difference
+	$(VQA)/mimic_pair_questions.csv
+	$(VQA)/every_pair_difference.csv --type difference
 	touch $@
 
 .venv/ready: requirements.txt

@@ -20,7 +20,7 @@ LOWEST_SEVERITY = 0.15
 SEVERITY_STEP = (0.20, 0.35)  # how much a severity changes between two studies, if it does
 SPLITS = ("train",) * 8 + ("validate", "test")  # of every ten patients
 PURPOSES = ("anatomy", "history", "study", "AP", "PA", "LATERAL", "frontal noise", "lateral noise", "report",
-            "pair questions", "image questions")  # fmt: skip
+            "pair questions", "image questions", "comparison")  # fmt: skip
 
 
 def generator(seed: int, patient: int, number: int, purpose: str) -> np.random.Generator:
@@ -79,9 +79,7 @@ def history(seed: int, patient: int) -> list[State]:
         before = prior.present if prior else {}
         present = {name: course[number] for name, course in courses.items() if course[number].severity}
         gone = {name: finding for name, finding in before.items() if name not in present}
-        changes = {}
-        if prior:
-            changes = {name: _change(name, before.get(name), present.get(name)) for name in (*present, *gone)}
+        changes = changes_between(before, present) if prior else {}
         # a patient with a tube cannot stand up for a PA view
         view = "AP" if "endotracheal tube" in present or rng.random() < 0.4 else "PA"
         images = {view: _image_id(seed, patient, number, "frontal")}
@@ -102,12 +100,19 @@ def history(seed: int, patient: int) -> list[State]:
     return states
 
 
+def changes_between(before: dict[str, Finding], after: dict[str, Finding]) -> dict[str, str]:
+    """What has become of everything that is present in one of two studies: first what is there after."""
+    names = [*after, *(name for name in before if name not in after)]
+    return {name: _change(name, before.get(name), after.get(name)) for name in names}
+
+
 def _change(name: str, before: Finding | None, after: Finding | None) -> str:
     if before is None:
         return "new"
     if after is None:
         return "removed" if name in DEVICES else "resolved"
-    if before == after:
+    # a device that was away comes back with another severity, which has no meaning
+    if before == after or name in DEVICES:
         return "unchanged"
     return "worse" if after.severity > before.severity else "improved"
 

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import io
+import itertools
 import json
 from collections import Counter
 from functools import partial
@@ -13,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from phantom.history import FINDINGS, SPLITS, VOCABULARY, State, history, picture
-from phantom.reports import image_questions, pair_questions, report
+from phantom.reports import differences, image_questions, pair_questions, report
 from plumbing.cli import parallel
 from plumbing.files import atomic, atomic_folder, read_text, resumable
 
@@ -116,9 +117,11 @@ def _dicom(pixels: np.ndarray, state: State, view: str) -> bytes:
 def _write_tables(out: Path, patients: int, seed: int, size: int) -> dict[str, int]:
     """Write what covers all patients. Returns counts."""
     metadata, split, pairs = ([COLUMNS[name]] for name in ("metadata", "split", "pairs"))
+    every_pair = [COLUMNS["pairs"]]
     truth = []
     images = {name: [] for name in SPLITS}  # the records about images
-    for state in (state for patient in range(patients) for state in history(seed, patient)):
+    histories = [history(seed, patient) for patient in range(patients)]
+    for state in itertools.chain.from_iterable(histories):
         study = {"subject_id": state.subject_id, "study_id": state.study_id}
         # 1) a row in both tables for each image
         examination, _ = VOCABULARY["examinations"][" ".join(state.images)]
@@ -137,7 +140,13 @@ def _write_tables(out: Path, patients: int, seed: int, size: int) -> dict[str, i
         images[state.split] += [json.dumps(record | question) for question in image_questions(state)]
         truth.append(json.dumps(truth_of(state)) + "\n")
 
+    question = VOCABULARY["pair questions"]["difference"]
+    for study, reference, answer in itertools.chain.from_iterable(map(differences, histories)):
+        ids = (study.study_id, study.subject_id, reference.study_id)
+        every_pair.append((*ids, "difference", question, answer, study.split.replace("validate", "val")))
+
     # 3) the files
+    _write(out / "every_pair_difference.csv", _csv(every_pair))
     _write(out / "mimic-cxr-2.0.0-metadata.csv.gz", _csv(metadata))
     _write(out / "mimic-cxr-2.0.0-split.csv.gz", _csv(split))
     _write(out / "mimic_pair_questions.csv", _csv(pairs))

@@ -1,9 +1,10 @@
 """What the drawn hospital writes about a study, reports and questions, and `read_report`, which reads a report."""
 
+import itertools
 import re
 import textwrap
 
-from phantom.history import DEVICES, FINDINGS, VOCABULARY, State
+from phantom.history import DEVICES, FINDINGS, SEVERITY_STEP, VOCABULARY, State, changes_between
 from phantom.radiograph import Finding
 
 SIDED = [name for name in FINDINGS if "{side}" in FINDINGS[name]["noun"]]  # findings whose side is told
@@ -30,7 +31,9 @@ def report(state: State) -> str:
         sections["HISTORY"] = pick(VOCABULARY["past"])
     # 2) how the images were taken, and what they are compared with
     examination, technique = VOCABULARY["examinations"][" ".join(state.images)]
-    comparison = pick(VOCABULARY["comparison" if state.prior else "no comparison"])
+    # a first study may be compared with a film from elsewhere, so that words alone do not say whether there is a prior
+    compared = state.prior or state.generator("comparison").random() < 0.5
+    comparison = pick(VOCABULARY["comparison" if compared else "no comparison"])
     sections = {"EXAMINATION": examination, **sections, "TECHNIQUE": technique, "COMPARISON": comparison}
     # 3) what they show
     text = f"{' ' * 33}FINAL REPORT\n"
@@ -158,9 +161,7 @@ def pair_questions(state: State) -> list[tuple[str, str, str]]:
 
     # 1) questions about the whole image
     findings = {name: finding for name, finding in state.present.items() if name in FINDINGS}
-    templates = VOCABULARY["differences"]
-    changes = [templates[kind].format(name) for name, kind in state.changes.items() if kind in templates]
-    ask("difference", ", ".join(changes) or "nothing has changed")
+    ask("difference", difference(state.changes))
     ask("abnormality", ", ".join(findings) or "no abnormality")
     ask("view", f"{state.view} view")
     # 2) is it there: a random finding, and the first that is present
@@ -177,6 +178,28 @@ def pair_questions(state: State) -> list[tuple[str, str, str]]:
     # edema first thickens the septa between the lobules, then fills the alveoli
     if "edema" in findings:
         ask("type", "interstitial" if findings["edema"].severity < 0.5 else "alveolar")
+    return rows
+
+
+def difference(changes: dict[str, str]) -> str:
+    """The answer that names all changes."""
+    templates = VOCABULARY["differences"]
+    told = [templates[change].format(name) for name, change in changes.items() if change in templates]
+    return ", ".join(told) or "nothing has changed"
+
+
+def differences(states: list[State]) -> list[tuple[State, State, str]]:
+    """(study, reference, answer): what has changed between each two studies of a patient, in both orders.
+
+    A model can learn from all of them; radiologists only meet consecutive ones. Pairs are left out in which a severity
+    has changed by less than it does from a study to the next.
+    """
+    rows = []
+    for study, reference in itertools.permutations(states, 2):
+        both = FINDINGS.keys() & study.present.keys() & reference.present.keys()
+        steps = [abs(study.present[name].severity - reference.present[name].severity) for name in both]
+        if not any(0 < round(step, 2) < SEVERITY_STEP[0] for step in steps):
+            rows.append((study, reference, difference(changes_between(reference.present, study.present))))
     return rows
 
 
