@@ -3,7 +3,6 @@
 import csv
 import gzip
 import io
-import itertools
 import json
 from collections import Counter
 from functools import partial
@@ -120,30 +119,30 @@ def _write_tables(out: Path, patients: int, seed: int, size: int) -> dict[str, i
     every_pair = [COLUMNS["pairs"]]
     truth = []
     images = {name: [] for name in SPLITS}  # the records about images
-    histories = [history(seed, patient) for patient in range(patients)]
-    for state in itertools.chain.from_iterable(histories):
-        study = {"subject_id": state.subject_id, "study_id": state.study_id}
-        # 1) a row in both tables for each image
-        examination, _ = VOCABULARY["examinations"][" ".join(state.images)]
-        for view, image_id in state.images.items():
-            when = (f"{state.date:%Y%m%d}", state.time)
-            codes = (examination, VIEW_CODES[view], "Erect")
-            metadata.append((image_id, *study.values(), examination, view, size, size, *when, *codes))
-            split.append((image_id, state.study_id, state.subject_id, state.split))
-        # 2) the questions and their answers; the published sets name a split "val" and "valid"
-        for row in pair_questions(state):
-            ids = (state.study_id, state.subject_id, state.prior.study_id)
-            pairs.append((*ids, *row, state.split.replace("validate", "val")))
-        image_id = state.images[state.view]
-        path = _folder(state) / f"s{state.study_id}" / f"{image_id}.jpg"
-        record = study | {"image_id": image_id, "image_path": path.as_posix()}
-        images[state.split] += [json.dumps(record | question) for question in image_questions(state)]
-        truth.append(json.dumps(truth_of(state)) + "\n")
-
     question = VOCABULARY["pair questions"]["difference"]
-    for study, reference, answer in itertools.chain.from_iterable(map(differences, histories)):
-        ids = (study.study_id, study.subject_id, reference.study_id)
-        every_pair.append((*ids, "difference", question, answer, study.split.replace("validate", "val")))
+    for patient in range(patients):
+        states = history(seed, patient)
+        for state in states:
+            study = {"subject_id": state.subject_id, "study_id": state.study_id}
+            # 1) a row in both tables for each image
+            examination, _ = VOCABULARY["examinations"][" ".join(state.images)]
+            for view, image_id in state.images.items():
+                when = (f"{state.date:%Y%m%d}", state.time)
+                codes = (examination, VIEW_CODES[view], "Erect")
+                metadata.append((image_id, *study.values(), examination, view, size, size, *when, *codes))
+                split.append((image_id, state.study_id, state.subject_id, state.split))
+            # 2) the questions and their answers; the published sets name a split "val" and "valid"
+            for row in pair_questions(state):
+                ids = (state.study_id, state.subject_id, state.prior.study_id)
+                pairs.append((*ids, *row, state.split.replace("validate", "val")))
+            image_id = state.images[state.view]
+            path = _folder(state) / f"s{state.study_id}" / f"{image_id}.jpg"
+            record = study | {"image_id": image_id, "image_path": path.as_posix()}
+            images[state.split] += [json.dumps(record | asked) for asked in image_questions(state)]
+            truth.append(json.dumps(truth_of(state)) + "\n")
+        for study, reference, answer in differences(states):
+            ids = (study.study_id, study.subject_id, reference.study_id)
+            every_pair.append((*ids, "difference", question, answer, study.split.replace("validate", "val")))
 
     # 3) the files
     _write(out / "every_pair_difference.csv", _csv(every_pair))
