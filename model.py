@@ -208,7 +208,7 @@ class Libra(nn.Module):
         """Writes the whole model in the published layout, LoRA merged. dtype None keeps each tensor's type.
 
         The encoder is written if it was trained (`unfreeze_mm_vision_tower`), else only named; with_encoder puts a
-        copy into folder/encoder. The folder changes when all of it is on the disk; OSError leaves the old one.
+        copy into folder/encoder instead. The folder changes when all of it is on the disk; OSError leaves the old one.
         """
         layout.write_model(self, folder, dtype, shard_size, with_encoder)
 

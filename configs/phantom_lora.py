@@ -1,11 +1,13 @@
-"""The phantom model, stage 2: LoRA learns to write findings and still to say what has changed; TAC keeps learning.
+"""The phantom model, stage 2: LoRA learns to write findings and still to say what has changed.
+
+TAC and encoder keep learning: with a frozen encoder lines and tubes that move between images stay hard to see.
 
 Run this after configs/phantom_difference.py, whose result `make phantom` merges first:
 python train.py configs/phantom_lora.py
 """
 
 model = "runs/phantom_difference/merged"
-train = ("lora", "connector")
+train = ("lora", "connector", "encoder")
 lora_r, lora_alpha, lora_dropout = 32, 64.0, 0.0  # dropout would take two fifths of the time
 records = (
     "runs/hospital/data/findings_train.jsonl", "runs/hospital/data/findings_no_context_train.jsonl",
@@ -16,6 +18,7 @@ image_folder = "runs/hospital"
 batch_size, micro_batch = 128, 16  # a batch is about 48 rows
 max_steps, epochs = 1500, 5.0
 lr = 1.5e-3
+encoder_lr = 5e-4
 beta2 = 0.98
 warmup = 0.05
 validate_every = save_every = 250

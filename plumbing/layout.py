@@ -609,7 +609,12 @@ def write_model(libra, folder, dtype: torch.dtype | None, shard_size: int, with_
     config["torch_dtype"] = str(dtype or libra.dtype).removeprefix("torch.")
     if kind := kind_of(libra.decoder):
         config["mm_weights"] = kind
-    named = itertools.chain(_decoder_tensors(libra), _connector_tensors(libra), _trained_encoder_tensors(libra))
+    named = itertools.chain(_decoder_tensors(libra), _connector_tensors(libra))
+    if with_encoder:
+        # the copy of the encoder has what it learnt
+        config |= {"mm_vision_tower": "encoder", "unfreeze_mm_vision_tower": False}
+    else:
+        named = itertools.chain(named, _trained_encoder_tensors(libra))
 
     def in_type(name: str, tensor):
         # neither rounded weights nor their scales change
@@ -620,7 +625,6 @@ def write_model(libra, folder, dtype: torch.dtype | None, shard_size: int, with_
 
     with atomic_folder(folder, checkpoint.LAYOUT_FILE) as partial:
         if with_encoder:
-            config["mm_vision_tower"] = "encoder"
             write_encoder(libra, partial / "encoder")
         write_json(partial / "config.json", config)
         _copy_files(libra.weights.folder, TOKENIZER_FILES, partial)

@@ -189,6 +189,10 @@ def test_an_encoder_is_written_where_it_was_trained(tmp_path):
         libra.encoder.layers[3].fc1.bias += 1
     libra.save_pretrained(tmp_path / "trained")
     same_weights(read_again(tmp_path / "trained"), libra)
+    # or as a stock one beside the checkpoint, and not twice
+    libra.save_pretrained(tmp_path / "beside", with_encoder=True)
+    assert not any("vision_tower" in name for name in stored_names(tmp_path / "beside"))
+    same_weights(read_again(tmp_path / "beside"), libra)
 
 
 @pytest.mark.parametrize("name", ["lora", "lora-connector"])
