@@ -131,20 +131,18 @@ def _write_tables(out: Path, patients: int, seed: int, size: int) -> dict[str, i
                 codes = (examination, VIEW_CODES[view], "Erect")
                 metadata.append((image_id, *study.values(), examination, view, size, size, *when, *codes))
                 split.append((image_id, state.study_id, state.subject_id, state.split))
-            # 2) the questions and their answers; the published sets name a split "val" and "valid"
+            # 2) the questions and their answers
             for row in pair_questions(state):
-                ids = (state.study_id, state.subject_id, state.prior.study_id)
-                pairs.append((*ids, *row, state.split.replace("validate", "val")))
+                pairs.append(_pair_row(state, state.prior, *row))
             image_id = state.images[state.view]
             path = _folder(state) / f"s{state.study_id}" / f"{image_id}.jpg"
             record = study | {"image_id": image_id, "image_path": path.as_posix()}
             images[state.split] += [json.dumps(record | asked) for asked in image_questions(state)]
             truth.append(json.dumps(truth_of(state)) + "\n")
         for study, reference, answer in differences(states):
-            ids = (study.study_id, study.subject_id, reference.study_id)
-            every_pair.append((*ids, "difference", question, answer, study.split.replace("validate", "val")))
+            every_pair.append(_pair_row(study, reference, "difference", question, answer))
 
-    # 3) the files
+    # 3) the files; the published set of questions about one image names a split "valid"
     _write(out / "every_pair_difference.csv", _csv(every_pair))
     _write(out / "mimic-cxr-2.0.0-metadata.csv.gz", _csv(metadata))
     _write(out / "mimic-cxr-2.0.0-split.csv.gz", _csv(split))
@@ -160,6 +158,12 @@ def _write_tables(out: Path, patients: int, seed: int, size: int) -> dict[str, i
         "questions about an image pair": len(pairs) - 1,
         "about one image": sum(map(len, images.values())),
     }
+
+
+def _pair_row(study: State, reference: State, kind: str, question: str, answer: str) -> tuple:
+    # as published: a split is named "val"
+    split = study.split.replace("validate", "val")
+    return study.study_id, study.subject_id, reference.study_id, kind, question, answer, split
 
 
 def _csv(rows: list) -> str:
