@@ -716,10 +716,11 @@ def _connector_tensors(libra) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _encoder_tensors(libra) -> Iterator[tuple[str, torch.Tensor]]:
-    # names and shapes as in the encoder's own repository
+    # names and shapes as in the encoder's own repository; a trained encoder was read from a whole model or an adapter
     for name, parameter in libra.encoder.named_parameters():
         stored = libra.encoder_files.tensors[name]
-        yield stored.name.removeprefix(ENCODER_PREFIX), parameter.view(stored.shape)
+        published = stored.name.removeprefix(PEFT_PREFIX).removeprefix(ENCODER_PREFIX)
+        yield published, parameter.view(stored.shape)
 
 
 def _trained_encoder_tensors(libra) -> Iterator[tuple[str, torch.Tensor]]:

@@ -195,6 +195,22 @@ def test_an_encoder_is_written_where_it_was_trained(tmp_path):
     same_weights(read_again(tmp_path / "beside"), libra)
 
 
+def test_an_encoder_that_was_trained_beside_lora_outlives_the_merge(tmp_path):
+    libra = read_again(ADAPTERS / "lora-connector", merge=False, changes={"unfreeze_mm_vision_tower": True})
+    with torch.no_grad():
+        libra.encoder.layers[3].fc1.bias += 1
+    libra.save_adapter(tmp_path / "adapter")
+    merged = read_again(tmp_path / "adapter")
+    merged.save_pretrained(tmp_path / "merged")
+    merged.save_pretrained(tmp_path / "beside", with_encoder=True)
+    logits = last_logits(libra, STUDY)
+    for folder in ("adapter", "merged", "beside"):
+        assert relative(last_logits(read_again(tmp_path / folder), STUDY), logits) < 1e-4
+    # what was merged can be trained and saved again
+    read_again(tmp_path / "merged").save_pretrained(tmp_path / "again")
+    assert stored_names(tmp_path / "again") == stored_names(tmp_path / "merged")
+
+
 @pytest.mark.parametrize("name", ["lora", "lora-connector"])
 def test_an_adapter_reads_back_and_loads_in_peft(tmp_path, name):
     libra = read_again(ADAPTERS / name, merge=False)
