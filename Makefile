@@ -62,7 +62,7 @@ ablation: runs/$(HOSPITAL)/data/.ready
 # the records of each stage, as its config has them
 RECORDS_pretrain = --records=$(DATA)/findings_train.jsonl,$(DATA)/diff_vqa_train.jsonl --validation=$(DATA)/findings_validate.jsonl
 RECORDS_align = $(RECORDS_pretrain)
-RECORDS_difference = --records=$(DATA)/difference_train.jsonl
+RECORDS_difference = --records=$(DATA)/every_pair/difference_train.jsonl
 RECORDS_lora = --records=$(DATA)/findings_train.jsonl,$(DATA)/findings_no_context_train.jsonl,$(DATA)/difference_train.jsonl \
 	--validation=$(DATA)/findings_validate.jsonl
 
@@ -92,14 +92,15 @@ define SHORT
 		--out $(ABLATION)_$(1)_priors --csv $(ABLATION)_$(1).csv
 endef
 
-VQA = .venv/bin/python prepare.py diff-vqa --root runs/$* --out runs/$*/data --questions runs/$*
+VQA = .venv/bin/python prepare.py diff-vqa --root runs/$* --questions runs/$*
 FINDINGS = .venv/bin/python prepare.py mimic-cxr --root runs/$* --section findings --out runs/$*/data
 runs/%/data/.ready: .venv/ready
 	.venv/bin/python prepare.py phantom --out runs/$* --patients 10000 --size 96 $(if $(filter aligned,$*),--aligned)
 	$(FINDINGS)
 	$(FINDINGS) --no-context
-	$(VQA)/mimic_pair_questions.csv
-	$(VQA)/every_pair_difference.csv --type difference
+	$(VQA)/mimic_pair_questions.csv --out runs/$*/data
+	$(VQA)/mimic_pair_questions.csv --out runs/$*/data --type difference
+	$(VQA)/every_pair_difference.csv --out runs/$*/data/every_pair --type difference
 	touch $@
 
 .venv/ready: requirements.txt

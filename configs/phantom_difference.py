@@ -10,7 +10,7 @@ Run this after configs/phantom_align.py: python train.py configs/phantom_differe
 model = "runs/phantom_align/last"
 train = ("lora", "connector", "encoder")
 lora_r, lora_alpha, lora_dropout = 32, 64.0, 0.0  # dropout would take two fifths of the time
-records = ("runs/hospital/data/difference_train.jsonl",)
+records = ("runs/hospital/data/every_pair/difference_train.jsonl",)
 image_folder = "runs/hospital"
 batch_size, micro_batch = 32, 16
 max_steps, epochs = 5000, 3.0

@@ -244,7 +244,7 @@ def test_the_commands_that_train_phantoms_fit_their_programs(target, trainings, 
             counts[name] += 1
         if name == "train.py":
             train.check_config(settings[0])
-    assert (counts["train.py"], counts["eval.py"], counts["prepare.py"]) == (trainings, models, 5)
+    assert (counts["train.py"], counts["eval.py"], counts["prepare.py"]) == (trainings, models, 6)
 
 
 def test_the_table_of_make_ablation(tmp_path):
