@@ -305,8 +305,8 @@ def check_length(libra: Libra, prompt: Prompt, options: Options) -> int:
     if config.rope_switch and length <= config.rope_switch:
         limit = config.rope_switch
     if length + options.max_new_tokens > limit:
-        room = limit - length
-        warnings.warn(f"a report of over {room} tokens would run past the model's {limit} positions", stacklevel=2)
+        longest = f"a report of {options.max_new_tokens:,} tokens, the most that may be written,"
+        warnings.warn(f"{longest} would run past the model's {limit} positions", stacklevel=2)
     return length
 
 

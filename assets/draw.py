@@ -17,7 +17,8 @@ from phantom.history import history, picture  # noqa: E402
 from plumbing.log import curves  # noqa: E402
 
 SIDE, GAP, WIDTH = 300, 24, 620  # pixels: an image, the space around it, the lines of a report
-STAGES = {"0: everything": "pretrain", "1: TAC alone": "align", "2: LoRA and TAC": "lora"}
+DEMO_PATIENT, DEMO_STUDY = 9939, 2
+STAGES = {"0: everything": "pretrain", "1: TAC alone": "align", "2: LoRA, TAC and encoder": "lora"}
 
 
 def read_lines(path: Path, key: str) -> dict[str, dict]:
@@ -28,9 +29,9 @@ def read_lines(path: Path, key: str) -> dict[str, dict]:
 
 def draw_demo():
     """current.png and prior.png: one study that no training has seen, and the study before it."""
-    state = history(0, 1379)[3]
+    state = history(0, DEMO_PATIENT)[DEMO_STUDY]
     for name, study in (("current", state), ("prior", state.prior)):
-        image = Image.fromarray(picture(study, study.view, 320, aligned=True))
+        image = Image.fromarray(picture(study, study.view, 320))
         image.save(HERE / f"{name}.png", optimize=True)
 
 
@@ -69,12 +70,14 @@ def draw_reports(runs: Path):
 
 
 def draw_losses(runs: Path):
-    """phantom_loss.svg: the validation loss of the stages."""
+    """phantom_loss.svg: the validation loss of the stages that were run."""
     points = {}
     for stage, name in STAGES.items():
+        log = runs / f"phantom_{name}/log.jsonl"
+        if not log.exists():
+            continue
         # a line has the losses either of training or of validation
-        log = (runs / f"phantom_{name}/log.jsonl").read_text()
-        lines = [json.loads(line) for line in log.splitlines() if '"validation loss"' in line]
+        lines = [json.loads(line) for line in log.read_text().splitlines() if '"validation loss"' in line]
         points[stage] = [(line["step"], line["validation loss"]) for line in lines]
     (HERE / "phantom_loss.svg").write_text(curves("validation loss", "step of its stage", points))
 

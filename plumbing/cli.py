@@ -106,9 +106,17 @@ def forget(stream):
 def guard(program, run, arguments):
     """Calls run(arguments). Returns the exit status: 0, 2 after a mistake of the user, 130 after Ctrl-C.
 
-    A warning is one line on stderr, as a mistake is.
+    A warning is one line on stderr, as a mistake is, and is told once.
     """
-    warnings.showwarning = lambda message, *_, **__: warn(program, message)
+    told = set()
+
+    def show_once(message, *_, **__):
+        # Python itself starts again whenever a filter of warnings changes, as for every image that is read
+        if str(message) not in told:
+            told.add(str(message))
+            warn(program, message)
+
+    warnings.showwarning = show_once
     if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:

@@ -9,6 +9,7 @@ from conftest import ROOT
 from PIL import Image
 
 import sample
+from assets.draw import DEMO_PATIENT, DEMO_STUDY
 from data import Study
 from evaluation import truth as truth_scores
 from model import Libra
@@ -25,7 +26,7 @@ def held_out(count=60):
     studies = []
     for patient in range(9, 10 * count, 10):
         states = history(0, patient)
-        images = [Image.fromarray(picture(state, state.view, 96, aligned=True)) for state in states]
+        images = [Image.fromarray(picture(state, state.view, 96)) for state in states]
         studies += zip(map(truth_of, states[1:]), images[1:], images, strict=False)
     assert all(truth["split"] == "test" for truth, _, _ in studies)
     return studies[:count]
@@ -57,7 +58,7 @@ def test_the_demo_tells_the_change_and_its_opposite_with_the_images_exchanged(ca
         arguments = [str(ROOT / word) if word.startswith("assets/") else word for word in shlex.split(command)]
         assert sample.main(sample.parse(arguments)) == 0
         changes.append({name: said["change"] for name, said in read_report(capsys.readouterr().out).items()})
-    truth = history(0, 1379)[3].changes  # the study of the images, see assets/draw.py
+    truth = history(0, DEMO_PATIENT)[DEMO_STUDY].changes
     opposite = {"worse": "improved", "improved": "worse"}
     assert changes == [truth, {name: opposite[change] for name, change in truth.items()}]
 

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -44,6 +45,17 @@ def test_a_mistake_is_one_line_and_status_2(error, capsys):
 def test_a_defect_of_the_program_keeps_its_traceback():
     with pytest.raises(KeyError):
         cli.guard("tool.py", raising(KeyError("x")), None)
+
+
+def test_a_warning_is_told_once_in_one_line(capsys):
+    def run(_):
+        for text in ("a\n  b", "c", "a\n  b"):
+            warnings.warn(text, stacklevel=1)
+            with warnings.catch_warnings():  # Python forgets here what it has told
+                warnings.simplefilter("ignore")
+
+    assert cli.guard("tool.py", run, None) == 0
+    assert capsys.readouterr() == ("", "tool.py: warning: a b\ntool.py: warning: c\n")
 
 
 def test_ctrl_c_is_status_130():
