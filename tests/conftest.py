@@ -180,6 +180,7 @@ def seven():
 
 
 PAIR = [ROOT / "assets" / "current.png", ROOT / "assets" / "prior.png"]
+FIRST_WORD = "Both"  # of the report on this pair
 
 
 def dicom_of(image) -> bytes:

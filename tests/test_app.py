@@ -14,7 +14,7 @@ from hashlib import sha256
 
 import numpy as np
 import pytest
-from conftest import GOLDEN, PAIR, ROOT, Site, dicom_of, one_line
+from conftest import FIRST_WORD, GOLDEN, PAIR, ROOT, Site, dicom_of, one_line
 from PIL import Image
 
 import sample
@@ -147,7 +147,7 @@ def test_who_waits_knows_the_place_and_stop_stops_both_who_waits_and_who_reads(g
     with Site() as site:
         names = [site.upload(image) for image in PAIR]
         streams, jobs = [], []
-        for key, value in [("text", "The"), ("ahead", 1), ("ahead", 2)]:
+        for key, value in [("text", FIRST_WORD), ("ahead", 1), ("ahead", 2)]:
             streams.append(site.open_stream(images=names))
             jobs.append(until(streams[-1], "job"))
             assert until(streams[-1], key) == value
