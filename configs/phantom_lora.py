@@ -1,6 +1,6 @@
 """The phantom model, stage 2: LoRA learns to write findings and still to say what has changed.
 
-TAC and encoder keep learning: with a frozen encoder lines and tubes that move between images stay hard to see.
+TAC and encoder keep learning.
 
 Run this after configs/phantom_difference.py, whose result `make phantom` merges first:
 python train.py configs/phantom_lora.py
