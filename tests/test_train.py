@@ -499,7 +499,7 @@ def test_dropout_of_a_tac_is_a_setting():
         rates = [module.p for module in libra.connector.modules() if isinstance(module, torch.nn.Dropout)]
         assert rates == 5 * [rate]
     with pytest.raises(ValueError, match="mlp2x_gelu has no dropout"):
-        build(replace(GOLDEN_RUN, model=str(GOLDEN / "llava-med-mistral" / "model"), tac_dropout=0.0))
+        build(replace(GOLDEN_RUN, model=str(GOLDEN / "med-cxrgen" / "model"), tac_dropout=0.0))
 
 
 def test_fresh_parts_learn_and_become_stock_parts(tmp_path, records):
