@@ -564,8 +564,10 @@ class TrainingSet:
         self.lengths = array("q")
         self.prefixes = array("q")
         first_records = {}
+        self.checksum = 0  # of all records: a resumed run must learn from the same
 
         def visit(record):
+            self.checksum = zlib.crc32(repr(record).encode(), self.checksum)
             number = len(self.lengths)
             self.lengths.append(sum(map(len, itertools.chain(*record.turns))))
             if record.starts_with_image:

@@ -220,7 +220,8 @@ def train(config: TrainConfig, resume: bool, world: World):
     steps = loader.num_steps
 
     # 2) resume
-    checkpoints = Checkpoints(config, RUNTIME, libra, optimizer, world)
+    checksums = [records.checksum for records in (training_set, validation_set) if records]
+    checkpoints = Checkpoints(config, RUNTIME, libra, optimizer, world, checksums)
     first, best = 0, math.inf if config.best == "loss" else -math.inf
     if resume:
         first, best = checkpoints.load()

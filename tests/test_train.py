@@ -606,6 +606,19 @@ def test_a_run_is_neither_overwritten_nor_resumed_with_other_settings(tmp_path, 
     assert_mistake(capsys, [config, "--resume", "--lr=1e-4"], "lr=")
 
 
+def test_a_run_is_not_resumed_with_records_that_have_changed(tmp_path, records, capsys):
+    files = [Path(shutil.copy(records, tmp_path / name)) for name in ("train.jsonl", "validate.jsonl")]
+    config = write_config(tmp_path / "run", str(files[0]), validation=(str(files[1]),), validate_every=2)
+    assert train.main([config]) == 0
+    for file in files:
+        text = file.read_text()
+        # as many letters and records as before
+        file.write_text(text.replace("left", "lift"))
+        assert_mistake(capsys, [config, "--resume"], "records have changed")
+        file.write_text(text)
+    assert train.main([config, "--resume"]) == 0
+
+
 def test_a_setting_that_is_newer_than_a_checkpoint_had_its_default(tmp_path, records, capsys):
     config = write_config(tmp_path / "run", records)
     assert train.main([config]) == 0
