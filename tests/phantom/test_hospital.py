@@ -79,7 +79,10 @@ def test_a_mistake_is_named_and_changes_nothing(tmp_path, folder, arguments, cul
 
 
 def test_an_aligned_hospital_is_what_was_drawn_before_bodies_moved(tmp_path):
-    """Oracle: images by the code of that time, side by side. Another mathematical library may round greys otherwise."""
+    """Oracle: images by the code of that time with today's wires, side by side.
+
+    Another mathematical library may round greys otherwise.
+    """
     hospital.write(tmp_path, 7, seed=32, size=48, aligned=True)
     images = [np.asarray(Image.open(path), dtype=int) for path in sorted(tmp_path.rglob("*.jpg"))]
     before = np.asarray(Image.open(ROOT / "tests" / "golden" / "phantom" / "aligned.png"), dtype=int)
