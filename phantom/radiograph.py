@@ -184,7 +184,7 @@ class Sheet:
 
     def wire(self, points, width):
         """Draw one line of metal or plastic."""
-        # in an image of 96 pixels the toy model sees all of these tubes; at 1.1 pixels it saw a quarter
+        # at this width the toy model, at 96 pixels, sees every tube; at 1.1, and fainter, it saw a quarter of them
         return self.strokes([Stroke(points, width)], least=1.75)
 
 
