@@ -21,6 +21,7 @@ import os
 import re
 import signal
 import sys
+import zlib
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -219,8 +220,10 @@ def train(config: TrainConfig, resume: bool, world: World):
     loader = open_loader(config, training_set, world)
     steps = loader.num_steps
 
-    # 2) resume
-    checksums = [records.checksum for records in (training_set, validation_set) if records]
+    # 2) resume, if what the checkpoints do not hold is still the same
+    checksums = {"records": training_set.checksum, "frozen weights": frozen_checksum(libra)}
+    if validation_set:
+        checksums["validation records"] = validation_set.checksum
     checkpoints = Checkpoints(config, RUNTIME, libra, optimizer, world, checksums)
     first, best = 0, math.inf if config.best == "loss" else -math.inf
     if resume:
@@ -451,6 +454,17 @@ def new_parts(config: TrainConfig) -> tuple[Path, Path]:
 
 def trainable_parameters(libra: Libra) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in libra.named_parameters() if parameter.requires_grad}
+
+
+def frozen_checksum(libra: Libra) -> int:
+    """Tells whether the frozen weights are those of another run. It is the same on every device, in every dtype."""
+    checksum = 0
+    for name, parameter in libra.named_parameters():
+        if not parameter.requires_grad:
+            # integers, because their sum does not depend on the order
+            bits = parameter.bfloat16().view(torch.int16).sum(dtype=torch.int64)
+            checksum = zlib.crc32(f"{name} {int(bits)}".encode(), checksum)
+    return checksum
 
 
 def make_optimizer(libra: Libra, config: TrainConfig) -> torch.optim.AdamW:

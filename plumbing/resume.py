@@ -36,11 +36,11 @@ class Checkpoints:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     world: World
-    checksums: list[int]  # of the records, which a resumed run must find as they were
+    checksums: dict[str, int]  # of what a resumed run must find as it was, such as the records
 
     def save(self, step: int, best: float):
         """Saves the state after `step` steps, then deletes old checkpoints. Every rank must call this."""
-        state = {"config": asdict(self.config), "checksums": self.checksums, "step": step, "best": best}
+        state = {"config": asdict(self.config), "checksum_of": self.checksums, "step": step, "best": best}
         state["weights"] = states.get_model_state_dict(self.model, options=GATHER)
         state["optimizer"] = states.get_optimizer_state_dict(self.model, self.optimizer, options=GATHER)
         # all ranks gather, one writes
@@ -65,7 +65,7 @@ class Checkpoints:
     def load(self) -> tuple[int, float]:
         """Loads the newest checkpoint that is not damaged. Returns (steps done, best score).
 
-        Raises ValueError if there is none, or if it belongs to a run with other settings or other records.
+        Raises ValueError if there is none, or if it belongs to a run with other settings, records or frozen weights.
         """
         file, state = self._newest()
         if self.world.rank == 0:
@@ -76,8 +76,9 @@ class Checkpoints:
         for name, value in asdict(self.config).items():
             if before[name] != value and name not in self.may_change:
                 raise ValueError(f"{file} was made with {name}={before[name]!r}, not {value!r}: use another out_dir")
-        if state.get("checksums", self.checksums) != self.checksums:  # older checkpoints have none
-            raise ValueError(f"the records have changed since {file} was made: restore them, or use another out_dir")
+        for name, value in state.get("checksum_of", {}).items():  # older checkpoints have none
+            if value != self.checksums[name]:
+                raise ValueError(f"the {name} have changed since {file} was made: restore them, or use another out_dir")
         ours = states.get_model_state_dict(self.model, options=LEARNING)
         if list_shapes(ours) != list_shapes(state["weights"]):
             raise ValueError(f"{file} holds other weights than this config trains: use another out_dir")

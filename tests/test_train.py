@@ -18,7 +18,7 @@ import pytest
 import torch
 import transformers
 from conftest import GOLDEN, ROOT, change, relative
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import train
 from data import IGNORED
@@ -617,6 +617,25 @@ def test_a_run_is_not_resumed_with_records_that_have_changed(tmp_path, records, 
         assert_mistake(capsys, [config, "--resume"], "records have changed")
         file.write_text(text)
     assert train.main([config, "--resume"]) == 0
+
+
+def test_a_run_is_not_resumed_from_another_model(tmp_path, records, capsys):
+    model = shutil.copytree(GOLDEN / "libra-7b", tmp_path / "libra") / "model"
+    config = write_config(tmp_path / "run", records, model=str(model), train=("lora",))
+    assert train.main([config]) == 0
+    name = "model.layers.0.mlp.up_proj.weight"
+    file = model / json.loads((model / "model.safetensors.index.json").read_text())["weight_map"][name]
+    data = file.read_bytes()
+    tensors = load_file(file)
+    tensors[name][3, 5] += 0.1
+    save_file(tensors, file, {"format": "pt"})
+    assert_mistake(capsys, [config, "--resume"], "frozen weights have changed")
+    file.write_bytes(data)
+    assert train.main([config, "--resume"]) == 0
+    # a run may go on on another device, whose type of frozen weights may differ
+    settings = TrainConfig(model=str(model), train=("lora",), device="cpu")
+    full, half = (train.frozen_checksum(build(replace(settings, dtype=dtype))) for dtype in ("float32", "bfloat16"))
+    assert full == half
 
 
 def test_a_setting_that_is_newer_than_a_checkpoint_had_its_default(tmp_path, records, capsys):
