@@ -457,7 +457,7 @@ def trainable_parameters(libra: Libra) -> dict[str, torch.nn.Parameter]:
 
 
 def frozen_checksum(libra: Libra) -> int:
-    """Tells whether the frozen weights are those of another run. It is the same on every device, in every dtype."""
+    """Tells other frozen weights from these. The same on every device, in float32 and in bfloat16."""
     checksum = 0
     for name, parameter in libra.named_parameters():
         if not parameter.requires_grad:
