@@ -78,7 +78,8 @@ define STAGES
 	$(call TRAIN,lora,$(1),--model=runs/$(1)_difference/merged)
 	.venv/bin/python model.py --model runs/$(1)_lora/last --with-encoder --out runs/$(1)
 	.venv/bin/python eval.py prior --model runs/$(1) --questions runs/$(HOSPITAL)/data/findings_test_questions.jsonl \
-		--image-folder runs/$(HOSPITAL) --truth runs/$(HOSPITAL)/truth.jsonl --limit 1000 --out runs/$(1)_priors
+		--image-folder runs/$(HOSPITAL) --truth runs/$(HOSPITAL)/truth.jsonl --limit 1000 --max-new-tokens 200 \
+		--out runs/$(1)_priors
 endef
 
 # name of the connector, its settings
@@ -88,8 +89,8 @@ define SHORT
 	.venv/bin/python model.py --model $(ABLATION)_$(1)_difference/last --out $(ABLATION)_$(1)_difference/merged
 	$(call TRAIN,lora,ablation_$(HOSPITAL)_$(1),--model=$(ABLATION)_$(1)_difference/merged --max_steps=250)
 	.venv/bin/python eval.py prior --model $(ABLATION)_$(1)_lora/last --questions runs/$(HOSPITAL)/data/findings_test_questions.jsonl \
-		--image-folder runs/$(HOSPITAL) --truth runs/$(HOSPITAL)/truth.jsonl --limit 300 --conditions true,dummy,reversed \
-		--out $(ABLATION)_$(1)_priors --csv $(ABLATION)_$(1).csv
+		--image-folder runs/$(HOSPITAL) --truth runs/$(HOSPITAL)/truth.jsonl --limit 300 --max-new-tokens 200 \
+		--conditions true,dummy,reversed --out $(ABLATION)_$(1)_priors --csv $(ABLATION)_$(1).csv
 endef
 
 VQA = .venv/bin/python prepare.py diff-vqa --root runs/$* --questions runs/$*

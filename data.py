@@ -39,7 +39,7 @@ ignore = lambda *arguments: None  # a callback for whoever does not need one
 
 
 def tell(message: str):
-    """Print one line on stderr, by the first of torchrun's processes alone."""
+    """Prints one line on stderr, by the first of torchrun's processes alone."""
     if os.environ.get("RANK", "0") == "0":
         warn(Path(sys.argv[0]).name, message)
 
@@ -56,7 +56,7 @@ class Study:
     id: str | None = None
 
     def images(self, dicom_display: str = "standard"):
-        """Open the PIL images, in mode RGB: [current, prior], or [current] if there is no prior."""
+        """Opens the PIL images, in mode RGB: [current, prior], or [current] if there is no prior."""
         return [load_image(image, dicom_display) for image in (self.current, self.prior) if image is not None]
 
 
@@ -118,7 +118,7 @@ class Records:
         return len(self.numbers)
 
     def __getitem__(self, index):
-        """Parse one record, a dict. Raises ValueError with its place if it is not a JSON object."""
+        """Parses one record, a dict. Raises ValueError with its place if it is not a JSON object."""
         start, end, place = self.starts[index], self.starts[index + 1], self.place(index)
         if end - start > RECORD_BYTES:
             raise ValueError(f"{place} is too long for a record: {end - start:,} bytes")
@@ -265,7 +265,7 @@ def check(
     strict: bool = False,
     tell: Callable = tell,
 ) -> SimpleNamespace:
-    """Parse every record of a file once, as kind `Record` or `Question`, and look for its images.
+    """Parses every record of a file once, as kind `Record` or `Question`, and looks for its images.
 
     Odd records are left out, and tell(message) says how many and why. The file alone decides, so that every process
     leaves out the same. visit(record) is called for each of the others, progress(done, total) for each record.
@@ -457,7 +457,7 @@ def encode(
     max_length: int,
     image_text: str = IMAGE_TEXT,
 ) -> Row:
-    """Tokenize a record: a row of its own, still without pixels. image_text: as for `render`."""
+    """Tokenizes a record: a row of its own, still without pixels. image_text: as for `render`."""
     prompt = render(record.turns, template, tokenizer, image_text)
     labels = [id if learnt else IGNORED for id, learnt in zip(prompt.ids, prompt.mask, strict=True)]
     length = len(labels)
@@ -471,7 +471,7 @@ def encode(
 
 
 def share_prefix(rows: list[Row]) -> Row:
-    """Put rows that start with the same images in one: the prefix once, then the rest of each row as a segment.
+    """Puts rows that start with the same images in one: the prefix once, then the rest of each row as a segment.
 
         record 1    A chat. IMAGE  Edema? No.
         record 2    A chat. IMAGE  Nodule? A small one.
@@ -505,7 +505,7 @@ class Batch(NamedTuple):
 
 
 def collate(rows: Sequence[Row], image_positions: int) -> Batch:
-    """Pad rows to a batch. Rows without ids are left out."""
+    """Pads rows to a batch. Rows without ids are left out."""
     rows = [row for row in rows if row.ids]
     # if no row is left, the model can still run the batch: padding has a loss of 0 and gradients of 0
     if not rows:
@@ -694,7 +694,7 @@ class StepLoader:
         return [mine[start : start + size] for start in range(0, len(most), size)]
 
     def plan(self, first: int) -> Iterator:
-        """Yield the `micro_batches` of each step, from step `first` on."""
+        """Yields the `micro_batches` of each step, from step `first` on."""
         for step in range(first, self.num_steps):
             epoch, index = divmod(step, self.steps_per_epoch)
             # each epoch shuffles the rows; the records of a row stay together
@@ -707,7 +707,7 @@ class StepLoader:
             yield self.micro_batches(order[start : start + self.batch_size])
 
     def batches(self, first: int) -> Iterator:
-        """Yield (step, its batches), from step `first` on. Raises the ValueError or OSError of a record."""
+        """Yields (step, its batches), from step `first` on. Raises the ValueError or OSError of a record."""
         # the DataLoader works ahead of the steps: the plan is made once, and both read it at their own pace
         plan, ahead = itertools.tee(self.plan(first))
         # batch_size=None: what the training set returns is a batch already

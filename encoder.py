@@ -150,7 +150,7 @@ ACTIVATIONS = {
 
 
 def encoder_config(config: dict, source, stored: dict[str, StoredTensor], final_norm: bool = False) -> EncoderConfig:
-    """Turn a parsed config.json into an EncoderConfig.
+    """Turns a parsed config.json into an EncoderConfig.
 
     stored: the tensors beside it; only an open_clip checkpoint needs them, because its config.json holds few sizes.
     Raises a ValueError that names a field whose value is not supported.
@@ -196,7 +196,7 @@ def encoder_config(config: dict, source, stored: dict[str, StoredTensor], final_
 
 
 def _open_clip_sizes(vision_cfg: dict, source, stored: dict[str, StoredTensor]) -> dict:
-    """Return what config.json would say about a timm ViT, as the shapes of its tensors tell.
+    """Returns what config.json would say about a timm ViT, as the shapes of its tensors tell.
 
     vision_cfg names the architecture and the size of the image, no more.
     """
@@ -286,7 +286,7 @@ class Encoder(nn.Module):
         return self.final_norm(features) if self.config.final_norm else features
 
     def _positions(self, rows: int, columns: int):
-        """Return the position embeddings of a grid of patches, [1, N, C].
+        """Returns the position embeddings of a grid of patches, [1, N, C].
 
         If it is not the grid of the trained image size, they are interpolated, bicubic and in float32.
         """

@@ -99,7 +99,7 @@ def _sees(mask, b, t, j):
 
 @jit
 def _visits_kernel(lists, mask, inner, M: constexpr, N: constexpr, BY_KEY: constexpr):
-    """Write the list of one block: a block of keys if BY_KEY, else a block of queries. See `Visits`."""
+    """Writes the list of one block: a block of keys if BY_KEY, else a block of queries. See `Visits`."""
     outer, b = tl.program_id(0), tl.program_id(1)
     row = lists + (b * tl.num_programs(0) + outer) * (inner + 2)
     full, mixed = 0, 0

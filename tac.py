@@ -246,7 +246,7 @@ def mlp(depth: int, width: int, hidden_size: int) -> nn.Sequential:
 def make_connector(
     kind: str, num_layers: int, width: int, heads: int, hidden_size: int, without: tuple[TACPart, ...] = ()
 ) -> nn.Module:
-    """Return the connector that `mm_projector_type` names: TAC, linear, mlp2x_gelu, …, mlp2x_gelu_pair, ….
+    """Returns the connector that `mm_projector_type` names: TAC, linear, mlp2x_gelu, …, mlp2x_gelu_pair, ….
 
     num_layers and width are those of the selected features, heads and hidden_size the decoder's. without: parts that
     TAC does not have. Raises a ValueError if there is no such connector, or if its sizes do not fit.

@@ -35,7 +35,7 @@ def choose(seed: int) -> list[list[State]]:
 
 
 def write(pen: ImageDraw.ImageDraw, corner: tuple[int, int], text: str, width: int) -> int:
-    """Write lines of at most `width` pixels, words of change in their colours. Returns y of the line below."""
+    """Writes lines of at most `width` pixels, words of change in their colours. Returns y of the line below."""
     left, y = corner
     x = left
     for word in text.split():

@@ -93,7 +93,7 @@ def run_int8(rows: int, dtype):
 
 
 def compile_kernels(target: Target, work, size: int, dtype) -> list:
-    """Run `work` without launching anything; return [(kernel name, compiled kernel), …]."""
+    """Runs `work` without launching anything; returns [(kernel name, compiled kernel), …]."""
     kernels = []
     launch = JITFunction.run
 
@@ -113,7 +113,7 @@ def compile_kernels(target: Target, work, size: int, dtype) -> list:
 
 
 def prove(targets, sizes, rows, types) -> list[str]:
-    """Print which tensor core instructions every kernel uses; return what is wrong, one line each."""
+    """Prints which tensor core instructions every kernel uses; returns what is wrong, one line each."""
     problems = []
     works = [(run_attention, D) for D in sizes] + [(run_int8, count) for count in rows]
     for name, dtype, (work, size) in itertools.product(targets, types, works):

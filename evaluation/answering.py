@@ -213,7 +213,7 @@ class QuestionSet:
         return [order[first : first + size] for first in range(0, len(order), size)]
 
     def prepare(self, libra: Libra, batch: list[str]):
-        """Read the images of a batch of ids. Returns the studies and their pixels, as `Libra.preprocess` makes them."""
+        """Reads the images of a batch of ids. Returns studies and pixels, as `Libra.preprocess` makes them."""
         studies, pixels = [], []
         for question in map(self.by_id.get, batch):
             with naming(question):
@@ -290,7 +290,7 @@ def check_before(arguments, questions: QuestionSet, answers: Path) -> tuple[dict
 
 
 def write_answers(arguments, questions: QuestionSet, answers: Path, load: Callable[[], Libra], world: World):
-    """Write an answer file, or what an earlier run has left to do. load() returns the model.
+    """Writes an answer file, or what an earlier run has left to do. load() returns the model.
 
     Each rank appends its finished batches to a work file .NAME.RANK beside the answers; at the end rank 0 merges them.
     NAME.settings.json records how the answers are made, and a run with other settings is refused. That of a part has

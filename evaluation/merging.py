@@ -14,7 +14,7 @@ from sample import Options
 
 
 def merge(questions, answers: Path, parts: list[Path]):
-    """Write answers and their settings.json. ValueError or OSError if the parts are not those of one whole."""
+    """Writes answers and their settings.json. ValueError or OSError if the parts are not those of one whole."""
     check_writable(answers)
     settings = merge_settings(parts)
 

@@ -54,7 +54,7 @@ def thumbnails(names: list[str], folder) -> dict[str, str]:
 
 
 def write(path, *, title, subtitle, groups, scores, notes, pairs, table, folder=None):
-    """Write the page.
+    """Writes the page.
 
     groups: {name: number of studies}; scores: {key: {group: Interval}}; notes: {key: what the score is};
     table: {key: [N, k]}, rows of the N `Pair`s as in `metrics`; folder: where the images are, None for none.

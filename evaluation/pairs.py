@@ -188,7 +188,7 @@ EXPORT_START = '{\n "question_id": ['
 
 
 def write_export(path, pairs: list[Pair]):
-    """Write what RadEval takes: aligned lists of the texts as they are; the ids are for the reader."""
+    """Writes what RadEval takes: aligned lists of the texts as they are; the ids are for the reader."""
     lists = {
         "question_id": [pair.id for pair in pairs],
         "references": [pair.reference for pair in pairs],

@@ -15,12 +15,12 @@ from plumbing.files import atomic, check_writable, read_text
 
 
 def print_json(result: dict):
-    """Print one object; intervals and differences in it become objects of their fields."""
+    """Prints one object; intervals and differences in it become objects of their fields."""
     print(json.dumps(result, default=vars))
 
 
 def print_scores(scores: dict[str, dict[str, Interval]], columns: dict[str, str]):
-    """Print a line for each score and a column for each name in `columns`, {name: heading}.
+    """Prints a line for each score and a column for each name in `columns`, {name: heading}.
 
     A `Cell` with a difference to the true prior has it on a second line.
     """
@@ -34,7 +34,7 @@ def print_scores(scores: dict[str, dict[str, Interval]], columns: dict[str, str]
 
 
 def print_differences(scores: dict[str, dict[str, dict]], sizes: dict[str, int]):
-    """Print a table for each group of studies."""
+    """Prints a table for each group of studies."""
     for group, size in sizes.items():
         print(f"\n{group} ({size:,})")
         lines = [["", "A", "B", "B - A [95 % interval, paired]"]]
@@ -53,7 +53,7 @@ def describe_empty(empty: dict[str, dict[str, int]]) -> str:
 
 
 def print_prior_notes(conditions: list[str]):
-    """Print what the conditions are and what `evaluation.prior` counts, as it is no published score."""
+    """Prints what the conditions are and what `evaluation.prior` counts, as it is no published score."""
     print("; ".join(f"{condition}: {CONDITIONS[condition]}" for condition in conditions))
     print("directions flipped: share of the words of direction in the reports under true that the other report lacks")
     print("while it has a word of the opposite direction that the first lacks")
@@ -65,7 +65,7 @@ PRIOR_COLUMNS = ("Model Name", "score", "prior", *ENDS, *(f"difference {end}" fo
 
 
 def write_prior_csv(path, name: str, scores: dict[str, dict[str, Cell]]):
-    """Write one row for each score and condition, in place of an older file with these columns."""
+    """Writes one row for each score and condition, in place of an older file with these columns."""
     with atomic(path) as file:
         read_csv(path, PRIOR_COLUMNS)
         writer = csv.writer(file, lineterminator="\n")
@@ -123,7 +123,7 @@ def check_replaceable(path, start: str, kind: str):
 
 
 def append_csv(path, row: dict):
-    """Add a row, with a header if the file is new. Errors as `read_csv`."""
+    """Adds a row, with a header if the file is new. Errors as `read_csv`."""
     # read under the writer's lock, so that no row of another process is lost
     with atomic(path) as file:
         text = read_csv(path, row)

@@ -23,7 +23,7 @@ VIEW_CODES = {"AP": "antero-posterior", "PA": "postero-anterior", "LATERAL": "la
 
 def write(out, patients: int, seed: int = 0, size: int = 128, workers: int = 1, dicom: bool = False,
           aligned: bool = False, progress=lambda done, total: None) -> Counter:  # fmt: skip
-    """Write the hospital into the folder `out`, and count what is in it.
+    """Writes the hospital into the folder `out`, and counts what is in it.
 
     If this is interrupted, run it again: patients that are complete are kept, and the files are the same in the end.
     A later run may also add patients. size is an image's side in pixels; dicom=True adds a .dcm beside each .jpg;
@@ -114,7 +114,7 @@ def _dicom(pixels: np.ndarray, state: State, view: str) -> bytes:
 
 
 def _write_tables(out: Path, patients: int, seed: int, size: int) -> dict[str, int]:
-    """Write what covers all patients. Returns counts."""
+    """Writes what covers all patients. Returns counts."""
     metadata, split, pairs = ([COLUMNS[name]] for name in ("metadata", "split", "pairs"))
     every_pair = [COLUMNS["pairs"]]
     truth = []

@@ -163,7 +163,7 @@ class Sheet:
         self.rest_y = self.y - longer * (self.y - float32(APEX))
 
     def strokes(self, strokes, blur=0.0, least=0.9):
-        """Draw strokes, 0 to 1. Each is at least `least` pixels wide; `blur` is a length. They move with the breath."""
+        """Draws strokes, 0 to 1. Each is at least `least` pixels wide; `blur` is a length. They move with breath."""
         # draw larger and reduce: this makes lines smooth
         factor = 4 if self.size < 300 else 2
         half = self.size * factor / 2
@@ -183,7 +183,7 @@ class Sheet:
         return np.asarray(canvas, dtype=float32) / 255
 
     def wire(self, points, width):
-        """Draw one line of metal or plastic."""
+        """Draws one line of metal or plastic."""
         # at this width the toy model, at 96 pixels, sees every tube; at 1.1, and fainter, it saw a quarter of them
         return self.strokes([Stroke(points, width)], least=1.75)
 

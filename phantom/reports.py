@@ -121,7 +121,7 @@ def level_word(name: str, finding: Finding) -> str:
 
 
 def read_report(text: str) -> dict[str, dict]:
-    """Read the findings of a report -> {finding or device: {"change", "side", "level"}}, None where it says nothing.
+    """Reads the findings of a report -> {finding or device: {"change", "side", "level"}}, None where it says nothing.
 
     This reads what a model writes that was trained on these reports. A clause ends at a full stop, a semicolon or
     "but". In it, "no" and "without" deny what follows; a side or a level belongs to the next name, and a word of

@@ -51,7 +51,7 @@ def init_weights(module: nn.Module, seed: int):
 
 
 def write_encoder(folder: Path, fields: dict, mean: float = 0.5, std: float = 0.25, seed: int = 0):
-    """Write a DINOv2 encoder; `fields` are those of its config.json. mean, std: of the grey values it is to see."""
+    """Writes a DINOv2 encoder; `fields` are those of its config.json. mean, std: of the grey values it is to see."""
     fields = {"model_type": "dinov2", "layer_norm_eps": 1e-6} | fields
     # the names below are DINOv2's
     check_value(fields["model_type"], Literal["dinov2"], "model_type", f"{folder}/config.json")
@@ -74,7 +74,7 @@ def write_encoder(folder: Path, fields: dict, mean: float = 0.5, std: float = 0.
 
 
 def write_decoder(folder: Path, fields: dict, texts: Iterable[str], seed: int = 0):
-    """Write a Llama with the `fields` of its config.json, and a byte-level BPE of at most vocab_size tokens."""
+    """Writes a Llama with the `fields` of its config.json, and a byte-level BPE of at most vocab_size tokens."""
     # 1) check the fields, and learn the tokenizer
     defaults = {"model_type": "llama", "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2}
     fields = defaults | {"torch_dtype": "float32"} | fields

@@ -33,7 +33,7 @@ _decoding = threading.Lock()
 
 
 def load_image(source, dicom_display: str = "standard", public_only: bool = False) -> Image.Image:
-    """Load a path, an http(s) address, the bytes of a file or a PIL image, upright and in mode RGB.
+    """Loads a path, an http(s) address, the bytes of a file or a PIL image, upright and in mode RGB.
 
     Grey of more than 8 bits is scaled to 8, and alpha is dropped, as published.
 
@@ -101,7 +101,7 @@ def _is_dicom(source, data) -> bool:
 
 
 def _decode(name: str, source) -> Image.Image:
-    """Decode the bytes of a file, or take a PIL image, and turn it upright."""
+    """Decodes the bytes of a file, or takes a PIL image, and turns it upright."""
     # 1) look at the header
     image = source
     if isinstance(source, bytes):

@@ -76,7 +76,7 @@ def read_pixel_config(folder, pad: str) -> PixelConfig:
 
 
 def pixel_config(config: dict, source, pad: str, file: str = PREPROCESSOR_FILES[1]) -> PixelConfig:
-    """Turn a parsed preprocessor_config.json into a PixelConfig; a ValueError names a field that is not supported."""
+    """Turns a parsed preprocessor_config.json into a PixelConfig; a ValueError names a field that is not supported."""
     # 1) a processor that we know, what it needs, and no step that we do not take
     where = f"{source}/{file}"
     kind = config.get("image_processor_type") or config.get("feature_extractor_type")
@@ -123,7 +123,7 @@ def _edges(value, name: str, where: str, meaning: str) -> dict[str, int]:
 
 
 def open_clip_pixels(size: int, pad: str) -> PixelConfig:
-    """Return open_clip's preprocessing, which none of its files describes."""
+    """Returns open_clip's preprocessing, which none of its files describes."""
     return PixelConfig(size, size, CLIP_MEAN, CLIP_STD, scale=1 / 255, pad=pad, rounds=True)
 
 

@@ -186,7 +186,7 @@ class Mimic:
         self.images, self.splits = {}, {}  # by DICOM id
 
     def read_tables(self):
-        """Read the metadata and the split into memory. If a DICOM id occurs twice, the first row counts."""
+        """Reads the metadata and the split into memory. If a DICOM id occurs twice, the first row counts."""
         columns = ("dicom_id", "subject_id", "study_id", "ViewPosition", "StudyDate", "StudyTime")
         file = only_one(self.root, "mimic-cxr-*-metadata.csv*")
         rows = read_csv(file, columns, self.skipped, optional=("ViewCodeSequence_CodeMeaning",))
