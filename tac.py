@@ -84,14 +84,15 @@ class TAC(nn.Module):
             self.cros_attention = SamePlace()
 
     @torch.no_grad()
-    def start(self, layer_mean: float = 0.0, same_place: float = 0.0, shallow: bool = False):
+    def start(self, positions, layer_mean: float = 0.0, same_place: float = 0.0, shallow: bool = False):
         """Changes fresh weights; docs/phantom.md, "What TAC needs to start", says why. By default they stay torch's, as
         published.
 
+        positions [N, C]: the encoder's position embeddings of its patches.
         layer_mean: the extractor returns nearly the mean of the layers times this. With torch's values it returns about
             1 % of what it reads, or 0.1 %, or 10 %, as the seed has it.
-        same_place: the keys of the cross-attention are its queries times this, so a place first looks where the prior
-            resembles it. If the features tell their place, that is the same place.
+        same_place: the cross-attention looks at the same place of the prior, the more sharply the larger this is, and
+            subtracts what it finds there.
         shallow: the inner two layers of the last MLP pass on what they read, as if it had only the other two. With
             torch's values the prior image makes less than 1 % of what comes out.
         """
@@ -101,8 +102,7 @@ class TAC(nn.Module):
                 nn.init.constant_(convolution.weight, 2 / convolution.in_channels)
             self.LFE[-1].weight.mul_(layer_mean)
         if same_place and isinstance(self.cros_attention, BiasKVAttention):
-            queries, keys, _ = self.cros_attention.in_proj_weight.chunk(3)
-            keys.copy_(same_place * queries)
+            self.start_at_the_same_place(positions, same_place)
         if shallow:
             first, *inner, _ = self.mlp_final[0::2]
             nn.init.normal_(first.weight, std=first.in_features**-0.5)
@@ -111,6 +111,25 @@ class TAC(nn.Module):
                 # a GELU shrinks small numbers: with this factor 0.2, 0.5, 1 and 2 become 0.19, 0.58, 1.4 and 3
                 nn.init.eye_(linear.weight).mul_(1.5)
                 nn.init.zeros_(linear.bias)
+
+    def start_at_the_same_place(self, positions, sharpness: float):
+        """Fresh weights with which x = norm3(c1 - p1), place by place, as far as the features tell their place."""
+        # 1) each head compares the directions in which the places differ most: query · key = sharpness · |projection|²
+        places = positions.float()
+        directions = torch.linalg.svd(places - places.mean(0), full_matrices=False).Vh  # [min(N, C), C]
+        directions = directions[: self.cros_attention.head_dim]  # [D, C]; fewer where there are fewer places
+        queries, keys, values = self.cros_attention.in_proj_weight.chunk(3)  # [C, C] each
+        for weight in (queries, keys):
+            heads = weight.zero_().view(self.cros_attention.num_heads, -1, weight.shape[1])  # [H, D, C]
+            heads[:, : len(directions)] = sharpness**0.5 * directions
+
+        # 2) what it finds is subtracted
+        nn.init.eye_(values)
+        nn.init.eye_(self.cros_attention.out_proj.weight).neg_()
+        nn.init.zeros_(self.cros_attention.bias_v)
+
+        # 3) random products of the difference would drown the current image, to which they are added
+        self.mlp_attn[-2].weight.mul_(0.2)
 
     def forward(self, features):
         current, prior = self.extract(features).unbind(1)  # each [B, N, C]

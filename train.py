@@ -77,7 +77,7 @@ class TrainConfig:
     select_layer: Annotated[int, Range(-1000, 1000)] = -2  # the encoder layer that an MLP connector reads
     tac_without: tuple[TACPart, ...] = ()  # parts that a new TAC does not have, as tac.py names them, for ablations
     tac_layer_mean: Annotated[float, Range(0, 100)] = 0.0  # if not 0: its extractor starts as this times the mean layer
-    tac_same_place: Annotated[float, Range(0, 100)] = 0.0  # if not 0: its keys are its queries times this at the start
+    tac_same_place: Annotated[float, Range(0, 100)] = 0.0  # if not 0: at first it subtracts the prior at each place
     tac_shallow: bool = False  # its last MLP starts as if it had two layers instead of four
     template: str = ""  # conversation template; by default the model's own
     pad: Literal["black", "mean", "none"] = "black"  # how images become square, also after training
@@ -432,7 +432,8 @@ def load_model(config: TrainConfig, show) -> Libra:
     options |= dict(without=config.tac_without)
     libra = Libra.from_parts(decoder, encoder, config.connector, **options)
     if config.connector == "TAC" and not config.connector_weights:
-        libra.connector.start(config.tac_layer_mean, config.tac_same_place, config.tac_shallow)
+        positions = libra.encoder.position_embeddings[0, int(libra.encoder.config.class_token) :]  # [N, C]
+        libra.connector.start(positions, config.tac_layer_mean, config.tac_same_place, config.tac_shallow)
     return libra
 
 

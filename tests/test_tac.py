@@ -185,22 +185,21 @@ def test_the_start_at_the_mean_of_the_layers_is_nearly_it_with_any_seed(L):
         torch.manual_seed(seed)
         tac = TAC(L, 24, 2, 10)
         published.append(relative(tac.extract(features), mean))
-        tac.start(layer_mean=0.5)
+        tac.start(None, layer_mean=0.5)
         ours.append(relative(tac.extract(features), 0.5 * mean))
     assert max(ours) < 0.75 < 0.9 < max(published)
 
 
 @torch.no_grad()
-def test_the_start_at_the_same_place():
-    """One head, by hand: a place of the current image looks at the place of the prior that it resembles."""
+@pytest.mark.parametrize("places", [49, 5])
+def test_the_start_at_the_same_place_subtracts_the_prior_there(places):
+    """By hand: where features tell their place, x = norm3(c1 - p1), whatever else the two images show."""
     torch.manual_seed(3)
-    tac = TAC(5, 24, 1, 10)
-    tac.start(same_place=2)
-    c1 = F.layer_norm(torch.randn(7, 24), (24,))
-    p1 = F.layer_norm(c1 + 0.3 * torch.randn(7, 24), (24,))
-    queries, keys, _ = tac.cros_attention.in_proj_weight.chunk(3)
-    shares = (F.linear(c1, queries) @ F.linear(p1, keys).T / 24**0.5).softmax(-1)
-    assert shares.argmax(-1).tolist() == list(range(7))
+    positions = torch.randn(places, 48)
+    tac = TAC(5, 48, 2, 10).eval()
+    tac.start(positions, same_place=20)
+    current, prior = (F.layer_norm(positions + 0.2 * torch.randn(places, 48), (48,))[None] for _ in range(2))
+    assert relative(tac.cros_attention(current, prior), -prior) < 1e-2
 
 
 @torch.no_grad()
@@ -212,7 +211,7 @@ def test_the_shallow_start_lets_the_images_through():
         torch.manual_seed(seed)
         tac = TAC(5, 24, 2, 10)
         published = share(tac.mlp_final(x))
-        tac.start(shallow=True)
+        tac.start(None, shallow=True)
         out = tac.mlp_final(x)
         two_layers = tac.mlp_final[-1](F.gelu(tac.mlp_final[0](x)))
         both = torch.stack((out - out.mean(0), two_layers - two_layers.mean(0))).flatten(1)

@@ -490,7 +490,8 @@ def test_how_a_new_tac_starts_is_a_setting():
                if not torch.equal(value, other)]  # fmt: skip
     convolutions = [f"connector.LFE.{number}.weight" for number in (1, 3, 5)]
     layers = [f"connector.mlp_final.{number}.{name}" for number in (0, 2, 4) for name in ("weight", "bias")]
-    assert changed == [*convolutions, "connector.cros_attention.in_proj_weight", *layers]
+    cross = [f"connector.cros_attention.{name}" for name in ("in_proj_weight", "bias_v", "out_proj.weight")]
+    assert changed == [*convolutions, *cross, "connector.mlp_attn.3.weight", *layers]
 
 
 def test_dropout_of_a_tac_is_a_setting():
