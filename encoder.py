@@ -285,6 +285,10 @@ class Encoder(nn.Module):
         features = torch.stack(selected, dim=1)  # [B, L, N, C]
         return self.final_norm(features) if self.config.final_norm else features
 
+    def split_positions(self):
+        """Returns the position embeddings of the class token, [1, 0 or 1, C], and those of the patches, [1, N, C]."""
+        return self.position_embeddings.tensor_split([int(self.config.class_token)], dim=1)
+
     def _positions(self, rows: int, columns: int):
         """Returns the position embeddings of a grid of patches, [1, N, C].
 
@@ -295,8 +299,7 @@ class Encoder(nn.Module):
             return self.position_embeddings
 
         # the class token has no place in the grid: set its embedding aside
-        first = int(self.config.class_token)
-        class_position, grid = self.position_embeddings.tensor_split([first], dim=1)
+        class_position, grid = self.split_positions()
         grid = grid.unflatten(1, (side, side)).permute(0, 3, 1, 2)  # [1, C, side, side]
         grid = F.interpolate(grid.float(), (rows, columns), mode="bicubic", align_corners=False)
         grid = grid.flatten(2).transpose(1, 2)  # [1, rows * columns, C]

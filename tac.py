@@ -128,7 +128,7 @@ class TAC(nn.Module):
         nn.init.eye_(self.cros_attention.out_proj.weight).neg_()
         nn.init.zeros_(self.cros_attention.bias_v)
 
-        # 3) random products of the difference would drown the current image, to which they are added
+        # 3) at torch's size, what random weights make of the difference would drown out the current image
         self.mlp_attn[-2].weight.mul_(0.2)
 
     def forward(self, features):

@@ -432,8 +432,8 @@ def load_model(config: TrainConfig, show) -> Libra:
     options |= dict(without=config.tac_without)
     libra = Libra.from_parts(decoder, encoder, config.connector, **options)
     if config.connector == "TAC" and not config.connector_weights:
-        positions = libra.encoder.position_embeddings[0, int(libra.encoder.config.class_token) :]  # [N, C]
-        libra.connector.start(positions, config.tac_layer_mean, config.tac_same_place, config.tac_shallow)
+        _, positions = libra.encoder.split_positions()  # [1, N, C], of the patches
+        libra.connector.start(positions[0], config.tac_layer_mean, config.tac_same_place, config.tac_shallow)
     return libra
 
 

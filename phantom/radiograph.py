@@ -163,7 +163,7 @@ class Sheet:
         self.rest_y = self.y - longer * (self.y - float32(APEX))
 
     def strokes(self, strokes, blur=0.0, least=0.9):
-        """Draws strokes, 0 to 1. Each is at least `least` pixels wide; `blur` is a length. They move with breath."""
+        """Draws strokes, 0 to 1, at least `least` pixels wide; `blur` is a length. They move with the breath."""
         # draw larger and reduce: this makes lines smooth
         factor = 4 if self.size < 300 else 2
         half = self.size * factor / 2
