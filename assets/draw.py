@@ -18,7 +18,7 @@ from plumbing.log import curves  # noqa: E402
 
 SIDE, GAP, WIDTH = 300, 24, 620  # pixels: an image, the space around it, the lines of a report
 DEMO_PATIENT, DEMO_STUDY = 9939, 2  # of the hospital with seed 0; held out
-STAGES = {"0: everything": "pretrain", "1: TAC alone": "align", "2: LoRA, TAC and encoder": "lora"}
+STAGES = {"0: findings, one image": "pretrain", "1: what has changed": "difference", "2: findings and change": "lora"}
 
 
 def read_lines(path: Path, key: str) -> dict[str, dict]:

@@ -8,6 +8,7 @@ python train.py configs/phantom_lora.py
 
 model = "runs/phantom_difference/merged"
 train = ("lora", "connector", "encoder")
+tac_dropout = 0.0
 lora_r, lora_alpha, lora_dropout = 32, 64.0, 0.0  # dropout would take two fifths of the time
 records = (
     "runs/hospital/data/findings_train.jsonl", "runs/hospital/data/findings_no_context_train.jsonl",

@@ -226,7 +226,7 @@ def test_the_commands_of_the_readme_are_in_the_makefile():
         assert f"make {target}" in TEXTS[0] and f"\n{target}:" in (ROOT / "Makefile").read_text()
 
 
-PHANTOMS = [("phantom", 4, 1), ("phantom-pair", 3, 1), ("ablation", 14, 7)]
+PHANTOMS = [("phantom", 3, 1), ("phantom-pair", 2, 1), ("ablation", 14, 7)]
 
 
 @pytest.mark.parametrize(("target", "trainings", "models"), PHANTOMS)
