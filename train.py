@@ -154,6 +154,10 @@ def check_config(config: TrainConfig):
         fits = is_new_tac if name == "tac_without" else is_fresh_tac
         is_default = getattr(config, name) == DEFAULTS[name]
         require(is_default or fits, f"{name} is for a new TAC, but the config names another connector or its weights")
+    # what connector a model has is only known when it is loaded, see choose_learning
+    is_new_mlp = config.connector != "TAC" and not config.model
+    is_default = config.tac_dropout == DEFAULTS["tac_dropout"]
+    require(is_default or not is_new_mlp, f"tac_dropout {config.tac_dropout}: {config.connector} has no dropout")
     if config.template:
         find_template(config.template)
     require(config.train, "train names nothing that learns")
@@ -398,7 +402,7 @@ def choose_learning(libra: Libra, config: TrainConfig):
         else:
             getattr(libra, part).requires_grad_(True).train()
     libra.decoder.gradient_checkpointing = config.gradient_checkpointing
-    # an MLP connector has no dropout
+    # a model's connector may be an MLP, which has no dropout
     if config.tac_dropout != DEFAULTS["tac_dropout"] and not isinstance(libra.connector, TAC):
         raise ValueError(f"tac_dropout {config.tac_dropout}: {libra.config.mm_projector_type} has no dropout")
     for module in libra.connector.modules():

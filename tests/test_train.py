@@ -553,6 +553,7 @@ def assert_mistake(capsys, arguments, culprit):
     ("--dtype=float16", "float16"), ("--tac_without=extractor", "tac_without"), ("--tac_without=lfe", "tac_without"),
     ("--tac_dropout=1", "tac_dropout"), ("--tac_layer_mean=1", "tac_layer_mean"),
     ("--tac_same_place=-1", "tac_same_place"), ("--tac_shallow=True", "tac_shallow"),
+    ("--model= --decoder=d --encoder=e --connector=linear --tac_dropout=0", "linear has no dropout"),
     # types and names
     ("--lr=much", "lr"), ("--keep=1.5", "keep"), ("--epoch=1", "--epochs"), ("lr=1", "lr=1"), ("--lr", "--lr"),
 ])  # fmt: skip
